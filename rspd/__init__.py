@@ -1,0 +1,25 @@
+"""rspd, the Really Simple Proxy daemon: accepts TCP connections and relays each to a backend.
+
+The modules, from the top down; each imports only from those below it:
+
+cli         the command line: options over the configuration file, --check, exit codes
+service     one run: listeners, loop, signals, reload, drain
+proxy       accepting clients, no more at once than allowed, and draining
+connection  one client: connect, relay, close, one log line
+backends    which backend is next, and dialling it
+resolver    names looked up off the loop
+shortage    running out of descriptors
+listener    listening sockets: bound, accepted from, closed
+relay       two flows between two sides, until both have ended
+flow        one direction of a connection: copied or spliced
+side        one side of a connection: a socket and its readiness
+pipes       pipes for splice(2), shared by the flows
+loop        the epoll loop: tasks, readiness, timers, wake-up by signals and threads
+config      file and command line -> frozen dataclasses, all defaults
+yamlfile    a YAML file as keys and values with their lines
+log         the log on stderr
+address     addresses: parsed, printed, resolved
+cause       why a connection ended
+"""
+
+__version__ = "0.1.0"

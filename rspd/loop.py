@@ -1,0 +1,333 @@
+"""The event loop: tasks over edge-triggered epoll, timers, wake-up by signals and by threads.
+
+A task is a coroutine. It suspends in one way only, `await news()`, and is resumed when a descriptor it
+watches is ready for something new, when its deadline has passed, or when somebody called `Task.wake`.
+It may be resumed without cause, so it looks at what it waits for again each time.
+
+Everything runs in one thread; a task that neither waits nor yields keeps the others waiting.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import select
+import signal
+import socket
+import threading
+import time
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from itertools import count
+from math import inf
+from typing import Any, TypeVar
+
+IN = select.EPOLLIN
+OUT = select.EPOLLOUT
+ERR = select.EPOLLERR
+HUP = select.EPOLLHUP
+PRI = select.EPOLLPRI
+RDHUP = select.EPOLLRDHUP
+EDGE = select.EPOLLET
+
+# How many events one epoll_wait fetches: more costs memory at each call, fewer costs calls under load.
+MAX_EVENTS = 128
+
+# Seconds. epoll_wait takes no more than 24 days; a day's wait for nothing costs nothing either.
+LONGEST_WAIT = 86400.0
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Cancelled(BaseException):
+    """Raised at the `await` of a task that was cancelled. Like GeneratorExit, no `except Exception` stops it."""
+
+
+@types.coroutine
+def news() -> Generator[None, None, None]:
+    """Suspend the running task until a descriptor it watches has news, its deadline passes, or it is woken."""
+    yield
+
+
+class Watch:
+    """A descriptor's readiness, as far as epoll has told.
+
+    `ready` collects event bits. Whoever uses the descriptor clears a bit when a call shows that it no longer
+    holds (EAGAIN, say): edge-triggered epoll sets it again when that changes, and not before.
+    The descriptor stays the caller's, who calls `Loop.unwatch` before closing it.
+    """
+
+    __slots__ = ("fd", "ready", "task")
+
+    task: Task  # the one to resume; known once the descriptor is watched
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.ready = 0
+
+
+class Task:
+    """A coroutine that the loop runs; made by `Loop.spawn`."""
+
+    __slots__ = ("_armed", "_cancelled", "_coroutine", "_loop", "_on_done", "_queued", "deadline", "done")
+
+    def __init__(
+        self, loop: Loop, coroutine: Coroutine[Any, Any, object], on_done: Callable[[Task], object] | None
+    ) -> None:
+        self._loop = loop
+        self._coroutine = coroutine
+        self._on_done = on_done
+        self._queued = False
+        self._cancelled = False
+        self._armed = inf  # when this task's entry in the heap of timers is due
+        self.deadline = inf
+        self.done = False
+
+    def wake(self) -> None:
+        """Resume the task in the loop's next round; of no effect once it is done."""
+        if not self._queued and not self.done:
+            self._queued = True
+            self._loop._queue.append(self)
+
+    def wake_at(self, when: float) -> None:
+        """Resume the task once at the loop's time `when`, in place of an earlier deadline; `inf` for never."""
+        self.deadline = when
+        # A deadline that moves away costs nothing here: the timer looks at it when it is due, and is set again.
+        if when < self._armed:
+            self._armed = when
+            self._loop._push_timer(when, self)
+
+    def cancel(self) -> None:
+        """Raise `Cancelled` where the task waits."""
+        self._cancelled = True
+        self.wake()
+
+
+class Loop:
+    """Runs tasks until the main one returns. To be used by one thread, as a context manager that closes it.
+
+    clock: returns monotonic seconds; tests pass their own.
+    now: the time of this turn.
+    current: the task that is running.
+    """
+
+    current: Task
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._epoll = select.epoll()
+        self._watches: dict[int, Watch] = {}
+        self._queue: deque[Task] = deque()
+        self._timers: list[tuple[float, int, Task]] = []
+        self._sequence = count()
+        self._handlers: dict[int, Any] = {}  # those that were there before ours
+        self._calls: deque[Callable[[], object]] = deque()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self.now = clock()
+        self._tasks: set[Task] = set()
+        self.spawn(self._receive_wakeups())
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the loop's own descriptors and signal handlers. Tasks that are not done are abandoned."""
+        if self._handlers:
+            signal.set_wakeup_fd(-1)
+            for number, previous in self._handlers.items():
+                signal.signal(number, previous)
+        self._epoll.close()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    # Tasks
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks are not done, the loop's own one among them."""
+        return len(self._tasks)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, object], on_done: Callable[[Task], object] | None = None) -> Task:
+        """Start a task and run it, here and now, up to its first wait. `on_done` is called when it has ended."""
+        task = Task(self, coroutine, on_done)
+        self._tasks.add(task)
+        caller = getattr(self, "current", task)
+        try:
+            self._resume(task)
+        finally:
+            self.current = caller
+        return task
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        """Run `main` as a task, and the others with it, until it returns; return or raise what it does."""
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        async def keep_outcome() -> None:
+            try:
+                results.append(await main)
+            except BaseException as error:
+                errors.append(error)
+
+        self.now = self._clock()
+        self.spawn(keep_outcome())
+        self._turn_until(lambda: results or errors)
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    async def sleep(self, seconds: float) -> None:
+        """Let the running task wait for so long."""
+        until = self.now + seconds
+        self.current.wake_at(until)
+        while self.now < until:
+            await news()
+
+    async def yield_turn(self) -> None:
+        """Go to the back of the ready queue: what else is ready comes first."""
+        self.current.wake()
+        await news()
+
+    # Descriptors
+
+    def watch(self, watch: Watch, events: int) -> None:
+        """Let the running task be resumed by these events of a descriptor. Raises OSError (epoll_ctl(2))."""
+        self._epoll.register(watch.fd, events)
+        watch.task = self.current
+        self._watches[watch.fd] = watch
+
+    def unwatch(self, watch: Watch) -> None:
+        """End a watch whose descriptor stays open; nothing is known of its readiness from then on."""
+        self._epoll.unregister(watch.fd)
+        self.forget(watch)
+        watch.ready = 0
+
+    def forget(self, watch: Watch) -> None:
+        """End a watch whose descriptor is closed next: the kernel unregisters it then, and a call is saved."""
+        if self._watches.get(watch.fd) is watch:
+            del self._watches[watch.fd]
+
+    # Signals and threads
+
+    def on_signal(self, number: int, action: Callable[[], object]) -> None:
+        """Call `action` from the loop whenever the process gets the signal. Main thread only."""
+        if not self._handlers:
+            signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        # The interpreter also writes to the wake-up socket, which ends a wait in the kernel; the handler has run
+        # by the time the wait returns.
+        previous = signal.signal(number, lambda *_: self._calls.append(action))
+        self._handlers.setdefault(number, previous)
+
+    def run_in_thread(self, function: Callable[[], T], then: Callable[[T | Exception], object]) -> None:
+        """Run a function that blocks in a thread of its own, then call `then` from the loop with its outcome.
+
+        The thread is a daemon: one that hangs delays nothing, not even the end of the process.
+        Raises RuntimeError if the thread cannot be started.
+        """
+
+        def work() -> None:
+            outcome: T | Exception
+            # Signals are for the main thread, which may block them.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                outcome = function()
+            except Exception as error:
+                outcome = error
+            self._calls.append(lambda: then(outcome))
+            try:
+                self._wake_write.send(b"\0")
+            except OSError:
+                pass  # full: a wake-up is under way already; closed: nobody is left to hear
+
+        threading.Thread(target=work, daemon=True).start()
+
+    async def _receive_wakeups(self) -> None:
+        self.watch(Watch(self._wake_read.fileno()), IN | EDGE)
+        while True:
+            await news()
+            # The calls are looked for after the socket is read: what is queued later writes a byte of its own.
+            # The bytes say nothing but that, since a full socket takes no more of them.
+            try:
+                self._wake_read.recv(4096)
+            except BlockingIOError:
+                pass
+            while self._calls:
+                try:
+                    self._calls.popleft()()
+                except Exception:
+                    log.exception("a call from a signal or a thread failed; this is a bug")
+
+    # Turns
+
+    def _turn_until(self, stop: Callable[[], object]) -> None:
+        poll, clock, watches, queue, timers = self._epoll.poll, self._clock, self._watches, self._queue, self._timers
+        while not stop():
+            if queue:
+                wait = 0.0
+            elif timers:
+                wait = min(max(0.0, timers[0][0] - clock()), LONGEST_WAIT)
+            else:
+                wait = -1.0
+            events = poll(wait, MAX_EVENTS)
+            now = self.now = clock()
+            # All events are noted before any task runs. A task may close a descriptor and another may get its
+            # number: what the batch still holds for the old one must not reach the new one.
+            for fd, mask in events:
+                watch = watches[fd]
+                watch.ready |= mask
+                task = watch.task
+                if not task._queued:
+                    task._queued = True
+                    queue.append(task)
+            while timers and timers[0][0] <= now:
+                self._fire(heapq.heappop(timers))
+            # Tasks woken from here on wait for the next turn, after a look at the descriptors.
+            for _ in range(len(queue)):
+                task = queue.popleft()
+                task._queued = False
+                if not task.done:
+                    self._resume(task)
+
+    def _resume(self, task: Task) -> None:
+        self.current = task
+        try:
+            if task._cancelled:
+                task._cancelled = False
+                task._coroutine.throw(Cancelled())
+            else:
+                task._coroutine.send(None)
+            return
+        except (StopIteration, Cancelled):
+            pass
+        except Exception:
+            log.exception("a task failed; this is a bug")
+        task.done = True
+        self._tasks.discard(task)
+        if task._on_done:
+            task._on_done(task)
+
+    def _push_timer(self, when: float, task: Task) -> None:
+        timers = self._timers
+        heapq.heappush(timers, (when, next(self._sequence), task))
+        # Entries of tasks that are done stay until due; when they are the most, they are swept out.
+        if len(timers) > 2 * len(self._tasks) + 64:
+            timers[:] = [entry for entry in timers if entry[0] == entry[2]._armed and not entry[2].done]
+            heapq.heapify(timers)
+
+    def _fire(self, entry: tuple[float, int, Task]) -> None:
+        when, _, task = entry
+        if task.done or when != task._armed:
+            return
+        task._armed = inf
+        if task.deadline <= self.now:
+            task.wake()
+        else:
+            task.wake_at(task.deadline)

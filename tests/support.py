@@ -1,0 +1,342 @@
+"""What the tests share: real sockets, real peers, the daemon as a process. Every wait has a bound."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import pytest
+
+from rspd.loop import Loop
+
+T = TypeVar("T")
+
+PATIENCE = 20.0  # seconds before a wait in a test fails
+LINGER_0 = struct.pack("ii", 1, 0)
+
+
+def eventually(condition: Callable[[], T], what: str = "", patience: float = PATIENCE) -> T:
+    """Wait until a condition is true, and return what it said."""
+    deadline = time.monotonic() + patience
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"still not so after {patience} s: {what or condition}")
+        time.sleep(0.005)
+    return result
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected TCP sockets: the one that connected, and the one that was accepted."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    near.settimeout(PATIENCE)
+    far.settimeout(PATIENCE)
+    return near, far
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a TCP socket so that its peer gets RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+    sock.close()
+
+
+def is_reset(sock: socket.socket) -> bool:
+    """Whether the stream ends in RST rather than in FIN; waits for the end."""
+    try:
+        while sock.recv(1 << 20):
+            pass
+    except ConnectionResetError:
+        return True
+    return False
+
+
+def receive_all(sock: socket.socket) -> bytes:
+    """All bytes up to the end of the stream."""
+    parts = []
+    while data := sock.recv(1 << 20):
+        parts.append(data)
+    return b"".join(parts)
+
+
+def send_and_close(sock: socket.socket, data: bytes) -> None:
+    """Send all of it, then close."""
+    with sock:
+        sock.sendall(data)
+
+
+def fill(sock: socket.socket) -> int:
+    """Send until nobody has taken anything for a while; how many bytes went."""
+    timeout = sock.gettimeout()
+    sock.settimeout(0.3)
+    sent = 0
+    try:
+        while True:
+            sent += sock.send(b"x" * 65536)
+    except TimeoutError:
+        return sent
+    finally:
+        sock.settimeout(timeout)
+
+
+class FakeClock:
+    """A clock for `Loop` that stands still until it is advanced."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def run(main: Callable[[Loop], Coroutine[Any, Any, T]], clock: Callable[[], float] = time.monotonic) -> T:
+    """Run a coroutine on a loop of its own. Fails if it takes too long, or leaves a task behind."""
+
+    async def bounded(loop: Loop) -> T:
+        return await main(loop)
+
+    def too_late(*_: object) -> None:
+        # No Exception: the loop would take it for a task's own.
+        pytest.fail(f"the loop still runs after {PATIENCE} s")
+
+    previous = signal.signal(signal.SIGALRM, too_late)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    try:
+        with Loop(clock) as loop:
+            before = loop.tasks
+            result = loop.run(bounded(loop))
+            assert loop.tasks == before, f"{loop.tasks - before} tasks left behind"
+            return result
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+class Backend:
+    """A real TCP server in threads: `handler` gets each accepted socket, which is closed after it.
+
+    `accepted` counts; `errors` has what handlers raised.
+    """
+
+    def __init__(self, handler: Callable[[socket.socket], object], backlog: int = 1024, port: int = 0) -> None:
+        self.handler = handler
+        self.accepted = 0
+        self.errors: list[Exception] = []
+        self.listener = socket.create_server(("127.0.0.1", port), backlog=backlog)
+        self.port: int = self.listener.getsockname()[1]
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening, end what is open, and wait until no descriptor of it is left."""
+        # shutdown, since a thread that waits in accept keeps a closed socket listening.
+        try:
+            self.listener.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self.listener.close()
+        for sock in self._sockets:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+        deadline = time.monotonic() + PATIENCE
+        for thread in self._threads:
+            thread.join(max(0, deadline - time.monotonic()))
+
+    def _start(self, target: Callable[..., object], *arguments: object) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            sock.settimeout(PATIENCE)
+            self.accepted += 1
+            self._sockets.append(sock)
+            self._start(self._handle, sock)
+
+    def _handle(self, sock: socket.socket) -> None:
+        with sock:
+            try:
+                self.handler(sock)
+            except Exception as error:
+                self.errors.append(error)
+        self._sockets.remove(sock)
+
+
+def echo(sock: socket.socket) -> None:
+    """A handler that sends everything back, and ends when the client does."""
+    while data := sock.recv(65536):
+        sock.sendall(data)
+
+
+def answer(sock: socket.socket) -> None:
+    """A handler that reads one request, if there is one, and sends `ok`."""
+    if sock.recv(65536):
+        sock.sendall(b"ok")
+
+
+class Daemon:
+    """rspd as a process: `rspd --foreground` with these arguments and its log read as it comes."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        limit: tuple[int, int] | None = None,
+        wait: bool = True,
+    ) -> None:
+        command = [sys.executable, "-m", "rspd", "--foreground", *arguments]
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(env or {})},
+            preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit)) if limit else None,
+        )
+        self.pid = self.process.pid
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if wait:
+            self.wait_for("listening address=")
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def log(self) -> str:
+        return "\n".join(list(self.lines))
+
+    def find(self, pattern: str) -> list[str]:
+        """The lines of the log that match."""
+        return [line for line in list(self.lines) if re.search(pattern, line)]
+
+    def wait_for(self, pattern: str, count: int = 1, patience: float = PATIENCE) -> list[str]:
+        """Wait until the log has so many lines that match, and return them."""
+
+        def found() -> list[str] | None:
+            lines = self.find(pattern)
+            if len(lines) >= count:
+                return lines
+            if self.process.poll() is not None and not self._reader.is_alive():
+                raise AssertionError(f"rspd ended with {self.process.returncode} and without {pattern!r}:\n{self.log}")
+            return None
+
+        try:
+            return eventually(found, patience=patience) or []
+        except AssertionError:
+            raise AssertionError(f"no {count} lines with {pattern!r} in the log:\n{self.log}") from None
+
+    def wait_for_ends(self, count: int) -> list[dict[str, str]]:
+        """Wait until so many connections have ended; the fields of their lines, in order."""
+        lines = self.wait_for("connection closed", count)
+        return [dict(re.findall(r'(\w+)=("[^"]*"|\S+)', line)) for line in lines]
+
+    @property
+    def port(self) -> int:
+        """The port of the first listener."""
+        return int(self.find("listening address=")[0].rpartition(":")[2])
+
+    def connect(self) -> socket.socket:
+        """A client."""
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        sock.settimeout(PATIENCE)
+        return sock
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def descriptors(self) -> list[str]:
+        """What each descriptor of the process is."""
+        folder = f"/proc/{self.pid}/fd"
+        found = []
+        for name in os.listdir(folder):
+            try:
+                found.append(os.readlink(f"{folder}/{name}"))
+            except FileNotFoundError:
+                pass
+        return found
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        with open(f"/proc/{self.pid}/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    def cpu_seconds(self) -> float:
+        """CPU time so far."""
+        total = 0
+        for task in os.listdir(f"/proc/{self.pid}/task"):
+            with open(f"/proc/{self.pid}/task/{task}/schedstat") as file:
+                total += int(file.read().split()[0])
+        return total / 1e9
+
+    def wait(self) -> int:
+        """Wait for the process to end by itself; its exit code."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code
+
+    def stop(self) -> int:
+        """Send SIGTERM and wait; the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """Make sure that it has ended, and give back what belongs to it."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream
+            stream.close()
+
+
+@contextmanager
+def rspd(*arguments: str, listen: Sequence[str] = ("127.0.0.1:0",), **options: Any) -> Iterator[Daemon]:
+    """rspd in front of a backend, checked at the end: it stops with 0, and no traceback is in its log."""
+    daemon = Daemon(*(word for address in listen for word in ("-l", address)), *arguments, **options)
+    try:
+        yield daemon
+        if daemon.process.poll() is None:
+            assert daemon.stop() == 0, daemon.log
+        assert "Traceback" not in daemon.log, daemon.log
+    finally:
+        daemon.kill()
