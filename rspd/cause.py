@@ -1,0 +1,18 @@
+"""Why a connection ended."""
+
+from typing import Literal
+
+Cause = Literal[
+    "client-closed",  # both streams ended, the client's first
+    "backend-closed",  # both streams ended, the backend's first
+    "client-aborted",  # RST from the client, or the network lost it
+    "backend-aborted",  # the same of the backend
+    "idle-timeout",  # no byte in either direction for idle_timeout
+    "half-close-timeout",  # one stream had ended, and no byte came on the other for half_close_timeout
+    "backend-refused",  # the backend's host answered, and nothing listens there
+    "backend-unreachable",  # no way to the backend's host
+    "backend-unknown",  # the backend's name has no address
+    "connect-timeout",  # no backend was reached within connect_timeout
+    "drain-timeout",  # still open when drain_timeout had passed, or at the second signal to end
+    "error",  # an unexpected error, logged with its traceback
+]

@@ -1,0 +1,172 @@
+"""One direction of a connection: bytes from one side to the other, copied or spliced."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from rspd.loop import ERR, IN, OUT, PRI
+from rspd.pipes import Pipe, Pipes
+from rspd.side import Side
+
+# One buffer serves all copying: nothing stays in it between two calls. A read that fills it is bulk data,
+# for which a pipe is cheaper.
+BUFFER_SIZE = 1 << 16
+BUFFER = memoryview(bytearray(BUFFER_SIZE))
+
+# Bytes after which a flow lets the others run; about a third of a millisecond of work.
+TURN = 1 << 20
+
+SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+
+
+class Flow:
+    """Bytes from `source` to `target`. Borrows the sides, and a pipe while one holds bytes of it.
+
+    Small reads are copied through one shared buffer; what the target does not take is kept in `held`, at most a
+    buffer full. A read that fills the buffer is followed by splice(2) until the source runs dry.
+    """
+
+    __slots__ = (
+        "_bulk",
+        "_can_splice",
+        "_pipe",
+        "_pipes",
+        "ended",
+        "eof",
+        "finished",
+        "held",
+        "source",
+        "target",
+        "total",
+    )
+
+    def __init__(self, source: Side, target: Side, pipes: Pipes) -> None:
+        self.source = source
+        self.target = target
+        self.total = 0  # bytes the target has taken
+        self.eof = False  # nothing more comes from the source
+        self.finished = False  # nor is anything left to pass on
+        self.ended = False  # the target has been told so
+        self.held: memoryview | bytes = b""  # read, and not yet taken by the target
+        self._pipes = pipes
+        self._pipe: Pipe | None = None
+        self._bulk = False
+        self._can_splice = True
+
+    def pump(self) -> bool:
+        """Move bytes until the source is dry or the target full; True if the flow stopped before, at its turn's end."""
+        if not self.target.ready & OUT:
+            return False
+        if not (self.source.ready & IN and not self.eof) and not self.held and not self._pipe:
+            return False
+        end = self.total + TURN
+        more = True
+        while more and self.total < end:
+            # What was read before comes first: a pipe must not overtake it.
+            splice = self._pipe or (self._bulk and not self.held and self._borrow())
+            more = self._splice() if splice else self._copy()
+        if self._pipe and not self._pipe.held:
+            self._give_back()
+        if self.eof and not self.held and not self._pipe:
+            self.finished = True
+        return more
+
+    def end(self) -> None:
+        """Pass the end of the stream on. Only for a finished flow: it must not overtake data."""
+        self.ended = True
+        self.target.end()
+
+    def drop(self) -> None:
+        """Give up what has been read and not passed on."""
+        self.held = b""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._pipe:
+            self._pipes.give_back(self._pipe)
+            self._pipe = None
+
+    # The two ways to move bytes. Each makes one step, and returns whether a further one may find work.
+
+    def _copy(self) -> bool:
+        if self.held:
+            count = self.target.write(self.held)
+            self.total += count
+            self.held = self.held[count:]
+            return not self.held
+        source = self.source
+        if self.eof or not source.ready & IN:
+            return False
+        size = source.read_into(BUFFER)
+        if not size:
+            self.eof = size == 0
+            return False
+        count = self.target.write(BUFFER[:size])
+        self.total += count
+        if count < size:
+            self.held = memoryview(bytes(BUFFER[count:size]))
+            return False
+        self._bulk = size == BUFFER_SIZE and self._can_splice
+        return bool(source.ready & IN)
+
+    def _borrow(self) -> bool:
+        self._pipe = self._pipes.borrow()
+        return self._pipe is not None
+
+    def _splice(self) -> bool:
+        pipe = self._pipe
+        assert pipe
+        return self._empty(pipe) if pipe.held else self._fill(pipe)
+
+    def _fill(self, pipe: Pipe) -> bool:
+        source = self.source
+        if self.eof or not source.ready & IN:
+            return False
+        # Only an empty pipe is filled. One with bytes in it may be out of slots, which many small segments use
+        # up long before the bytes do, and EAGAIN would not tell that from an empty socket.
+        try:
+            pipe.held = os.splice(source.fd, pipe.write_fd, pipe.size, flags=SPLICE)
+        except BlockingIOError:
+            if source.ready & PRI:
+                return self._leave_splice()
+            source.ready &= ~IN
+            return False
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # this kind of socket cannot be spliced from
+                self._can_splice = False
+                return self._leave_splice()
+            source.ready |= ERR
+            self.eof = True
+            return False
+        if not pipe.held:
+            return self._leave_splice()
+        self._bulk = pipe.held >= BUFFER_SIZE
+        return True
+
+    def _leave_splice(self) -> bool:
+        """Go on by copying: at urgent data splice finds nothing or the end, and only a read tells which it is."""
+        self._bulk = False
+        self._give_back()
+        return True
+
+    def _empty(self, pipe: Pipe) -> bool:
+        target = self.target
+        try:
+            count = os.splice(pipe.read_fd, target.fd, pipe.held, flags=SPLICE)
+        except BlockingIOError:
+            target.ready &= ~OUT
+            return False
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                target.ready |= ERR
+                return False
+            self._can_splice = False  # nor to
+            held = os.read(pipe.read_fd, pipe.held)
+            pipe.held -= len(held)
+            self._leave_splice()
+            self.held = held
+            return True
+        pipe.held -= count
+        self.total += count
+        return True

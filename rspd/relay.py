@@ -1,0 +1,145 @@
+"""Two flows between two sides, until both have ended."""
+
+from __future__ import annotations
+
+from math import inf
+
+from rspd.cause import Cause
+from rspd.flow import Flow
+from rspd.loop import ERR, Loop, news
+from rspd.pipes import Pipes
+from rspd.side import Side
+
+# How long to wait before looking again whether a peer has acknowledged all that was sent to it: seconds,
+# doubled each time up to the second figure. The kernel tells of this in no other way.
+FIRST_LOOK, LAST_LOOK = 0.001, 0.1
+
+
+class Relay:
+    """What moves a connection's two flows.
+
+    client, backend: both watched by the task that runs the relay; they stay the caller's to release with `close`.
+    idle_timeout: seconds without a byte in either direction; up to twice as long while the kernel holds bytes.
+    half_close_timeout: the same once one flow has ended, if it is shorter.
+    """
+
+    __slots__ = (
+        "_half_closed_timeout",
+        "_unsent",
+        "backend",
+        "client",
+        "download",
+        "idle_timeout",
+        "loop",
+        "upload",
+    )
+
+    def __init__(
+        self, loop: Loop, client: Side, backend: Side, pipes: Pipes, idle_timeout: float, half_close_timeout: float
+    ) -> None:
+        self.loop = loop
+        self.client = client
+        self.backend = backend
+        self.upload = Flow(client, backend, pipes)
+        self.download = Flow(backend, client, pipes)
+        self.idle_timeout = idle_timeout
+        self._half_closed_timeout = min(idle_timeout, half_close_timeout)
+        self._unsent = 0
+
+    async def run(self) -> Cause:
+        """Relay until both flows have ended, a side has aborted, or a timeout has passed; return which it was.
+
+        What a side had sent before it aborted has been delivered then.
+        """
+        loop, client, backend, upload, download = self.loop, self.client, self.backend, self.upload, self.download
+        task = loop.current
+        first: Cause | None = None
+        timeout = self.idle_timeout
+        moved = -1
+        while True:
+            more = upload.pump()
+            if download.pump():
+                more = True
+            if (client.ready | backend.ready) & ERR:
+                return await self._deliver_before_abort()
+            if upload.finished or download.finished:
+                if first is None:
+                    first = "client-closed" if upload.finished else "backend-closed"
+                if upload.finished and download.finished:
+                    # Both sides are closed next, which says the same as an end passed on.
+                    return first
+                flow = upload if upload.finished else download
+                if not flow.ended:
+                    flow.end()
+                    if flow.target.aborted:
+                        continue
+                    timeout = self._half_closed_timeout
+                    moved = -1
+            total = upload.total + download.total
+            if total != moved:
+                moved = total
+                task.wake_at(loop.now + timeout)
+            elif loop.now >= task.deadline:
+                if not self._acknowledged():
+                    return "half-close-timeout" if timeout < self.idle_timeout else "idle-timeout"
+                task.wake_at(loop.now + timeout)
+            if more:
+                await loop.yield_turn()
+            else:
+                await news()
+
+    def close(self) -> None:
+        """Close both sides: each with FIN if all that was sent to it has been passed on, else with RST.
+
+        So what was cut short does not look complete.
+        """
+        for flow in (self.upload, self.download):
+            clean = flow.finished and not flow.source.aborted
+            flow.drop()
+            if clean:
+                flow.target.close()
+            else:
+                flow.target.abort()
+
+    def _acknowledged(self) -> bool:
+        """Whether a peer has taken bytes from the kernel's buffers since the last call: slow is not idle."""
+        unsent = self.client.unsent() + self.backend.unsent()
+        changed = unsent != self._unsent
+        self._unsent = unsent
+        return changed
+
+    async def _deliver_before_abort(self) -> Cause:
+        """Pass on what the aborted side had sent, and wait until the other has it: the RST to come would destroy it.
+
+        The wait ends when the other side has taken nothing for as long as a half-closed connection may be silent.
+        """
+        loop = self.loop
+        cause: Cause
+        if self.client.aborted:
+            flow, other, cause = self.upload, self.download, "client-aborted"
+        else:
+            flow, other, cause = self.download, self.upload, "backend-aborted"
+        other.drop()
+        target = flow.target
+        taken = -1
+        deadline = inf
+        look = FIRST_LOOK
+        while not target.aborted:
+            more = flow.pump()
+            at_risk = target.at_risk()
+            if flow.finished and not at_risk:
+                break
+            if flow.total - at_risk != taken:
+                taken = flow.total - at_risk
+                deadline = loop.now + self._half_closed_timeout
+            elif loop.now >= deadline:
+                break
+            if more:
+                await loop.yield_turn()
+            elif flow.finished:
+                await loop.sleep(look)
+                look = min(2 * look, LAST_LOOK)
+            else:
+                loop.current.wake_at(deadline)
+                await news()
+        return cause

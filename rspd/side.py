@@ -1,0 +1,102 @@
+"""One side of a connection: the client's socket, or the backend's.
+
+This is all that a relay asks of a socket. Calls never block; BlockingIOError is turned into readiness here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+import termios
+
+from rspd.loop import EDGE, ERR, HUP, IN, OUT, PRI, RDHUP, Loop, Watch
+
+EVENTS = IN | OUT | PRI | RDHUP | EDGE
+
+# With none of these in an event, a read that got less than it asked for has emptied the socket. An end of the
+# stream or an error is still to be read, and urgent data (tcp(7)) cuts a read short where more follows.
+MORE_TO_READ = PRI | RDHUP | HUP | ERR
+
+# close(2) of a TCP socket that lingers for 0 seconds sends RST and drops what was not sent (socket(7)).
+LINGER_0 = struct.pack("ii", 1, 0)
+
+
+class Side(Watch):
+    """A connected, non-blocking stream socket, which it owns, and what epoll says of it."""
+
+    __slots__ = ("loop", "sock")
+
+    def __init__(self, loop: Loop, sock: socket.SocketType) -> None:
+        super().__init__(sock.fileno())
+        self.loop = loop
+        self.sock = sock
+
+    def watch(self) -> None:
+        """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
+        self.loop.watch(self, EVENTS)
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the connection to this peer broke: it sent RST, or cannot be reached any more.
+
+        `ERR` stays in `ready` from then on, whether epoll or a failed call told first.
+        """
+        return bool(self.ready & ERR)
+
+    def read_into(self, buffer: memoryview) -> int | None:
+        """Read what there is: the number of bytes, 0 when nothing more comes, None for not now."""
+        try:
+            count = self.sock.recv_into(buffer)
+        except BlockingIOError:
+            self.ready &= ~IN
+            return None
+        except OSError:
+            self.ready |= ERR
+            return 0
+        if count < len(buffer) and not self.ready & MORE_TO_READ:
+            self.ready &= ~IN
+        return count
+
+    def write(self, data: memoryview | bytes) -> int:
+        """Write as much as fits: the number of bytes, 0 also where the connection broke."""
+        try:
+            count = self.sock.send(data)
+        except BlockingIOError:
+            count = 0
+        except OSError:
+            self.ready |= ERR
+            return 0
+        if count < len(data):
+            self.ready &= ~OUT
+        return count
+
+    def end(self) -> None:
+        """Tell the peer that nothing more comes; it may go on sending."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.ready |= ERR
+
+    def unsent(self) -> int:
+        """How many bytes the kernel holds that the peer has not acknowledged (SIOCOUTQ, tcp(7))."""
+        answer = fcntl.ioctl(self.fd, termios.TIOCOUTQ, b"\0\0\0\0")
+        return int(struct.unpack("i", answer)[0])
+
+    def at_risk(self) -> int:
+        """How many bytes an abort now would destroy: those unsent; none of a unix socket's, the peer has them."""
+        return 0 if self.sock.family == socket.AF_UNIX else self.unsent()
+
+    def keep_alive(self) -> None:
+        """Have the kernel ask a silent peer whether it is still there, and abort when it is not (tcp(7))."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def close(self) -> None:
+        """Close the socket; the kernel goes on sending what was written to it, then FIN."""
+        self.loop.forget(self)
+        self.sock.close()
+
+    def abort(self) -> None:
+        """Close the socket so that the peer gets RST, at once. A unix socket has no such thing, and is closed."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+        self.close()

@@ -1,0 +1,219 @@
+"""The pool of pipes: borrowed, given back, done without."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rspd.pipes import PIPE_SIZE, REFRAIN, USEFUL_SIZE, Pipe, Pipes
+
+NOBODY = 65534
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Be a user without privileges: as root nobody, anybody else already is one."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresgid(NOBODY, NOBODY, 0)
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+
+
+@contextmanager
+def no_descriptors(spare: int = 0) -> Iterator[None]:
+    """So many more descriptors can be had, and then no other."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.dup(0) for _ in range(spare + 1)]
+    for number in free:
+        os.close(number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextmanager
+def pipe_quota_used_up() -> Iterator[None]:
+    """All pages for pipes that an unprivileged user may have are taken (fs.pipe-user-pages-soft)."""
+    taken: list[Pipe] = []
+    try:
+        while not taken or taken[-1].size >= USEFUL_SIZE:
+            taken.append(Pipe())
+            assert len(taken) < 2000, "the quota of pipe pages has no end"
+        yield
+    finally:
+        for pipe in taken:
+            pipe.close()
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def pipes() -> Iterator[Pipes]:
+    pool = Pipes(3)
+    yield pool
+    pool.close()
+
+
+def borrow(pool: Pipes) -> Pipe:
+    pipe = pool.borrow()
+    assert pipe is not None
+    return pipe
+
+
+def test_a_borrowed_pipe_is_empty_large_and_never_blocks(pipes: Pipes) -> None:
+    pipe = borrow(pipes)
+    assert pipe.held == 0
+    assert USEFUL_SIZE <= pipe.size <= PIPE_SIZE
+    with pytest.raises(BlockingIOError):
+        os.read(pipe.read_fd, 1)
+    written = 0
+    with pytest.raises(BlockingIOError):
+        while True:
+            written += os.write(pipe.write_fd, bytes(1 << 16))
+    assert written == pipe.size
+    assert not os.get_inheritable(pipe.read_fd)
+    assert not os.get_inheritable(pipe.write_fd)
+    pipe.held = written
+    pipes.give_back(pipe)
+
+
+def test_no_more_pipes_are_lent_than_the_limit(pipes: Pipes) -> None:
+    lent = [borrow(pipes) for _ in range(3)]
+    assert len({pipe.read_fd for pipe in lent}) == 3
+    assert pipes.borrow() is None
+    pipes.give_back(lent[1])
+    assert pipes.borrow() is lent[1]
+    assert pipes.borrow() is None
+    for pipe in lent:
+        pipes.give_back(pipe)
+
+
+def test_a_pool_without_room_for_pipes_lends_none() -> None:
+    assert Pipes(0).borrow() is None
+
+
+def test_a_pipe_that_was_given_back_is_lent_again_before_another_is_made(pipes: Pipes) -> None:
+    first = borrow(pipes)
+    pipes.give_back(first)
+    before = open_descriptors()
+    assert borrow(pipes) is first
+    assert open_descriptors() == before
+    pipes.give_back(first)
+
+
+def test_a_pipe_with_bytes_in_it_is_closed_and_its_place_is_free_again() -> None:
+    pool = Pipes(1)
+    before = open_descriptors()
+    pipe = borrow(pool)
+    pipe.held = os.write(pipe.write_fd, b"of another connection")
+    pool.give_back(pipe)
+    assert open_descriptors() == before
+    fresh = borrow(pool)
+    assert fresh is not pipe
+    with pytest.raises(BlockingIOError):
+        os.read(fresh.read_fd, 1)
+    pool.give_back(fresh)
+    pool.close()
+
+
+def test_pipes_above_a_lowered_limit_are_closed_when_they_come_back(pipes: Pipes) -> None:
+    before = open_descriptors()
+    lent = [borrow(pipes) for _ in range(3)]
+    pipes.limit = 1
+    for pipe in lent:
+        pipes.give_back(pipe)
+    assert open_descriptors() == before + 2
+    assert pipes.made == 1
+    last = borrow(pipes)
+    assert pipes.borrow() is None
+    pipes.give_back(last)
+
+
+def test_closing_the_pool_frees_what_is_not_in_use_and_it_serves_on(pipes: Pipes) -> None:
+    before = open_descriptors()
+    kept, idle = borrow(pipes), borrow(pipes)
+    pipes.give_back(idle)
+    pipes.close()
+    assert open_descriptors() == before + 2
+    assert pipes.made == 1
+    lent = [borrow(pipes), borrow(pipes)]
+    assert pipes.borrow() is None
+    for pipe in [kept, *lent]:
+        pipes.give_back(pipe)
+    pipes.close()
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_without_descriptors_the_pool_does_without_for_a_while_and_then_asks_again(pipes: Pipes, spare: int) -> None:
+    with no_descriptors(spare):
+        assert pipes.borrow() is None
+    assert [pipes.borrow() for _ in range(REFRAIN)] == [None] * REFRAIN
+    pipes.give_back(borrow(pipes))
+
+
+def test_a_pipe_at_hand_is_lent_where_there_are_no_descriptors(pipes: Pipes) -> None:
+    first, second = borrow(pipes), borrow(pipes)
+    with no_descriptors():
+        assert pipes.borrow() is None
+        pipes.give_back(first)
+        assert pipes.borrow() is first
+    for pipe in (first, second):
+        pipes.give_back(pipe)
+
+
+def test_with_the_quota_of_pipe_pages_used_up_small_pipes_are_not_lent_and_not_kept(pipes: Pipes) -> None:
+    with unprivileged(), pipe_quota_used_up():
+        before = open_descriptors()
+        assert pipes.borrow() is None
+        assert open_descriptors() == before
+        assert pipes.made == 0
+    assert [pipes.borrow() for _ in range(REFRAIN)] == [None] * REFRAIN
+    with unprivileged():
+        pipes.give_back(borrow(pipes))
+
+
+@given(st.integers(0, 3), st.lists(st.tuples(st.sampled_from("bgdlc"), st.integers(0, 3)), max_size=40))
+def test_no_bytes_and_no_descriptors_leak_whatever_the_order(limit: int, steps: list[tuple[str, int]]) -> None:
+    before = open_descriptors()
+    pool = Pipes(limit)
+    lent: list[Pipe] = []
+    for action, number in steps:
+        if action == "b":
+            pipe = pool.borrow()
+            assert (pipe is None) == (len(lent) >= pool.limit)
+            if pipe:
+                assert pipe not in lent
+                with pytest.raises(BlockingIOError):
+                    os.read(pipe.read_fd, 1)
+                lent.append(pipe)
+        elif action in "gd" and lent:
+            pipe = lent.pop(number % len(lent))
+            pipe.held = os.write(pipe.write_fd, b"x") if action == "d" else 0
+            pool.give_back(pipe)
+        elif action == "l":
+            pool.resize(number)
+        elif action == "c":
+            pool.close()
+        assert len(lent) <= pool.made <= 3
+    for pipe in lent:
+        pool.give_back(pipe)
+    pool.close()
+    assert pool.made == 0
+    assert open_descriptors() == before

@@ -1,0 +1,663 @@
+"""Relays between real sockets, told as conversations."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from math import inf
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import rspd.flow
+from rspd.cause import Cause
+from rspd.flow import BUFFER_SIZE, Flow
+from rspd.loop import IN, OUT, Loop, news
+from rspd.pipes import Pipes
+from rspd.relay import Relay
+from rspd.side import Side
+from tests.support import PATIENCE, eventually, fill, is_reset, receive_all, reset, run, send_and_close, tcp_pair
+
+Script = Callable[[socket.socket, socket.socket], object]
+Pair = Callable[[], tuple[socket.socket, socket.socket]]
+
+
+def unix_pair() -> tuple[socket.socket, socket.socket]:
+    near, far = socket.socketpair()
+    near.settimeout(PATIENCE)
+    return near, far
+
+
+def side_of(loop: Loop, sock: socket.socket) -> Side:
+    own = socket.SocketType(sock.family, sock.type, 0, sock.detach())
+    own.setblocking(False)
+    return Side(loop, own)
+
+
+def converse(
+    script: Script, idle: float = PATIENCE, half_close: float = PATIENCE, pipes: int = 4, pair: Pair = tcp_pair
+) -> tuple[Cause, int, int]:
+    """Run a script in a thread as client and backend, with a relay between; the cause, and the bytes both ways."""
+    client, client_far = pair()
+    backend, backend_far = pair()
+    failures: list[BaseException] = []
+
+    def play() -> None:
+        try:
+            script(client, backend)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            client.close()
+            backend.close()
+
+    thread = threading.Thread(target=play)
+
+    async def main(loop: Loop) -> tuple[Cause, int, int]:
+        client_side, backend_side = side_of(loop, client_far), side_of(loop, backend_far)
+        client_side.watch()
+        backend_side.watch()
+        pool = Pipes(pipes)
+        relay = Relay(loop, client_side, backend_side, pool, idle, half_close)
+        thread.start()
+        try:
+            cause = await relay.run()
+        finally:
+            relay.close()
+            pool.close()
+            assert pool.made == 0, "a pipe was not given back"
+        return cause, relay.upload.total, relay.download.total
+
+    try:
+        result = run(main)
+    finally:
+        thread.join(PATIENCE)
+    if failures:
+        raise failures[0]
+    return result
+
+
+def random_bytes(size: int) -> bytes:
+    return os.urandom(size)
+
+
+pairs = pytest.mark.parametrize("pair", [tcp_pair, unix_pair])
+pipes_or_none = pytest.mark.parametrize("pipes", [4, 0], ids=["splice", "copy"])
+
+
+@pairs
+@pipes_or_none
+def test_bytes_go_both_ways_and_ends_are_passed_on(pair: Pair, pipes: int) -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.sendall(b"question")
+        assert backend.recv(100) == b"question"
+        backend.sendall(b"answer")
+        assert client.recv(100) == b"answer"
+        client.shutdown(socket.SHUT_WR)
+        assert backend.recv(100) == b""
+        backend.sendall(b"last words")
+        assert client.recv(100) == b"last words"
+        backend.close()
+        assert client.recv(100) == b""
+
+    assert converse(script, pair=pair, pipes=pipes) == ("client-closed", 8, 16)
+
+
+def test_the_backend_may_speak_and_end_first() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        backend.sendall(b"220 ready")
+        backend.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b"220 ready"
+        for word in (b"still", b"sending"):
+            client.sendall(word)
+            assert backend.recv(100) == word
+        client.close()
+        assert backend.recv(100) == b""
+
+    assert converse(script) == ("backend-closed", 12, 9)
+
+
+def test_a_connection_without_a_byte_ends_like_any_other() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.close()
+        assert backend.recv(1) == b""
+
+    assert converse(script) == ("client-closed", 0, 0)
+
+
+@pairs
+@pipes_or_none
+def test_bulk_data_both_ways_at_once_arrives_whole(pair: Pair, pipes: int) -> None:
+    up, down = random_bytes(12_000_000), random_bytes(17_000_001)
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        def send(sock: socket.socket, data: bytes) -> None:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+        threads = [threading.Thread(target=send, args=pair) for pair in ((client, up), (backend, down))]
+        received: list[bytes] = []
+        threads.append(threading.Thread(target=lambda: received.append(receive_all(backend))))
+        for thread in threads:
+            thread.start()
+        got = receive_all(client)
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert hashlib.sha1(got).digest() == hashlib.sha1(down).digest()
+        assert hashlib.sha1(received[0]).digest() == hashlib.sha1(up).digest()
+
+    _, sent, received = converse(script, pair=pair, pipes=pipes)
+    assert (sent, received) == (len(up), len(down))
+
+
+@pairs
+@pipes_or_none
+def test_an_end_that_comes_with_the_data_is_not_missed(pair: Pair, pipes: int) -> None:
+    data = random_bytes(BUFFER_SIZE + 100)
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.sendall(data)
+        client.close()
+        assert receive_all(backend) == data
+
+    assert converse(script, pair=pair, pipes=pipes)[:2] == ("client-closed", len(data))
+
+
+@pipes_or_none
+def test_a_reader_that_stops_for_a_while_gets_everything_and_holds_the_sender(pipes: int) -> None:
+    data = random_bytes(40_000_000)
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        sent = fill(backend)
+        assert sent < 30_000_000, "nothing held the sender back"
+        rest = threading.Thread(target=send_and_close, args=(backend, data))
+        rest.start()
+        got = receive_all(client)
+        assert len(got) == sent + len(data)
+        assert hashlib.sha1(got[sent:]).digest() == hashlib.sha1(data).digest()
+        rest.join(PATIENCE)
+
+    assert converse(script, pipes=pipes)[0] == "backend-closed"
+
+
+def test_small_segments_that_fill_the_slots_of_a_pipe_do_not_stall_the_flow() -> None:
+    start, count = random_bytes(4 * BUFFER_SIZE), 20_000
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        backend.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        backend.sendall(start)
+
+        def dribble() -> None:
+            for _ in range(count):
+                backend.send(b"x")
+            backend.sendall(start)
+            backend.close()
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        assert receive_all(client) == start + b"x" * count + start
+        thread.join(PATIENCE)
+
+    assert converse(script)[2] == 2 * len(start) + count
+
+
+@pipes_or_none
+def test_urgent_data_neither_stalls_nor_cuts_the_stream(pipes: int) -> None:
+    start = random_bytes(3 * BUFFER_SIZE)
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        # While nothing is read, the urgent byte is in the middle of what waits.
+        client.sendall(start)
+        client.send(b"!", socket.MSG_OOB)
+        client.sendall(start)
+        client.sendall(b"end")
+        client.close()
+        assert receive_all(backend) == start + start + b"end"
+
+    assert converse(script, pipes=pipes)[0] == "client-closed"
+
+
+def test_after_urgent_data_a_bulk_flow_goes_on() -> None:
+    start = random_bytes(10 * BUFFER_SIZE)
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        def send() -> None:
+            client.sendall(start)
+            client.send(b"!", socket.MSG_OOB)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        got = 0
+        while got < len(start):
+            got += len(backend.recv(1 << 20))
+        sender.join(PATIENCE)
+        client.sendall(start)
+        while got < 2 * len(start):
+            got += len(backend.recv(1 << 20))
+        client.close()
+        assert backend.recv(1) == b""
+
+    assert converse(script)[:2] == ("client-closed", 2 * len(start))
+
+
+# Aborts
+
+
+@pytest.mark.parametrize("who", ["client", "backend"])
+def test_a_reset_arrives_as_a_reset_at_the_other_side(who: str) -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        near, far = (client, backend) if who == "client" else (backend, client)
+        far.sendall(b"hello")
+        assert near.recv(100) == b"hello"
+        reset(near)
+        assert is_reset(far)
+
+    assert converse(script)[0] == f"{who}-aborted"
+
+
+@pytest.mark.parametrize("size", [100, 3_000_000])
+@pipes_or_none
+def test_what_a_backend_sent_before_its_reset_is_delivered(size: int, pipes: int) -> None:
+    answer = random_bytes(size)
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.sendall(b"POST " + b"x" * 100_000)
+        backend.recv(5)
+        got = bytearray()
+        with pytest.raises(ConnectionResetError):
+            backend.settimeout(0.3)
+            sent = 0
+            while sent < size:
+                sent += backend.send(answer[sent:])
+                while len(got) < sent:
+                    got += client.recv(1 << 20)
+            backend.close()  # what it has not read makes this a reset
+            while data := client.recv(1 << 20):
+                got += data
+        assert got == answer
+
+    assert converse(script, pipes=pipes)[0] == "backend-aborted"
+
+
+def test_an_answer_is_delivered_to_a_client_that_goes_on_sending_into_a_reset() -> None:
+    answer = b"HTTP/1.1 414 URI Too Long\r\n\r\n"
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.sendall(b"GET /" + b"x" * 1000)
+        backend.recv(5)
+        backend.sendall(answer)
+        backend.close()
+        try:
+            for _ in range(1000):
+                client.send(b"x" * 1000)
+        except OSError:
+            pass
+        got = bytearray()
+        try:
+            while data := client.recv(100):
+                got += data
+        except ConnectionResetError:
+            pass
+        assert got == answer
+
+    assert converse(script)[0] == "backend-aborted"
+
+
+def test_a_reset_after_a_half_close_still_arrives() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.sendall(b"question")
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(backend) == b"question"
+        reset(client)
+        # Its stream has ended already, so that a read says nothing new.
+        eventually(lambda: backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    assert converse(script)[0] == "client-aborted"
+
+
+def test_a_slow_reader_gets_all_that_was_sent_before_a_reset() -> None:
+    size = 2_000_000
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        # The kernel has nearly all of it when the reset comes, and the client takes longer than any timeout.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 50_000)
+        backend.sendall(b"x" * size)
+        threading.Timer(0.3, reset, (backend,)).start()
+        got = 0
+        for _ in range(30):
+            time.sleep(0.04)
+            got += len(client.recv(30_000))
+        try:
+            while data := client.recv(1 << 20):
+                got += len(data)
+        except ConnectionResetError:
+            pass
+        assert got == size
+
+    assert converse(script, half_close=0.5)[0] == "backend-aborted"
+
+
+def test_a_unix_backend_that_has_not_read_yet_does_not_hold_up_the_end_of_an_aborted_client() -> None:
+    async def main(loop: Loop) -> tuple[Cause, float]:
+        near, client_far = tcp_pair()
+        backend_far, backend = unix_pair()
+        sides = side_of(loop, client_far), side_of(loop, backend)
+        for side in sides:
+            side.watch()
+        backend_far.send(b"unread")
+        near.sendall(b"x" * 1000)
+        while sides[1].ready & IN == 0:
+            await news()
+        relay = Relay(loop, *sides, Pipes(0), PATIENCE, PATIENCE)
+        reset(near)
+        started = loop.now
+        cause = await relay.run()
+        relay.close()
+        assert backend_far.recv(2000) == b"x" * 1000
+        backend_far.close()
+        return cause, loop.now - started
+
+    cause, seconds = run(main)
+    assert cause == "client-aborted"
+    assert seconds < PATIENCE / 2
+
+
+def test_without_a_half_close_timeout_the_idle_timeout_holds_on() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.shutdown(socket.SHUT_WR)
+        assert backend.recv(1) == b""
+        assert is_reset(client)
+
+    assert converse(script, idle=0.2, half_close=inf)[0] == "idle-timeout"
+
+
+def test_an_abort_does_not_wait_for_ever_for_a_reader_that_has_stopped() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        fill(backend)
+        reset(backend)
+        started = time.monotonic()
+        eventually(lambda: client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        assert time.monotonic() - started < PATIENCE / 2
+
+    assert converse(script, half_close=0.3)[0] == "backend-aborted"
+
+
+def test_when_both_sides_abort_the_connection_is_over() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        reset(client)
+        reset(backend)
+
+    assert converse(script)[0] in ("client-aborted", "backend-aborted")
+
+
+# Timeouts
+
+
+def test_silence_for_the_idle_timeout_aborts_both_sides() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.sendall(b"x")
+        assert backend.recv(1) == b"x"
+        assert is_reset(client)
+        assert is_reset(backend)
+
+    assert converse(script, idle=0.1)[0] == "idle-timeout"
+
+
+def test_bytes_in_one_direction_keep_a_connection_from_being_idle() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        for _ in range(8):
+            backend.sendall(b"tick")
+            time.sleep(0.1)
+        backend.close()
+        assert receive_all(client) == b"tick" * 8
+
+    assert converse(script, idle=0.4) == ("backend-closed", 0, 32)
+
+
+def test_after_a_half_close_silence_of_the_other_flow_ends_the_connection() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.sendall(b"x")
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(backend) == b"x"
+        assert is_reset(client), "an answer that never came must not look complete"
+
+    assert converse(script, half_close=0.1)[0] == "half-close-timeout"
+
+
+def test_a_client_that_has_its_whole_answer_sees_no_reset_at_the_half_close_timeout() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        backend.sendall(b"whole")
+        backend.close()
+        assert client.recv(100) == b"whole"
+        assert client.recv(100) == b""
+        time.sleep(0.3)
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+    assert converse(script, half_close=0.1)[0] == "half-close-timeout"
+
+
+def test_a_reader_that_is_slow_but_reads_is_not_idle() -> None:
+    size = 3_000_000
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        # The kernel's buffers take all of it; only their draining shows that the client is there.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+        backend.sendall(b"x" * size)
+        got = 0
+        for _ in range(20):
+            time.sleep(0.05)
+            got += len(client.recv(size // 40))
+        backend.close()
+        got += len(receive_all(client))
+        assert got == size
+
+    assert converse(script, idle=0.3)[0] == "backend-closed"
+
+
+def test_a_reader_that_has_stopped_is_idle_however_much_waits_for_it() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        fill(backend)
+        eventually(lambda: backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    assert converse(script, idle=1.0)[0] == "idle-timeout"
+
+
+# Against a model
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("send"), st.sampled_from([1, 2, 1000, BUFFER_SIZE - 1, BUFFER_SIZE, 5 * BUFFER_SIZE + 1])),
+        st.tuples(st.just("pause"), st.sampled_from([0, 1, 5])),
+        st.tuples(st.just("read"), st.sampled_from([1, 1000, BUFFER_SIZE])),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    client_steps=steps,
+    backend_steps=steps,
+    pipes=st.sampled_from([0, 1, 4]),
+    pair=st.sampled_from([tcp_pair, unix_pair]),
+)
+def test_each_side_gets_what_the_other_sent_and_then_its_end(
+    client_steps: list[tuple[str, int]], backend_steps: list[tuple[str, int]], pipes: int, pair: Pair
+) -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        got = {client: bytearray(), backend: bytearray()}
+        sent = {client: bytearray(), backend: bytearray()}
+
+        def write(sock: socket.socket, script: list[tuple[str, int]]) -> None:
+            for number, (what, size) in enumerate(script):
+                if what == "send":
+                    data = bytes([number + 1]) * size
+                    sent[sock] += data
+                    sock.sendall(data)
+                elif what == "pause":
+                    time.sleep(size / 1000)
+            sock.shutdown(socket.SHUT_WR)
+
+        def read(sock: socket.socket, script: list[tuple[str, int]]) -> None:
+            for what, size in script:
+                if what == "pause":
+                    time.sleep(size / 1000)
+                elif what == "read":
+                    got[sock] += sock.recv(size)
+            got[sock] += receive_all(sock)
+
+        threads = [
+            threading.Thread(target=action, args=(sock, script))
+            for sock, script in ((client, client_steps), (backend, backend_steps))
+            for action in (write, read)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert got[client] == sent[backend]
+        assert got[backend] == sent[client]
+
+    cause, _, _ = converse(script, pipes=pipes, pair=pair)
+    assert cause in ("client-closed", "backend-closed")
+
+
+# A single flow
+
+
+def test_a_flow_stops_at_the_end_of_its_turn_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rspd.flow, "TURN", BUFFER_SIZE)
+
+    async def main(loop: Loop) -> None:
+        near, source = unix_pair()
+        target, far = unix_pair()
+        flow = Flow(side_of(loop, source), side_of(loop, target), Pipes(1))
+        near.sendall(b"x" * (2 * BUFFER_SIZE))
+        flow.source.watch()
+        flow.target.watch()
+        while not flow.source.ready & IN:
+            await news()
+        assert flow.pump()
+        assert flow.total == BUFFER_SIZE
+        flow.pump()
+        assert flow.total == 2 * BUFFER_SIZE
+        near.close()
+        far.close()
+        flow.drop()
+        flow.source.close()
+        flow.target.close()
+
+    run(main)
+
+
+def test_a_pipe_that_comes_free_does_not_overtake_bytes_held_back() -> None:
+    data = random_bytes(20 * BUFFER_SIZE)
+
+    async def main(loop: Loop) -> None:
+        near, source = unix_pair()
+        target, far = unix_pair()
+        pipes = Pipes(1)
+        flow = Flow(side_of(loop, source), side_of(loop, target), pipes)
+        sender = threading.Thread(target=send_and_close, args=(near, data))
+        sender.start()
+        flow.source.watch()
+        flow.target.watch()
+        taken = pipes.borrow()
+        assert taken
+        while not flow.held:
+            await news()
+            flow.pump()
+        pipes.give_back(taken)
+        got: list[bytes] = []
+        reader = threading.Thread(target=lambda: got.append(receive_all(far)))
+        reader.start()
+        while not flow.finished:
+            if not flow.pump() and not flow.finished:
+                await news()
+        flow.end()
+        reader.join(PATIENCE)
+        sender.join(PATIENCE)
+        assert got[0] == data
+        far.close()
+        pipes.close()
+        flow.source.close()
+        flow.target.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("refusing", ["source", "target"])
+def test_a_socket_that_cannot_be_spliced_is_copied(refusing: str) -> None:
+    """An eventfd refuses splice(2) with EINVAL, as does a file opened for appending."""
+    data = random_bytes(3 * BUFFER_SIZE)
+    read_fd = os.eventfd(0)
+    write_fd = os.open(os.path.devnull, os.O_WRONLY | os.O_APPEND)
+    file = os.memfd_create("append")
+    append_fd = os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_APPEND)
+
+    async def main(loop: Loop) -> None:
+        near, source = unix_pair()
+        target, far = unix_pair()
+        pipes = Pipes(1)
+        flow = Flow(side_of(loop, source), side_of(loop, target), pipes)
+        if refusing == "source":
+            flow.source.fd = read_fd
+        else:
+            flow.target.fd = append_fd
+        flow.source.ready = flow.target.ready = IN | OUT
+        sender = threading.Thread(target=send_and_close, args=(near, data))
+        sender.start()
+        got = bytearray()
+        far.setblocking(False)
+        while not flow.eof:
+            flow.source.ready |= IN
+            flow.target.ready |= OUT
+            flow.pump()
+            try:
+                got += far.recv(1 << 20)
+            except BlockingIOError:
+                pass
+        assert got == data
+        sender.join(PATIENCE)
+        far.close()
+        pipes.close()
+        assert pipes.made == 0
+        flow.source.sock.close()
+        flow.target.sock.close()
+
+    run(main)
+    for fd in (read_fd, write_fd, file, append_fd):
+        os.close(fd)
+
+
+def test_an_end_that_cannot_be_passed_on_any_more_shows_the_abort() -> None:
+    async def main(loop: Loop) -> None:
+        near, far = tcp_pair()
+        side = side_of(loop, far)
+        assert not side.aborted
+        reset(near)
+        eventually(lambda: side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        side.end()
+        assert side.aborted
+        side.close()
+
+    run(main)
+
+
+def test_a_side_knows_what_its_peer_has_not_acknowledged() -> None:
+    async def main(loop: Loop) -> None:
+        near, far = unix_pair()
+        side = side_of(loop, far)
+        side.write(b"x" * 1000)
+        assert side.unsent() > 0
+        near.recv(1000)
+        eventually(lambda: side.unsent() == 0)
+        near.close()
+        side.close()
+
+    run(main)
