@@ -1,0 +1,151 @@
+"""Addresses: as they are written in the configuration, and as the socket calls take them."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+FORMS = "PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
+
+# sun_path holds 108 bytes, one of them the terminating or the leading null byte (unix(7)).
+UNIX_NAME_MAX = 107
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen, or what to dial.
+
+    Either `path` is set (a unix socket's path, or `@` and its name in the abstract namespace), or `port` and
+    `host` are, where an empty host means every local address.
+    """
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return self.path
+        if not self.host:
+            return str(self.port)
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class SocketAddress(NamedTuple):
+    """An address as socket(2) and bind(2) or connect(2) take it."""
+
+    family: int
+    address: Any  # what the socket module takes for the family
+
+    def __str__(self) -> str:
+        return format_socket_address(self.address)
+
+
+def parse_address(text: str, forms: str = FORMS) -> Address:
+    """Read an address; a port is a number or a service name. Raises ValueError, which names the `forms` expected."""
+    if text.startswith(("/", "@")):
+        if len(text) < 2 or "\0" in text:
+            raise ValueError(f"expected {forms}, found {text!r}")
+        try:
+            length = len(text.encode(errors="surrogateescape")) - text.startswith("@")
+        except UnicodeError:
+            raise ValueError(f"expected {forms}, found {text!r}") from None
+        if length > UNIX_NAME_MAX:
+            raise ValueError(f"a unix socket's name holds at most {UNIX_NAME_MAX} bytes, found {text!r}")
+        return Address(path=text)
+    host, colon, port = text.rpartition(":")
+    if "://" in text:
+        raise ValueError(f"expected {forms}, found {text!r}")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        if not _is_numeric(host, socket.AF_INET6):
+            raise ValueError(f"expected an IPv6 address between the brackets, found {text!r}")
+    elif ":" in host:
+        raise ValueError(f"expected brackets around an IPv6 address, as in [::1]:8080, found {text!r}")
+    elif colon:
+        host = _parse_host(host, text, forms)
+    return Address(host, _parse_port(port, text, forms))
+
+
+def _parse_host(host: str, text: str, forms: str) -> str:
+    try:
+        name = host if host.isascii() else host.encode("idna").decode("ascii")
+    except UnicodeError:
+        name = ""
+    labels = name.removesuffix(".").split(".")
+    if len(name) > 253 or not all(0 < len(label) < 64 and set(label) <= HOST_CHARACTERS for label in labels):
+        raise ValueError(f"expected {forms}, found {text!r}")
+    return name
+
+
+HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
+
+
+def _parse_port(port: str, text: str, forms: str) -> int:
+    if port.isascii() and port.isdigit():
+        digits = port.lstrip("0")
+        if len(digits) > 5 or int(port[-5:]) > 65535:
+            raise ValueError(f"a port is at most 65535, found {text!r}")
+        return int(port[-5:])
+    if not port or not set(port) <= HOST_CHARACTERS:
+        raise ValueError(f"expected {forms}, found {text!r}")
+    try:
+        return socket.getservbyname(port, "tcp")
+    except OSError:
+        raise ValueError(f"expected {forms} (services(5) has no {port!r}), found {text!r}") from None
+
+
+def _is_numeric(host: str, family: int) -> bool:
+    # The codec for a str would let other scripts' digits through, the C library stops at a null byte.
+    if not host.isascii() or not host.isprintable():
+        return False
+    try:
+        socket.getaddrinfo(host, None, family=family, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
+def literal(address: Address) -> SocketAddress | None:
+    """The one socket address of a numeric or unix address; None for what needs `resolve`. Never blocks."""
+    if address.path:
+        path = "\0" + address.path[1:] if address.path.startswith("@") else address.path
+        return SocketAddress(socket.AF_UNIX, path)
+    if not address.host:
+        return None
+    try:
+        return _look_up(address, socket.AI_NUMERICHOST)[0]
+    except OSError:
+        return None
+
+
+def resolve(address: Address) -> list[SocketAddress]:
+    """All socket addresses of an address, in the order to try or bind them (RFC 6724).
+
+    Blocks for as long as the system's resolver does. Raises OSError (socket.gaierror) with its reason.
+    """
+    known = literal(address)
+    return [known] if known else _look_up(address, socket.AI_PASSIVE)
+
+
+def _look_up(address: Address, flags: int) -> list[SocketAddress]:
+    # Bytes, because a str is encoded by a codec whose tables are slow to import.
+    host = address.host.encode("ascii") or None
+    found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=flags)
+    # The same address comes twice where /etc/hosts names it twice.
+    return list(dict.fromkeys(SocketAddress(family, sockaddr) for family, _, _, _, sockaddr in found))
+
+
+def format_socket_address(address: object) -> str:
+    """A peer's or a bound socket's address as accept(2) and getsockname(2) return it, for people.
+
+    A unix client seldom has a name of its own; it is called `unix`.
+    """
+    if isinstance(address, tuple):
+        host, port = cast("tuple[str, int]", address[:2])
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if isinstance(address, bytes):
+        address = address.decode(errors="backslashreplace").replace("\0", "@")
+    text = str(address).replace("\0", "@")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) or "unix"

@@ -1,0 +1,237 @@
+"""Addresses as people write them, as sockets take them, and as the log shows them."""
+
+from __future__ import annotations
+
+import socket
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from rspd.address import Address, SocketAddress, format_socket_address, literal, parse_address, resolve
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
+LABELS = st.text(LETTERS, min_size=1, max_size=63)
+NAMES = st.lists(LABELS, min_size=1, max_size=3).map(".".join)
+NUMERIC = st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str)
+PORTS = st.integers(0, 65535)
+PATHS = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1, max_size=26)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("8080", Address(port=8080)),
+        ("0", Address(port=0)),
+        ("65535", Address(port=65535)),
+        ("http", Address(port=80)),
+        ("127.0.0.1:https", Address("127.0.0.1", 443)),
+        ("127.0.0.1:8080", Address("127.0.0.1", 8080)),
+        ("backend:80", Address("backend", 80)),
+        ("a-b_c.example.:80", Address("a-b_c.example.", 80)),
+        ("münchen.example:80", Address("xn--mnchen-3ya.example", 80)),
+        ("[::1]:8080", Address("::1", 8080)),
+        ("[::ffff:127.0.0.1]:80", Address("::ffff:127.0.0.1", 80)),
+        ("[fe80::1%lo]:80", Address("fe80::1%lo", 80)),
+        ("/run/rspd.sock", Address(path="/run/rspd.sock")),
+        ("/run/with:colon", Address(path="/run/with:colon")),
+        ("@rspd", Address(path="@rspd")),
+    ],
+)
+def test_each_form_of_an_address_is_read(text: str, address: Address) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "expected PORT, HOST:PORT"),
+        (":", "expected PORT, HOST:PORT"),
+        (":80", "expected PORT, HOST:PORT"),
+        ("*:80", "expected PORT, HOST:PORT"),
+        ("host:", "expected PORT, HOST:PORT"),
+        (".:80", "expected PORT, HOST:PORT"),
+        ("a..b:80", "expected PORT, HOST:PORT"),
+        ("a b:80", "expected PORT, HOST:PORT"),
+        ("a\0b:80", "expected PORT, HOST:PORT"),
+        ("127.0.0.1", "expected PORT, HOST:PORT"),
+        ("http://host:80", "expected PORT, HOST:PORT"),
+        ("http://host", "expected PORT, HOST:PORT"),
+        ("a" * 64 + ":80", "expected PORT, HOST:PORT"),
+        ("ü" * 64 + ":80", "expected PORT, HOST:PORT"),
+        (".".join(["a" * 63] * 4) + ":80", "expected PORT, HOST:PORT"),
+        ("-80", "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME (services(5) has no '-80')"),
+        ("80 ", "expected PORT, HOST:PORT"),
+        ("\uff18\uff10", "expected PORT, HOST:PORT"),
+        ("host:8080/path", "expected PORT, HOST:PORT"),
+        ("65536", "a port is at most 65535"),
+        ("host:99999999", "a port is at most 65535"),
+        ("localhost", "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME (services(5) has no 'localhost')"),
+        (
+            "host:no-such-service",
+            "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME (services(5) has no 'no-such-service')",
+        ),
+        ("::1", "expected brackets around an IPv6 address, as in [::1]:8080"),
+        ("::1:8080", "expected brackets around an IPv6 address, as in [::1]:8080"),
+        ("[]:80", "expected an IPv6 address between the brackets"),
+        ("[host]:80", "expected an IPv6 address between the brackets"),
+        ("[127.0.0.1]:80", "expected an IPv6 address between the brackets"),
+        ("[::1%no-such-interface]:80", "expected an IPv6 address between the brackets"),
+        ("[" + "ü" * 64 + "]:80", "expected an IPv6 address between the brackets"),
+        ("[::1]", "expected brackets around an IPv6 address, as in [::1]:8080"),
+        ("[::1]:", "expected PORT, HOST:PORT"),
+        ("/", "expected PORT, HOST:PORT"),
+        ("@", "expected PORT, HOST:PORT"),
+        ("/run/\0", "expected PORT, HOST:PORT"),
+        ("/" + "ü" * 54, "a unix socket's name holds at most 107 bytes"),
+    ],
+)
+def test_what_is_no_address_is_refused_with_the_reason_and_the_text(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match="found ") as caught:
+        parse_address(text)
+    assert str(caught.value).startswith(reason)
+    assert str(caught.value).endswith(f", found {text!r}")
+
+
+def test_an_endless_port_number_is_refused_as_too_high() -> None:
+    with pytest.raises(ValueError, match="a port is at most 65535"):
+        parse_address("9" * 5000)
+
+
+@pytest.mark.parametrize("host", ["::\uff11", "::1\0", "::1%lo\0"])
+def test_an_ipv6_address_is_taken_in_ascii_only(host: str) -> None:
+    with pytest.raises(ValueError, match="expected an IPv6 address between the brackets"):
+        parse_address(f"[{host}]:80")
+
+
+@given(st.text(st.characters() | st.sampled_from("/@[]:.%0aé\0"), max_size=40))
+@example("/\ud800")
+@example("@\ud800")
+@settings(deadline=None, max_examples=50)
+def test_any_text_is_an_address_or_is_refused_by_quoting_it(text: str) -> None:
+    try:
+        address = parse_address(text)
+    except ValueError as error:
+        assert repr(text) in str(error)  # noqa: PT017
+    else:
+        literal(address)
+
+
+@given(
+    st.builds(Address, port=PORTS)
+    | st.builds(Address, NAMES | NUMERIC, PORTS)
+    | st.builds(Address, path=st.builds(str.__add__, st.sampled_from("/@"), PATHS))
+)
+@settings(deadline=None, max_examples=50)
+def test_an_address_that_is_printed_and_read_again_is_the_same(address: Address) -> None:
+    assert parse_address(str(address)) == address
+
+
+@given(NUMERIC, PORTS)
+@settings(deadline=None, max_examples=50)
+def test_a_numeric_address_needs_no_lookup(host: str, port: int) -> None:
+    known = literal(Address(host, port))
+    assert known
+    assert (ip_address(known.address[0]), known.address[1]) == (ip_address(host), port)
+    assert known.family == (socket.AF_INET6 if ":" in host else socket.AF_INET)
+    assert resolve(Address(host, port)) == [known]
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (Address(path="/run/rspd.sock"), "/run/rspd.sock"),
+        (Address(path="@rspd"), "\0rspd"),
+        (Address(path="/run/@rspd"), "/run/@rspd"),
+    ],
+)
+def test_a_unix_address_needs_no_lookup(address: Address, expected: str) -> None:
+    assert literal(address) == SocketAddress(socket.AF_UNIX, expected)
+    assert resolve(address) == [SocketAddress(socket.AF_UNIX, expected)]
+
+
+@pytest.mark.parametrize("address", [Address("localhost", 80), Address("nosuch.invalid", 80), Address(port=80)])
+def test_what_stands_for_several_addresses_needs_a_lookup(address: Address) -> None:
+    assert literal(address) is None
+
+
+def test_a_port_alone_stands_for_every_address_of_both_families() -> None:
+    found = resolve(Address(port=8080))
+    assert SocketAddress(socket.AF_INET, ("0.0.0.0", 8080)) in found
+    assert {where.address[:2] for where in found} <= {("0.0.0.0", 8080), ("::", 8080)}
+
+
+def test_a_name_stands_for_each_of_its_addresses_once() -> None:
+    found = resolve(Address("localhost", 8080))
+    assert len(found) == len(set(found)) >= 1
+    assert {where.address[:2] for where in found} <= {("127.0.0.1", 8080), ("::1", 8080)}
+
+
+def test_an_address_that_cannot_be_looked_up_is_an_oserror_with_its_reason() -> None:
+    with pytest.raises(socket.gaierror) as caught:
+        resolve(Address("::1%no-such-interface", 80))
+    assert caught.value.strerror
+
+
+@pytest.mark.parametrize("length", [1, 107])
+def test_an_abstract_name_of_any_length_the_kernel_takes_can_be_bound(length: int) -> None:
+    known = literal(parse_address("@" + "n" * length))
+    assert known
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(known.address)
+        assert str(SocketAddress(sock.family, sock.getsockname())) == "@" + "n" * length
+
+
+def test_a_path_of_the_longest_length_the_kernel_takes_can_be_bound(tmp_path: Path) -> None:
+    text = f"{tmp_path}/".ljust(107, "s")
+    known = literal(parse_address(text))
+    assert known
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(known.address)
+        assert format_socket_address(sock.getsockname()) == text
+    with pytest.raises(ValueError, match="at most 107 bytes"):
+        parse_address(text + "s")
+
+
+def test_a_name_one_byte_longer_than_the_kernel_takes_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 107 bytes"):
+        parse_address("@" + "n" * 108)
+
+
+def test_a_path_need_not_be_utf_8(tmp_path: Path) -> None:
+    path = f"{tmp_path}/\udcff"
+    known = literal(parse_address(path))
+    assert known
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(known.address)
+    assert [name.name for name in tmp_path.iterdir()] == ["\udcff"]
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        (("127.0.0.1", 80), "127.0.0.1:80"),
+        (("::1", 80, 0, 0), "[::1]:80"),
+        (("fe80::1%lo", 80, 0, 1), "[fe80::1%lo]:80"),
+        ("/run/rspd.sock", "/run/rspd.sock"),
+        ("", "unix"),
+        (b"", "unix"),
+        (b"\0rspd", "@rspd"),
+        (b"\0\xff", "@\\xff"),
+        ("\0rspd", "@rspd"),
+    ],
+)
+def test_a_peers_address_is_printed_for_people(address: object, text: str) -> None:
+    assert format_socket_address(address) == text
+
+
+@pytest.mark.parametrize("name", [b"\0a\nconnection closed client=forged", "/tmp/a\nb", "/tmp/\x1b[2J"])
+def test_a_peers_name_cannot_break_a_line_of_the_log(name: str | bytes) -> None:
+    assert format_socket_address(name).isprintable()
+
+
+@given(st.ip_addresses(), PORTS)
+def test_a_printed_socket_address_can_be_read_again(ip: IPv4Address | IPv6Address, port: int) -> None:
+    assert parse_address(format_socket_address((str(ip), port))) == Address(str(ip), port)
