@@ -1,0 +1,161 @@
+"""The log: one line an event on stderr, for the journal or for a person."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import stat
+import time
+from collections.abc import Callable
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+# sd-daemon(3): the prefix that tells the journal a line's priority.
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+
+# Milliseconds of waiting for a reader of the log who has fallen behind that are saved up, and how many each second
+# adds. When they are used up, lines are dropped and counted: a slow log may slow rspd down a little, never stop it.
+PATIENCE = 500.0
+PATIENCE_PER_SECOND = 20.0
+LEAST_WAIT = 10.0
+
+STDERR = 2
+
+SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
+def quote(text: str) -> str:
+    """A value for `key=value`: in double quotes, control characters and quotes escaped."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped) + '"'
+
+
+def set_up(level: str) -> None:
+    """Send what the modules of rspd log to stderr, from a level of `LEVELS` on. May be called again."""
+    # What no line shows need not be found out for each record (the logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
+    logger = logging.getLogger("rspd")
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(StderrHandler())
+    logger.setLevel(LEVELS[level])
+
+
+class StderrHandler(logging.Handler):
+    """Writes each record: with `<N>` before each line for the journal, with time and level else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._journal = _is_journal(STDERR)
+        self._traceback = logging.Formatter()
+        self._output = Output(STDERR, self._note_lost)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record."""
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + self._traceback.formatException(record.exc_info)
+        self._output.write(self._lines(record.created, record.levelno, message))
+
+    def close(self) -> None:
+        """Called when logging is shut down."""
+        self._output.close()
+        super().close()
+
+    def _lines(self, created: float, level: int, message: str) -> bytes:
+        if self._journal:
+            prefix = f"<{PRIORITIES[level]}>"
+            text = prefix + message.replace("\n", "\n" + prefix)
+        else:
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created))
+            text = f"{when}.{int(created % 1 * 1000):03} {logging.getLevelName(level):<7} {message}"
+        return text.encode(errors="backslashreplace") + b"\n"
+
+    def _note_lost(self, count: int) -> bytes:
+        return self._lines(time.time(), logging.WARNING, f"{count} lines of this log were lost, nobody read it")
+
+
+class Output:
+    """A descriptor written to without waiting long for its reader; it stays blocking for all who share it.
+
+    note_lost: makes the line that says how many were lost.
+    """
+
+    def __init__(self, fd: int, note_lost: Callable[[int], bytes]) -> None:
+        try:
+            mode = os.fstat(fd).st_mode
+        except OSError:
+            # Closed: its number may be a client's socket next.
+            fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            mode = os.fstat(fd).st_mode
+        self._fd = fd
+        self._note_lost = note_lost
+        self._sock = socket.SocketType(fileno=fd) if stat.S_ISSOCK(mode) else None
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        self._never_full = stat.S_ISREG(mode)
+        self._patience = PATIENCE
+        self._waited = time.monotonic()
+        self._lost = 0
+        self._cut = b""  # ends a line of which only the beginning was written
+
+    def write(self, data: bytes) -> None:
+        """Write a line or several that belong together, or count them as lost if they cannot be written."""
+        if self._lost and self._put(self._note_lost(self._lost)):
+            self._lost = 0
+        if self._lost or not self._put(data):
+            self._lost += 1
+
+    def close(self) -> None:
+        """Stop writing; the descriptor stays open."""
+        if self._sock:
+            self._sock.detach()
+
+    def _put(self, data: bytes) -> bool:
+        rest = memoryview(self._cut + data)
+        size = len(rest)
+        try:
+            while rest:
+                rest = rest[self._send(rest) :]
+        except OSError:
+            if len(rest) < size:
+                self._cut = b"\n"
+            return False
+        self._cut = b""
+        return True
+
+    def _send(self, data: memoryview) -> int:
+        if self._sock:
+            try:
+                return self._sock.send(data, SEND_FLAGS)
+            except BlockingIOError:
+                self._wait()
+                return self._sock.send(data, SEND_FLAGS)
+        if self._never_full or self._poll.poll(0) or self._wait():
+            # So much a pipe takes without blocking once poll(2) calls it writable (pipe(7)).
+            return os.write(self._fd, data[: select.PIPE_BUF])
+        raise BlockingIOError
+
+    def _wait(self) -> bool:
+        """Wait for the reader as long as patience lasts; whether it has made room."""
+        begun = time.monotonic()
+        self._patience = min(self._patience + (begun - self._waited) * PATIENCE_PER_SECOND, PATIENCE)
+        self._waited = begun
+        if self._patience < LEAST_WAIT:
+            return False
+        room = bool(self._poll.poll(self._patience))
+        self._waited = time.monotonic()
+        self._patience = max(0.0, self._patience - (self._waited - begun) * 1000)
+        return room
+
+
+def _is_journal(fd: int) -> bool:
+    """Whether a descriptor is the one that systemd connected to the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
