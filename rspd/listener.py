@@ -1,0 +1,218 @@
+"""Listening sockets: bound, accepted from, closed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+
+from rspd.address import Address, SocketAddress, format_socket_address
+from rspd.loop import Watch
+
+# accept(2): errors that concern the one client that was to be accepted, not the listener.
+CLIENT_GONE = frozenset(
+    {
+        errno.EAGAIN,
+        errno.ECONNABORTED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.EINTR,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENONET,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.EPROTO,
+        errno.ETIMEDOUT,
+    }
+)
+
+# What bind(2) and socket(2) say where the host has no such family, or no such address.
+NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+
+ADVICE = {
+    errno.EADDRINUSE: "another process listens there, `ss -ltnp` shows which",
+    errno.EADDRNOTAVAIL: "no interface of this host has that address, `ip address` lists them",
+    errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE, a path a writable folder",
+    errno.ENOENT: "the folder does not exist",
+    errno.EMFILE: "raise LimitNOFILE or `ulimit -n`",
+}
+
+
+class ListenError(Exception):
+    """A listener cannot be opened; `errno` says why in the system's terms."""
+
+    def __init__(self, address: Address, where: object, error: OSError) -> None:
+        reason = error.strerror or str(error)
+        advice = ADVICE.get(error.errno or 0)
+        if advice and address.path:
+            advice = advice.replace("ss -ltnp", "ss -lxp")
+        place = str(address) if str(address) == str(where) else f"{address} ({where})"
+        super().__init__(f"cannot listen on {place}: {reason}" + (f"; {advice}" if advice else ""))
+        self.errno = error.errno
+
+
+class Listener(Watch):
+    """A listening socket, which it owns, for one of the configured addresses."""
+
+    __slots__ = ("_inode", "_sock", "address", "backlog", "name")
+
+    def __init__(self, address: Address, sock: socket.SocketType, inode: tuple[int, int] | None = None) -> None:
+        super().__init__(sock.fileno())
+        self.address = address
+        self.name = format_socket_address(sock.getsockname())
+        self._sock = sock
+        self._inode = inode
+
+    def accept(self) -> tuple[socket.SocketType, object]:
+        """The next client's socket, non-blocking and the caller's to close, and its address. Raises OSError."""
+        sock = self._sock
+        # socket.accept() would do the same with a slower class around it.
+        fd, address = sock._accept()  # type: ignore[attr-defined]  # typeshed lacks it; in CPython since 3.0
+        client = socket.SocketType(sock.family, socket.SOCK_STREAM, 0, fd)
+        client.setblocking(False)
+        return client, address
+
+    def listen(self, backlog: int) -> None:
+        """Listen on, with a new backlog, or again after `rest`."""
+        self._sock.listen(backlog)
+        self.backlog = backlog
+
+    def rest(self) -> None:
+        """Stop listening, so that another socket can take the address over; clients in the backlog are reset.
+
+        For a TCP listener whose port is configured: one that the kernel picked would be lost.
+        """
+        # Linux takes a listening socket back to the state it had after bind.
+        self._sock.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        """Close the socket, and remove the file of a unix socket if it is still ours."""
+        if self._inode and _inode(self.address.path) == self._inode:
+            try:
+                os.unlink(self.address.path)
+            except OSError:
+                pass  # the folder is not ours to write in any more; the next start finds the file stale
+        self._sock.close()
+
+
+def open_listeners(address: Address, where: Iterable[SocketAddress], backlog: int) -> list[Listener]:
+    """Bind and listen on all socket addresses that a configured address stands for.
+
+    A host without IPv6, or without IPv4, does without that half. Raises ListenError; nothing is left open then.
+    """
+    listeners: list[Listener] = []
+    missing: ListenError | None = None
+    try:
+        for socket_address in where:
+            try:
+                listeners.append(_open(address, socket_address, backlog))
+            except OSError as error:
+                missing = ListenError(address, socket_address, error)
+                if error.errno not in NO_SUCH_ADDRESS:
+                    raise missing from error
+        if missing and not listeners:
+            raise missing
+    except ListenError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+def replace_listeners(
+    old: Sequence[Listener], wanted: Mapping[Address, Sequence[SocketAddress]], backlog: int
+) -> list[Listener]:
+    """Listeners for the wanted addresses: of the old ones those that stay; the others are closed.
+
+    None of the old ones may be watched. Raises ListenError, with the old ones as they were.
+    """
+    staying = [listener for listener in old if listener.address in wanted]
+    leaving = [listener for listener in old if listener.address not in wanted]
+    known = {listener.address for listener in old}
+    coming = {address: where for address, where in wanted.items() if address not in known}
+    try:
+        opened = _open_all(coming, backlog)
+    except ListenError as error:
+        ports = {address.port for address in coming}
+        in_the_way = [listener for listener in leaving if listener.address.port in ports - {0}]
+        if error.errno != errno.EADDRINUSE or not in_the_way:
+            raise
+        # One of our own may stand in the way, as 8080 does of 127.0.0.1:8080. Who comes meanwhile is refused.
+        for listener in in_the_way:
+            listener.rest()
+        try:
+            opened = _open_all(coming, backlog)
+        except ListenError:
+            for listener in in_the_way:
+                listener.listen(listener.backlog)
+            raise
+    for listener in leaving:
+        listener.close()
+    for listener in staying:
+        listener.listen(backlog)
+    return staying + opened
+
+
+def _open_all(addresses: Mapping[Address, Sequence[SocketAddress]], backlog: int) -> list[Listener]:
+    opened: list[Listener] = []
+    try:
+        for address, where in addresses.items():
+            opened += open_listeners(address, where, backlog)
+    except ListenError:
+        for listener in opened:
+            listener.close()
+        raise
+    return opened
+
+
+def _open(address: Address, where: SocketAddress, backlog: int) -> Listener:
+    sock = socket.SocketType(where.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+    inode = None
+    try:
+        if where.family == socket.AF_UNIX:
+            _remove_stale(where.address)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Accepted sockets inherit it: a relayed message is not to wait for the acknowledgement of the last.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if where.family == socket.AF_INET6:
+            # Each family has its own socket, so that neither can be mistaken for the other.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(where.address)
+        if where.family == socket.AF_UNIX:
+            inode = _inode(where.address)
+        listener = Listener(address, sock, inode)
+        listener.listen(backlog)
+        return listener
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    """What identifies a socket's file; None for an abstract name, or if it is gone."""
+    try:
+        status = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file that nobody listens on. Raises OSError if somebody does, or if it is another file."""
+    if path.startswith("\0"):
+        return
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "a file that is not a socket stands there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        code = probe.connect_ex(path)
+    if code != errno.ECONNREFUSED:
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    os.unlink(path)

@@ -1,0 +1,515 @@
+"""Listening sockets: bound, accepted from, taken over, closed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from rspd.address import Address, SocketAddress, parse_address, resolve
+from rspd.listener import Listener, ListenError, open_listeners, replace_listeners
+from tests.support import PATIENCE, eventually
+from tests.test_pipes import no_descriptors, open_descriptors, unprivileged
+
+LOOPBACK = SocketAddress(socket.AF_INET, ("127.0.0.1", 0))
+LOOPBACK_6 = SocketAddress(socket.AF_INET6, ("::1", 0))
+# Addresses for documentation (RFC 5737, RFC 3849): no interface has them, and nothing is ever sent there.
+ELSEWHERE = SocketAddress(socket.AF_INET, ("192.0.2.1", 0))
+ELSEWHERE_6 = SocketAddress(socket.AF_INET6, ("2001:db8::1", 0))
+NO_FAMILY = SocketAddress(socket.AF_APPLETALK, None)
+
+Open = Callable[..., list[Listener]]
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_left_open() -> Iterator[None]:
+    before = open_descriptors()
+    yield
+    assert open_descriptors() == before
+
+
+@pytest.fixture
+def open_all(no_descriptor_is_left_open: None) -> Iterator[Open]:
+    """open_listeners with a backlog of 8, for an address in text or for given socket addresses; closed at the end."""
+    opened: list[Listener] = []
+
+    def listen(text: str, *where: SocketAddress, backlog: int = 8) -> list[Listener]:
+        address = parse_address(text)
+        listeners = open_listeners(address, where or resolve(address), backlog)
+        opened.extend(listeners)
+        return listeners
+
+    yield listen
+    for listener in opened:
+        listener.close()
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that other users can look into."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+        folder.chmod(0o755)
+
+
+@pytest.fixture
+def free_ports() -> list[int]:
+    """Ports that nobody listens on now."""
+    socks = [socket.socket() for _ in range(2)]
+    for sock in socks:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+    ports = [int(sock.getsockname()[1]) for sock in socks]
+    for sock in socks:
+        sock.close()
+    return ports
+
+
+@pytest.fixture
+def free_port(free_ports: list[int]) -> int:
+    return free_ports[0]
+
+
+def port_of(listener: Listener) -> int:
+    return int(listener.name.rpartition(":")[2])
+
+
+def connect(listener: Listener) -> socket.socket:
+    """A client of it, connected or refused at once."""
+    path = listener.address.path
+    if path:
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(PATIENCE)
+        try:
+            client.connect("\0" + path[1:] if path.startswith("@") else path)
+        except BaseException:
+            client.close()
+            raise
+        return client
+    host = listener.name.rpartition(":")[0].strip("[]")
+    return socket.create_connection((host, port_of(listener)), timeout=PATIENCE)
+
+
+def accept(listener: Listener) -> tuple[socket.SocketType, object]:
+    """The next client, as soon as it is there."""
+
+    def one() -> tuple[socket.SocketType, object] | None:
+        try:
+            return listener.accept()
+        except BlockingIOError:
+            return None
+
+    accepted = eventually(one)
+    assert accepted is not None
+    return accepted
+
+
+def serves(listener: Listener) -> bool:
+    """Whether a client gets through."""
+    try:
+        client = connect(listener)
+    except OSError:
+        return False
+    with client:
+        sock, _ = accept(listener)
+        sock.send(b"x")
+        sock.close()
+        return client.recv(1) == b"x"
+
+
+def backlog_of(listener: Listener) -> int:
+    """The kernel's limit for it (tcpi_sacked of a listening socket, tcp(7))."""
+    with socket.socket(fileno=os.dup(listener.fd)) as sock:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int(struct.unpack_from("I", info, 28)[0])
+
+
+# Accepting
+
+
+def test_an_accepted_client_is_ready_for_use_in_the_loop(open_all: Open) -> None:
+    [listener] = open_all("127.0.0.1:0")
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+    with connect(listener) as client:
+        sock, address = accept(listener)
+        assert address == client.getsockname()
+        assert sock.gettimeout() == 0
+        assert not os.get_inheritable(sock.fileno())
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        with pytest.raises(BlockingIOError):
+            sock.recv(1)
+        sock.send(b"hello")
+        assert client.recv(9) == b"hello"
+        sock.close()
+
+
+def test_clients_are_accepted_in_the_order_in_which_they_came(open_all: Open) -> None:
+    [listener] = open_all("127.0.0.1:0")
+    clients = [connect(listener) for _ in range(5)]
+    for client in clients:
+        sock, address = accept(listener)
+        assert address == client.getsockname()
+        sock.close()
+        client.close()
+
+
+def test_accepting_without_descriptors_is_an_error_and_the_client_goes_on_waiting(open_all: Open) -> None:
+    [listener] = open_all("127.0.0.1:0")
+    with connect(listener) as client:
+        with no_descriptors(), pytest.raises(OSError, match=os.strerror(errno.EMFILE)) as caught:
+            listener.accept()
+        assert caught.value.errno == errno.EMFILE
+        sock, address = accept(listener)
+        assert address == client.getsockname()
+        sock.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["127.0.0.1:0", "[::1]:0", "localhost:0", "@rspd-test-listener-{pid}", "{folder}/sock"]
+)
+def test_each_kind_of_address_is_listened_on_and_named(text: str, open_all: Open, tmp_path: Path) -> None:
+    text = text.format(pid=os.getpid(), folder=tmp_path)
+    listeners = open_all(text)
+    for listener in listeners:
+        assert serves(listener)
+        assert listener.address == parse_address(text)
+        if text.startswith(("@", "/")):
+            assert listener.name == text
+        else:
+            assert port_of(listener) > 0
+
+
+def test_a_bare_port_is_listened_on_in_both_families_each_by_a_socket_of_its_own(open_all: Open) -> None:
+    listeners = open_all("0")
+    assert {listener.name.rpartition(":")[0] for listener in listeners} == {"0.0.0.0", "[::]"}
+    [v6] = [listener for listener in listeners if listener.name.startswith("[")]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port_of(v6)), timeout=PATIENCE)
+    again = SocketAddress(socket.AF_INET, ("0.0.0.0", port_of(v6)))
+    assert serves(open_all(str(port_of(v6)), again)[0])
+
+
+def test_the_backlog_is_the_one_asked_for_and_can_be_changed(open_all: Open) -> None:
+    [listener] = open_all("127.0.0.1:0", backlog=5)
+    assert backlog_of(listener) == 5
+    listener.listen(7)
+    assert backlog_of(listener) == 7
+
+
+def test_a_port_can_be_listened_on_again_at_once_after_connections_were_closed_here(open_all: Open) -> None:
+    address = Address("127.0.0.1", 0)
+    [listener] = open_listeners(address, [LOOPBACK], 8)
+    port = port_of(listener)
+    with connect(listener) as client:
+        sock, _ = accept(listener)
+        sock.close()
+        assert client.recv(1) == b""
+    listener.close()
+    assert serves(open_all(f"127.0.0.1:{port}")[0])
+
+
+# What cannot be listened on
+
+
+def refuse(text: str, *where: SocketAddress) -> ListenError:
+    address = parse_address(text)
+    with pytest.raises(ListenError) as caught:
+        open_listeners(address, where or resolve(address), 8)
+    return caught.value
+
+
+def test_a_port_that_is_taken_is_an_error_that_tells_how_to_find_who_has_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        error = refuse(f"127.0.0.1:{port}")
+    assert str(error) == (
+        f"cannot listen on 127.0.0.1:{port}: Address already in use; "
+        "another process listens there, `ss -ltnp` shows which"
+    )
+    assert error.errno == errno.EADDRINUSE
+
+
+def test_an_error_names_the_address_as_configured_and_the_one_it_stands_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        error = refuse(f"localhost:{port}", SocketAddress(socket.AF_INET, ("127.0.0.1", port)))
+    assert str(error).startswith(f"cannot listen on localhost:{port} (127.0.0.1:{port}): Address already in use; ")
+
+
+@pytest.mark.parametrize("missing", [ELSEWHERE, ELSEWHERE_6, NO_FAMILY], ids=["IPv4", "IPv6", "family"])
+def test_an_address_that_the_host_does_not_have_is_done_without_if_there_is_another(
+    missing: SocketAddress, open_all: Open
+) -> None:
+    for where in ([missing, LOOPBACK], [LOOPBACK, missing]):
+        [listener] = open_all("somewhere:0", *where)
+        assert serves(listener)
+
+
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [([ELSEWHERE], errno.EADDRNOTAVAIL), ([ELSEWHERE_6, ELSEWHERE], errno.EADDRNOTAVAIL)],
+    ids=["the only one", "all"],
+)
+def test_an_address_that_the_host_does_not_have_at_all_is_an_error(where: list[SocketAddress], code: int) -> None:
+    error = refuse("somewhere:0", *where)
+    assert error.errno == code
+    assert "somewhere:0 (192.0.2.1:0): Cannot assign requested address; no interface of this host has" in str(error)
+
+
+def test_a_failure_closes_what_was_opened_before_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        refuse("localhost:0", LOOPBACK_6, LOOPBACK, SocketAddress(socket.AF_INET, other.getsockname()))
+
+
+def test_without_descriptors_listening_is_an_error_that_names_the_limit() -> None:
+    with no_descriptors(1):
+        error = refuse("localhost:0", LOOPBACK, LOOPBACK)
+    assert error.errno == errno.EMFILE
+    assert str(error).endswith("Too many open files; raise LimitNOFILE or `ulimit -n`")
+
+
+def test_a_low_port_without_privileges_is_an_error_that_tells_what_is_needed() -> None:
+    if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 1:
+        pytest.skip("any user may bind any port here")
+    with unprivileged():
+        error = refuse("127.0.0.1:1")
+    assert error.errno == errno.EACCES
+    assert "Permission denied; a port below 1024 needs root or CAP_NET_BIND_SERVICE" in str(error)
+
+
+# Sockets with a file
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("missing/sock", "No such file or directory; the folder does not exist"),
+        ("file/sock", "Not a directory"),
+        ("file", "a file that is not a socket stands there"),
+        ("folder", "a file that is not a socket stands there"),
+        ("link", "a file that is not a socket stands there"),
+    ],
+)
+def test_a_path_that_cannot_be_a_socket_is_an_error_and_is_left_alone(path: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("file")
+    assert str(refuse(f"{tmp_path}/{path}")) == f"cannot listen on {tmp_path}/{path}: {reason}"
+    assert (tmp_path / "file").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link"]
+
+
+def test_a_folder_without_permission_is_an_error_that_says_so(shared_folder: Path) -> None:
+    shared_folder.chmod(0o555)
+    with unprivileged():
+        error = refuse(f"{shared_folder}/sock")
+    assert error.errno == errno.EACCES
+    assert "Permission denied; " in str(error)
+    assert "a writable folder" in str(error)
+
+
+def test_a_stale_socket_file_is_replaced(open_all: Open, tmp_path: Path) -> None:
+    path = f"{tmp_path}/sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+        dead.listen()
+    assert serves(open_all(path)[0])
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_a_socket_file_that_somebody_listens_on_is_left_to_them(kind: int, full: bool, tmp_path: Path) -> None:
+    path = f"{tmp_path}/sock"
+    with socket.socket(socket.AF_UNIX, kind) as other, socket.socket(socket.AF_UNIX, kind) as client:
+        other.bind(path)
+        other.listen(0)
+        if full:
+            client.connect(path)
+        error = refuse(path)
+        assert error.errno == errno.EADDRINUSE
+        assert str(error).startswith(f"cannot listen on {path}: Address already in use; another process listens there")
+        assert os.path.exists(path)
+
+
+def test_a_socket_that_is_bound_and_not_yet_listening_counts_as_stale(open_all: Open, tmp_path: Path) -> None:
+    path = f"{tmp_path}/sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        assert serves(open_all(path)[0])
+
+
+def test_an_abstract_name_that_is_taken_is_an_error() -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind("")
+        other.listen()
+        name = "@" + other.getsockname()[1:].decode()
+        assert refuse(name).errno == errno.EADDRINUSE
+
+
+def test_closing_removes_the_socket_file(tmp_path: Path) -> None:
+    path = f"{tmp_path}/sock"
+    [listener] = open_listeners(parse_address(path), resolve(parse_address(path)), 8)
+    listener.close()
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("replacement", ["a file", "another socket", "nothing"])
+def test_closing_removes_no_file_of_somebody_else_s(replacement: str, tmp_path: Path) -> None:
+    path = f"{tmp_path}/sock"
+    [listener] = open_listeners(parse_address(path), resolve(parse_address(path)), 8)
+    os.rename(path, f"{tmp_path}/aside")
+    if replacement == "a file":
+        Path(path).write_text("precious")
+    with socket.socket(socket.AF_UNIX) as other:
+        if replacement == "another socket":
+            other.bind(path)
+        listener.close()
+        assert os.path.lexists(path) == (replacement != "nothing")
+
+
+def test_closing_a_socket_whose_file_may_not_be_removed_closes_it(shared_folder: Path) -> None:
+    path = f"{shared_folder}/sock"
+    [listener] = open_listeners(parse_address(path), resolve(parse_address(path)), 8)
+    before = open_descriptors()
+    shared_folder.chmod(0o555)
+    try:
+        with unprivileged():
+            listener.close()
+        assert open_descriptors() == before - 1
+    finally:
+        shared_folder.chmod(0o755)
+        listener.close()
+    with pytest.raises(OSError, match=r"No such file|refused"), socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+
+
+# Resting
+
+
+def test_a_listener_at_rest_refuses_and_resets_clients_until_it_listens_again(free_port: int, open_all: Open) -> None:
+    [listener] = open_all(f"127.0.0.1:{free_port}")
+    with connect(listener) as waiting:
+        listener.rest()
+        with pytest.raises(ConnectionResetError):
+            waiting.recv(1)
+    with pytest.raises(ConnectionRefusedError):
+        connect(listener)
+    listener.listen(3)
+    assert serves(listener)
+    assert backlog_of(listener) == 3
+
+
+def test_a_listener_at_rest_lets_another_socket_take_its_address(open_all: Open) -> None:
+    [listener] = open_all("127.0.0.1:0")
+    listener.rest()
+    [other] = open_all(f"127.0.0.1:{port_of(listener)}")
+    assert serves(other)
+
+
+# Replacing
+
+
+Wanted = Mapping[Address, Sequence[SocketAddress]]
+
+
+def wanted(*texts: str) -> Wanted:
+    return {parse_address(text): resolve(parse_address(text)) for text in texts}
+
+
+@pytest.fixture
+def replace(no_descriptor_is_left_open: None) -> Iterator[Callable[..., list[Listener]]]:
+    """replace_listeners of the last call's outcome; what is open at the end is closed."""
+    now: list[Listener] = []
+
+    def by(*texts: str, backlog: int = 8) -> list[Listener]:
+        now[:] = replace_listeners(now, wanted(*texts), backlog)
+        return list(now)
+
+    yield by
+    for listener in now:
+        listener.close()
+
+
+def test_replacing_keeps_what_stays_opens_what_comes_and_closes_what_leaves(
+    replace: Callable[..., list[Listener]], tmp_path: Path
+) -> None:
+    stays, leaves, comes = f"{tmp_path}/stays", f"{tmp_path}/leaves", f"{tmp_path}/comes"
+    old = {listener.name: listener for listener in replace(stays, leaves)}
+    with connect(old[stays]) as waiting:
+        new = {listener.name: listener for listener in replace(stays, comes)}
+        assert set(new) == {stays, comes}
+        assert new[stays] is old[stays]
+        sock, _ = new[stays].accept()
+        sock.close()
+        assert waiting.recv(1) == b""
+    assert serves(new[comes])
+    assert sorted(os.listdir(tmp_path)) == ["comes", "stays"]
+
+
+def test_replacing_gives_what_stays_the_new_backlog(replace: Callable[..., list[Listener]]) -> None:
+    [before] = replace("127.0.0.1:0", backlog=5)
+    [after] = replace("127.0.0.1:0", backlog=9)
+    assert after is before
+    assert backlog_of(after) == 9
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("{}", "127.0.0.1:{}"), ("127.0.0.1:{}", "{}"), ("127.0.0.1:{}", "localhost:{}")]
+)
+def test_an_address_takes_over_from_one_of_our_own_that_stood_in_its_way(
+    before: str, after: str, free_port: int, replace: Callable[..., list[Listener]]
+) -> None:
+    old = replace(before.format(free_port))
+    new = replace(after.format(free_port))
+    assert not set(old) & set(new)
+    assert all(serves(listener) for listener in new)
+
+
+def test_a_replacement_that_fails_leaves_the_old_listeners_as_they_were(
+    free_ports: list[int], replace: Callable[..., list[Listener]]
+) -> None:
+    one, two = free_ports
+    old = replace(f"127.0.0.1:{one}", f"127.0.0.1:{two}")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        before = open_descriptors()
+        for texts in [
+            (f"127.0.0.1:{taken}",),
+            (f"127.0.0.1:{one}", f"127.0.0.1:{taken}"),
+            ("[::1]:0", f"localhost:{one}", f"127.0.0.1:{taken}"),
+            (f"127.0.0.1:{one}", f"127.0.0.1:{two}", f"127.0.0.1:{taken}"),
+        ]:
+            with pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1:{taken}: Address already in use"):
+                replace(*texts)
+            assert open_descriptors() == before
+            assert all(serves(listener) for listener in old)
+            assert [backlog_of(listener) for listener in old] == [8, 8]
+
+
+def test_a_replacement_that_fails_for_another_reason_resets_nobody(
+    replace: Callable[..., list[Listener]], tmp_path: Path
+) -> None:
+    [old] = replace("127.0.0.1:0")
+    with connect(old) as waiting:
+        with pytest.raises(ListenError, match="the folder does not exist"):
+            replace(f"{tmp_path}/missing/sock")
+        sock, _ = accept(old)
+        sock.send(b"x")
+        assert waiting.recv(1) == b"x"
+        sock.close()
+
+
+def test_replacing_everything_by_nothing_closes_everything(replace: Callable[..., list[Listener]]) -> None:
+    [old] = replace("127.0.0.1:0")
+    assert replace() == []
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(old.name.rpartition(":")[2])), timeout=PATIENCE)
