@@ -1,0 +1,67 @@
+"""Running out of descriptors: who needs one waits, and the log hears of it twice."""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+from rspd.log import quote
+from rspd.loop import Loop, Task, news
+
+# accept(2) and socket(2): no descriptor in the process, in the system; no memory for a socket.
+SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+# Seconds after which to try again where no connection of ours has ended meanwhile.
+RETRY = 0.1
+
+# Seconds without a failure after which the shortage is over. While clients queue, each connection's end lets just
+# one more in before the next failure; that is one shortage.
+QUIET = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Shortage:
+    """The state of descriptors being short. Tasks that failed for want of one wait here, first come first served."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._waiting: list[Task] = []
+        self._last: float | None = None  # when a call failed, while there is a shortage
+
+    @property
+    def active(self) -> bool:
+        """Whether descriptors have been short a moment ago."""
+        return self._last is not None
+
+    async def wait(self, error: OSError) -> None:
+        """After a call that failed with an error in `SHORT`: wait until trying again makes sense."""
+        loop = self._loop
+        if self._last is None:
+            self._last = loop.now
+            loop.spawn(self._report(error))
+        self._last = loop.now
+        task = loop.current
+        self._waiting.append(task)
+        until = loop.now + RETRY
+        task.wake_at(until)
+        try:
+            while task in self._waiting and loop.now < until:
+                await news()
+        finally:
+            if task in self._waiting:
+                self._waiting.remove(task)
+
+    def relieve(self) -> None:
+        """A connection has ended: let those who wait try again."""
+        for task in self._waiting:
+            task.wake()
+        self._waiting.clear()
+
+    async def _report(self, error: OSError) -> None:
+        advice = "; raise LimitNOFILE or ulimit -n" if error.errno == errno.EMFILE else ""
+        log.warning("accepting pauses%s reason=%s", advice, quote(error.strerror or str(error)))
+        while (over := (self._last or 0) + QUIET) > self._loop.now:
+            await self._loop.sleep(over - self._loop.now)
+        self._last = None
+        log.info("accepting goes on")
