@@ -1,0 +1,85 @@
+"""One at a time, or so many, in the order of arrival."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+
+from tests.support import PATIENCE, Backend, Daemon, answer, echo, eventually, receive_all, rspd
+
+
+def ask(daemon: Daemon, got: list[float], started: float) -> socket.socket:
+    """A client that has sent its request; `got` hears when the answer came."""
+    client = daemon.connect()
+    client.sendall(b"?")
+
+    def wait() -> None:
+        assert client.recv(2) == b"ok"
+        got.append(time.monotonic() - started)
+        client.close()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return client
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [(1, 4.0), (4, 1.0)])
+def test_four_clients_of_a_backend_that_takes_a_second(limit: int, seconds: float) -> None:
+    def slow(sock: socket.socket) -> None:
+        sock.recv(1)
+        time.sleep(1)
+        sock.sendall(b"ok")
+
+    with Backend(slow) as backend, rspd("-b", backend.address, "--max-connections", str(limit)) as daemon:
+        started, got = time.monotonic(), list[float]()
+        ports = [ask(daemon, got, started).getsockname()[1] for _ in range(4)]
+        ends = daemon.wait_for_ends(4)
+        assert seconds <= max(got) < seconds + 0.9
+        if limit == 1:
+            assert [int(end["client"].rpartition(":")[2]) for end in ends] == ports, "not in the order of arrival"
+
+
+def test_no_more_than_max_connections_are_served_and_the_others_wait_in_order() -> None:
+    with Backend(echo) as backend, rspd("-b", backend.address, "--max-connections", "3") as daemon:
+        clients = [daemon.connect() for _ in range(8)]
+        for number, client in enumerate(clients):
+            client.sendall(b"%d" % number)
+        for number, client in enumerate(clients):
+            assert client.recv(10) == b"%d" % number
+            assert backend.accepted <= number + 3
+            client.close()
+        assert len(daemon.wait_for_ends(8)) == 8
+
+
+def test_serially_a_client_that_says_nothing_holds_the_others_until_its_idle_timeout(tmp_path: object) -> None:
+    with Backend(answer) as backend:
+        config = f"{tmp_path}/rspd.yaml"
+        with open(config, "w") as file:
+            file.write(f"backend: {backend.address}\nidle_timeout: 300ms\n")
+        with rspd("-c", config) as daemon:
+            silent, polite = daemon.connect(), daemon.connect()
+            polite.sendall(b"?")
+            assert receive_all(polite) == b"ok"
+            silent.close()
+            polite.close()
+            assert daemon.wait_for_ends(2)[0]["cause"] == "idle-timeout"
+
+
+def test_two_listeners_take_turns_when_both_are_busy() -> None:
+    with Backend(answer) as backend, rspd("-b", backend.address, listen=("127.0.0.1:0", "127.0.0.2:0")) as daemon:
+        places = [line.rpartition("=")[2].split(":") for line in daemon.wait_for("listening address=", 2)]
+        with daemon.connect():
+            # While it is served, both backlogs fill, that of the first listener before the other's.
+            eventually(lambda: backend.accepted)
+            clients = [socket.create_connection((host, int(port)), PATIENCE) for host, port in places for _ in range(5)]
+            for client in clients:
+                client.sendall(b"?")
+        arrived_at = {client.getsockname()[1]: client.getpeername()[1] for client in clients}
+        for client in clients:
+            threading.Thread(target=lambda client=client: (receive_all(client), client.close()), daemon=True).start()
+        ends = daemon.wait_for_ends(11)[1:]
+        served = [arrived_at[int(end["client"].rpartition(":")[2])] for end in ends]
+        assert all(one != other for one, other in pairwise(served)), served

@@ -1,0 +1,280 @@
+"""The command line: what it means, what it says of mistakes, and its exit codes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rspd import __version__
+from rspd.address import Address
+from rspd.cli import describe, main
+from rspd.config import Config, ProxyConfig
+
+MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
+USAGE = (
+    "usage: rspd [-c FILE] [-l ADDRESS]... [-b ADDRESS]... [OPTION]...\n       rspd PORT BACKEND_HOST BACKEND_PORT\n"
+)
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def rspd(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs main in this process; returns exit code, stdout, stderr."""
+
+    def rspd(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = main(arguments)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else -1
+        return code, *capsys.readouterr()
+
+    return rspd
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A valid configuration file."""
+    path = tmp_path / "rspd.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@contextmanager
+def without_privilege() -> Iterator[None]:
+    """Whoever runs the tests may not read everything meanwhile."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("columns", [80, 90, 100])
+def test_the_help_fits_a_terminal(rspd: Run, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = rspd("--help")
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert [line for line in lines if len(line) > columns] == []
+    assert len(lines) <= 24
+
+
+def test_the_help_names_every_option_form_and_exit_code(rspd: Run) -> None:
+    _, out, _ = rspd("-h")
+    assert out.startswith(USAGE)
+    for word in ("-c FILE", "-l ADDRESS", "-b ADDRESS", "--max-connections N", "--log-level LEVEL", "--foreground"):
+        assert word in out
+    for word in ("--check", "--version", "HOST:PORT", "[IPV6]:PORT", "/PATH", "@NAME", "/etc/rspd.yaml"):
+        assert word in out
+    for word in ("64", "69", "71", "77", "78", "SIGTERM", "SIGINT", "SIGHUP"):
+        assert word in out
+
+
+def test_the_version_is_told(rspd: Run) -> None:
+    assert rspd("--version") == (0, f"rspd {__version__}\n", "")
+
+
+def test_a_valid_file_is_described_and_nothing_else_happens(rspd: Run, file: Path) -> None:
+    expected = f"{file}: valid; listening on 8080, relaying to 127.0.0.1:8000, one connection at a time\n"
+    assert rspd("-c", str(file), "--check") == (0, expected, "")
+
+
+def test_a_valid_command_line_is_described(rspd: Run) -> None:
+    arguments = "-l [::1]:80 -l /run/a -b a:1 -b @b --max-connections 20 --foreground"
+    assert rspd("--check", *arguments.split()) == (
+        0,
+        "command line: valid; listening on [::1]:80, /run/a, relaying to a:1, @b, 20 connections at a time\n",
+        "",
+    )
+
+
+def test_the_originals_three_arguments_are_enough(rspd: Run) -> None:
+    assert rspd("8080", "localhost", "80", "--check") == (
+        0,
+        "command line: valid; listening on 8080, relaying to localhost:80, one connection at a time\n",
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "listen", "backend"),
+    [
+        ("8080 ::1 http", "8080", "[::1]:80"),
+        ("http 127.0.0.1 8000", "80", "127.0.0.1:8000"),
+        ("8080 a.example 80 --max-connections 2", "8080", "a.example:80"),
+        ("--log-level debug 8080 a 80", "8080", "a:80"),
+    ],
+)
+def test_the_originals_form_takes_names_numbers_ipv6_and_options(
+    rspd: Run, arguments: str, listen: str, backend: str
+) -> None:
+    code, out, _ = rspd(*arguments.split(), "--check")
+    assert code == 0
+    assert f"listening on {listen}, relaying to {backend}, " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["8080"], "expected PORT BACKEND_HOST BACKEND_PORT, found '"),
+        (["8080", "host"], "expected PORT BACKEND_HOST BACKEND_PORT, found '"),
+        (["8080", "host", "80", "81"], "expected PORT BACKEND_HOST BACKEND_PORT, found '"),
+        (
+            ["8080", "host", "80", "-l", "8081"],
+            "expected either PORT BACKEND_HOST BACKEND_PORT or -l and -b, found both",
+        ),
+        (
+            ["8080", "host", "80", "-b", "a:1"],
+            "expected either PORT BACKEND_HOST BACKEND_PORT or -l and -b, found both",
+        ),
+        (["70000", "host", "80"], "a port is at most 65535, found '70000'"),
+        (["8080", "host", "0"], "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found 'host:0'"),
+        (["8080", "ho st", "80"], "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found 'ho st:80'"),
+        (["8080", "", "80"], "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found ':80'"),
+        (["8080", "::x", "80"], "expected an IPv6 address between the brackets, found '[::x]:80'"),
+        (["-l", "x y", "-b", "a:1"], "argument -l/--listen: expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME, fo"),
+        (["-l", "%s", "-b", "a:1"], "argument -l/--listen: expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME, fo"),
+        (["-l", "1", "-b", "80"], "argument -b/--backend: expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"),
+        (["-l", "::1:80"], "argument -l/--listen: expected brackets around an IPv6 address, as in [::1]:8080, found "),
+        (["-l"], "argument -l/--listen: expected one argument"),
+        (["--max-connections", "0"], "argument --max-connections: expected a whole number from 1 to 1000000, found '0"),
+        (["--max-connections", "x"], "argument --max-connections: expected a whole number from 1 to 1000000, found 'x"),
+        (["--log-level", "loud"], "argument --log-level: expected one of debug, info, warning, error, found 'loud'"),
+        (["--max", "5"], "unrecognized arguments: --max"),
+        (["--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_a_wrong_argument_is_a_usage_error_with_its_reason(rspd: Run, arguments: list[str], reason: str) -> None:
+    code, out, err = rspd(*arguments)
+    assert (code, out) == (64, "")
+    assert err.startswith(f"{USAGE}rspd: {reason}")
+    assert err.endswith("; see rspd --help\n")
+
+
+@pytest.mark.parametrize("host", ["/run/backend", "@backend"])
+def test_the_originals_host_and_port_cannot_be_a_unix_socket(rspd: Run, host: str) -> None:
+    code, out, err = rspd("8080", host, "80", "--check")
+    assert (code, out) == (64, "")
+    assert f"found '{host}" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-l 8080", "command line: backend: missing, expected an address to relay to"),
+        ("-b a:1", "command line: listen: missing, expected an address to listen on"),
+        ("8080 localhost 8080", "command line: backend localhost:8080 is this proxy's own listener 8080"),
+        ("-l /run/a -b /run/a", "command line: backend /run/a is this proxy's own listener /run/a"),
+    ],
+)
+def test_a_command_line_that_makes_no_proxy_is_a_usage_error(rspd: Run, arguments: str, message: str) -> None:
+    assert rspd(*arguments.split()) == (64, "", f"rspd: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("-l 81", "listening on 81, relaying to 127.0.0.1:8000, one connection"),
+        ("-b a:1", "listening on 8080, relaying to a:1, one connection"),
+        ("-b a:1 -b b:2 -l 82 -l 81", "listening on 82, 81, relaying to a:1, b:2, one connection"),
+        ("--max-connections 7", "listening on 8080, relaying to 127.0.0.1:8000, 7 connections"),
+        ("81 host 82", "listening on 81, relaying to host:82, one connection"),
+        ("-l 81 -l 81", "listening on 81, relaying to 127.0.0.1:8000, one connection"),
+    ],
+)
+def test_the_command_line_wins_over_the_file(rspd: Run, file: Path, arguments: str, expected: str) -> None:
+    assert rspd("-c", str(file), "--check", *arguments.split()) == (0, f"{file}: valid; {expected} at a time\n", "")
+
+
+def test_the_last_of_a_repeated_option_counts(rspd: Run, file: Path) -> None:
+    _, out, _ = rspd("-c", "/nonexistent", "-c", str(file), "--check", *(f"--max-connections={n}" for n in (3, 4)))
+    assert out.endswith("4 connections at a time\n")
+
+
+def test_without_arguments_the_default_file_is_read(rspd: Run, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rspd.cli.DEFAULT_FILE", str(file))
+    expected = f"{file}: valid; listening on 8080, relaying to 127.0.0.1:8000, 3 connections at a time\n"
+    assert rspd("--check", "--max-connections", "3") == (0, expected, "")
+
+
+@pytest.mark.parametrize("arguments", ["-l 1 -b a:1", "1 a 1"])
+def test_with_an_address_the_default_file_is_not_read(
+    rspd: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    monkeypatch.setattr("rspd.cli.DEFAULT_FILE", str(tmp_path / "missing"))
+    code, out, err = rspd("--check", *arguments.split())
+    assert (code, err) == (0, "")
+    assert out.startswith("command line: valid; ")
+
+
+def test_a_broken_file_gets_all_its_errors_and_78(rspd: Run, file: Path) -> None:
+    file.write_text("listen: off\ncolour: red\nbacklog: 0\n")
+    code, out, err = rspd("-c", str(file))
+    assert (code, out) == (78, "")
+    assert [line.partition(f"rspd: {file}:")[2].split(": ")[:2] for line in err.splitlines()] == [
+        ["1", "listen"],
+        ["2", "colour"],
+        ["3", "backlog"],
+        [" backend", "missing, expected an address to relay to"],
+    ]
+
+
+def test_check_finds_what_a_run_would_find(rspd: Run, file: Path) -> None:
+    file.write_text("listen: [8080\n")
+    assert rspd("-c", str(file), "--check") == rspd("-c", str(file))
+    assert rspd("-c", str(file), "--check")[0] == 78
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing.yaml", "No such file or directory"),
+        (".", "Is a directory"),
+        ("rspd.yaml/x", "Not a directory"),
+        ("loop", "Too many levels of symbolic links"),
+        ("socket", "No such device or address"),
+        ("n" * 300, "File name too long"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(rspd: Run, file: Path, name: str, reason: str) -> None:
+    (file.parent / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(file.parent / "socket"))
+    path = f"{file.parent}/{name}"
+    assert rspd("-c", path) == (78, "", f"rspd: {path}: cannot be read: {reason}\n")
+
+
+def test_a_file_that_may_not_be_read_is_77(rspd: Run, file: Path) -> None:
+    file.chmod(0)
+    with without_privilege():
+        assert rspd("-c", str(file)) == (77, "", f"rspd: {file}: cannot be read: Permission denied\n")
+
+
+def test_check_neither_binds_nor_looks_up(rspd: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = rspd(*f"-l 127.0.0.1:{port} -l /no/such/folder/s -l 203.0.113.1:1 -b no.such:1 --check".split())
+    assert (code, err) == (0, "")
+
+
+def test_check_leaves_the_descriptors_as_they_were(rspd: Run, file: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    rspd("-c", str(file), "--check")
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    ("connections", "words"),
+    [(1, "one connection at a time"), (2, "2 connections at a time"), (1000, "1000 connections at a time")],
+)
+def test_a_configuration_is_described_in_words(connections: int, words: str) -> None:
+    proxy = ProxyConfig((Address(port=1), Address("::1", 2)), (Address(path="/b"),), max_connections=connections)
+    assert describe(Config(proxy)) == f"listening on 1, [::1]:2, relaying to /b, {words}"
