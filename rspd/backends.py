@@ -79,8 +79,8 @@ class Backends:
                 if client.aborted:
                     raise DialError("client-aborted", reasons) from None
                 continue
-            for index_here, where in enumerate(found):
-                until = _share(loop.now, share, len(found) - index_here)
+            for position, where in enumerate(found):
+                until = _share(loop.now, share, len(found) - position)
                 try:
                     return backend, await self._connect(where, client, until)
                 except OSError as error:

@@ -39,6 +39,7 @@ class Flow:
         "source",
         "target",
         "total",
+        "waiting",
     )
 
     def __init__(self, source: Side, target: Side, pipes: Pipes) -> None:
@@ -46,9 +47,10 @@ class Flow:
         self.target = target
         self.total = 0  # bytes the target has taken
         self.eof = False  # nothing more comes from the source
-        self.finished = False  # nor is anything left to pass on
+        self.waiting = False  # something has been read, and not yet taken by the target
+        self.finished = False  # nothing more comes, and nothing is waiting
         self.ended = False  # the target has been told so
-        self.held: memoryview | bytes = b""  # read, and not yet taken by the target
+        self.held: memoryview | bytes = b""  # what is waiting, unless it is in a pipe
         self._pipes = pipes
         self._pipe: Pipe | None = None
         self._bulk = False
@@ -56,9 +58,7 @@ class Flow:
 
     def pump(self) -> bool:
         """Move bytes until the source is dry or the target full; True if the flow stopped before, at its turn's end."""
-        if not self.target.ready & OUT:
-            return False
-        if not (self.source.ready & IN and not self.eof) and not self.held and not self._pipe:
+        if not self.target.ready & OUT or (self.eof and not self.waiting):
             return False
         end = self.total + TURN
         more = True
@@ -68,8 +68,8 @@ class Flow:
             more = self._splice() if splice else self._copy()
         if self._pipe and not self._pipe.held:
             self._give_back()
-        if self.eof and not self.held and not self._pipe:
-            self.finished = True
+        self.waiting = bool(self.held or self._pipe)
+        self.finished = self.eof and not self.waiting
         return more
 
     def end(self) -> None:

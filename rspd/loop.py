@@ -273,7 +273,9 @@ class Loop:
             if queue:
                 wait = 0.0
             elif timers:
-                wait = min(max(0.0, timers[0][0] - clock()), LONGEST_WAIT)
+                wait = timers[0][0] - clock()
+                if not 0.0 < wait < LONGEST_WAIT:
+                    wait = 0.0 if wait <= 0.0 else LONGEST_WAIT
             else:
                 wait = -1.0
             events = poll(wait, MAX_EVENTS)

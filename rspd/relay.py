@@ -6,7 +6,7 @@ from math import inf
 
 from rspd.cause import Cause
 from rspd.flow import Flow
-from rspd.loop import ERR, Loop, news
+from rspd.loop import ERR, IN, Loop, news
 from rspd.pipes import Pipes
 from rspd.side import Side
 
@@ -57,8 +57,8 @@ class Relay:
         timeout = self.idle_timeout
         moved = -1
         while True:
-            more = upload.pump()
-            if download.pump():
+            more = (upload.waiting or client.ready & IN) and upload.pump()
+            if (download.waiting or backend.ready & IN) and download.pump():
                 more = True
             if (client.ready | backend.ready) & ERR:
                 return await self._deliver_before_abort()
@@ -94,11 +94,10 @@ class Relay:
         So what was cut short does not look complete.
         """
         for flow in (self.upload, self.download):
-            clean = flow.finished and not flow.source.aborted
-            flow.drop()
-            if clean:
+            if flow.finished and not flow.source.aborted:
                 flow.target.close()
             else:
+                flow.drop()
                 flow.target.abort()
 
     def _acknowledged(self) -> bool:

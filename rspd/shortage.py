@@ -54,9 +54,8 @@ class Shortage:
 
     def relieve(self) -> None:
         """A connection has ended: let those who wait try again."""
-        for task in self._waiting:
-            task.wake()
-        self._waiting.clear()
+        while self._waiting:
+            self._waiting.pop(0).wake()
 
     async def _report(self, error: OSError) -> None:
         advice = "; raise LimitNOFILE or ulimit -n" if error.errno == errno.EMFILE else ""
