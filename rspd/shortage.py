@@ -37,10 +37,10 @@ class Shortage:
     async def wait(self, error: OSError) -> None:
         """After a call that failed with an error in `SHORT`: wait until trying again makes sense."""
         loop = self._loop
-        if self._last is None:
-            self._last = loop.now
-            loop.spawn(self._report(error))
+        began = self._last is None
         self._last = loop.now
+        if began:
+            loop.spawn(self._report(error))
         task = loop.current
         self._waiting.append(task)
         until = loop.now + RETRY
