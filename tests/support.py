@@ -90,6 +90,15 @@ def fill(sock: socket.socket) -> int:
         sock.settimeout(timeout)
 
 
+@contextmanager
+def full_tcp() -> Iterator[str]:
+    """The address of a TCP listener that does not accept, and has no room: the kernel drops each SYN."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        where = listener.getsockname()
+        with socket.create_connection(where):
+            yield f"127.0.0.1:{where[1]}"
+
+
 class FakeClock:
     """A clock for `Loop` that stands still until it is advanced."""
 

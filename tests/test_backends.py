@@ -27,7 +27,7 @@ from rspd.loop import Loop, Task
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
 from rspd.side import Side
-from tests.support import PATIENCE, Backend, FakeClock, reset, run, tcp_pair
+from tests.support import PATIENCE, Backend, FakeClock, full_tcp, reset, run, tcp_pair
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -122,15 +122,6 @@ def full_unix() -> Iterator[tuple[socket.socket, str]]:
             if client.connect_ex(listener.getsockname()) == errno.EAGAIN:
                 break
         yield listener, address
-
-
-@contextmanager
-def full_tcp() -> Iterator[str]:
-    """The address of a TCP listener that does not accept, and has no room: the kernel drops each SYN."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
-        where = listener.getsockname()
-        with socket.create_connection(where):
-            yield f"127.0.0.1:{where[1]}"
 
 
 def nobody() -> str:

@@ -73,3 +73,20 @@ def test_an_unexpected_error_while_accepting_is_logged_and_accepting_goes_on(
         run(main)
     assert "unexpected error while accepting" in caplog.text
     assert "RuntimeError: built in" in caplog.text
+
+
+def test_a_reload_closes_the_pipes_that_there_is_no_room_for_any_more() -> None:
+    config = ProxyConfig((), (Address("127.0.0.1", 9),))
+
+    async def main(loop: Loop) -> None:
+        proxy = Proxy(loop, config, [], 2)
+        for pipe in [proxy.pipes.borrow(), proxy.pipes.borrow()]:
+            assert pipe
+            proxy.pipes.give_back(pipe)
+        proxy.apply(config, {}, 1)
+        assert proxy.pipes.made == 0
+        assert proxy.pipes.limit == 1
+        proxy.stop_listening()
+        await proxy.drain(lambda: False)
+
+    run(main)

@@ -17,6 +17,7 @@ from tests.support import (
     echo,
     eventually,
     fill,
+    full_tcp,
     is_reset,
     receive_all,
     reset,
@@ -84,18 +85,12 @@ def test_a_backend_that_is_down_costs_its_clients_and_nobody_later() -> None:
 
 
 def test_a_backend_that_never_accepts_ends_in_the_connect_timeout_and_not_later(tmp_path: object) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        address = listener.getsockname()
-        with socket.create_connection(address):
-            # Its backlog is full from here on: the kernel drops each SYN.
-            with rspd(*configured(tmp_path, backend=f"127.0.0.1:{address[1]}", connect_timeout="500ms")) as daemon:
-                with daemon.connect() as client:
-                    assert receive_all(client) == b""
-                (end,) = daemon.wait_for_ends(1)
-                assert end["cause"] == "connect-timeout"
-                assert 0.5 <= float(end["seconds"]) < 0.8
+    with full_tcp() as address, rspd(*configured(tmp_path, backend=address, connect_timeout="500ms")) as daemon:
+        with daemon.connect() as client:
+            assert receive_all(client) == b""
+        (end,) = daemon.wait_for_ends(1)
+        assert end["cause"] == "connect-timeout"
+        assert 0.5 <= float(end["seconds"]) < 0.8
 
 
 def test_an_unknown_backend_name_is_a_warning_and_not_the_end() -> None:
@@ -109,16 +104,11 @@ def test_an_unknown_backend_name_is_a_warning_and_not_the_end() -> None:
 
 
 def test_a_client_that_resets_while_its_backend_is_dialled_is_given_up(tmp_path: object) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        address = listener.getsockname()
-        with socket.create_connection(address):
-            with rspd(*configured(tmp_path, backend=f"127.0.0.1:{address[1]}", connect_timeout="20s")) as daemon:
-                reset(daemon.connect())
-                (end,) = daemon.wait_for_ends(1)
-                assert end["cause"] == "client-aborted"
-                assert float(end["seconds"]) < 5
+    with full_tcp() as address, rspd(*configured(tmp_path, backend=address, connect_timeout="20s")) as daemon:
+        reset(daemon.connect())
+        (end,) = daemon.wait_for_ends(1)
+        assert end["cause"] == "client-aborted"
+        assert float(end["seconds"]) < 5
 
 
 def test_a_backend_that_resets_at_once_resets_the_client() -> None:
@@ -160,13 +150,15 @@ def test_an_answer_that_takes_two_seconds_reaches_a_client_that_has_half_closed(
 
 @pytest.mark.parametrize("reader", ["client", "backend"])
 def test_a_peer_that_reads_nothing_is_ended_and_the_next_one_served(tmp_path: object, reader: str) -> None:
+    ended = threading.Event()
+
     def handler(sock: socket.socket) -> None:
         what = sock.recv(1)
         if what == b"d":
             fill(sock)
             sock.recv(1)
         elif what == b"u":
-            time.sleep(4)
+            ended.wait(PATIENCE)
         else:
             sock.sendall(b"ok")
 
@@ -182,6 +174,7 @@ def test_a_peer_that_reads_nothing_is_ended_and_the_next_one_served(tmp_path: ob
                 client.sendall(b"u")
                 fill(client)
                 daemon.wait_for_ends(1)
+        ended.set()
         assert served(daemon)
         assert daemon.wait_for_ends(2)[0]["cause"] == "idle-timeout"
 

@@ -18,7 +18,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import PATIENCE, Backend, Daemon, answer, echo, eventually, is_reset, receive_all, reset, rspd
+from tests.support import (
+    PATIENCE,
+    Backend,
+    Daemon,
+    answer,
+    echo,
+    eventually,
+    full_tcp,
+    is_reset,
+    receive_all,
+    reset,
+    rspd,
+)
 from tests.test_backends import SILENT_DNS, in_namespace, silent_name_server
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # prctl(2), capabilities(7)
@@ -50,15 +62,6 @@ def refused(daemon: Daemon) -> bool:
     except ConnectionRefusedError:
         return True
     return False
-
-
-@contextmanager
-def full_tcp() -> Iterator[str]:
-    """The address of a TCP backend that neither accepts nor has room: dialling it takes for ever."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
-        where = listener.getsockname()
-        with socket.create_connection(where):
-            yield f"127.0.0.1:{where[1]}"
 
 
 @contextmanager
