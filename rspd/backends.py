@@ -95,8 +95,9 @@ class Backends:
             try:
                 return await self._resolver.look_up(address, deadline, lambda: client.aborted)
             except OSError as error:
-                # Without descriptors the resolver finds no files and no servers, and may say that a name is unknown.
-                short = error.errno in SHORT or (isinstance(error, socket.gaierror) and self._shortage.active)
+                # Without descriptors the resolver finds no files, servers or modules, and may say anything: that a name
+                # is unknown, or an errno left over from something else (EBUSY).
+                short = error.errno in SHORT or self._shortage.active
                 if not short or self._loop.now >= deadline or client.aborted:
                     raise
                 await self._shortage.wait(error)

@@ -43,6 +43,7 @@ class Proxy:
         self._watched: list[Listener] = []
         self._rotation = deque(self.listeners)
         self._drainer: Task | None = None
+        self.shortage.keep_spare()
         self._acceptor = loop.spawn(self._serve())
 
     @property
@@ -91,6 +92,7 @@ class Proxy:
             await news()
         await self.loop.yield_turn()  # to let the acceptor end
         self.pipes.close()
+        self.shortage.give_up_spare()
 
     async def _serve(self) -> None:
         while True:
@@ -119,6 +121,8 @@ class Proxy:
     def _accept(self, listener: Listener) -> None:
         # Its events are not edge-triggered: it is ready again at once if another client waits.
         listener.ready = 0
+        if self.shortage.spare < 0:
+            self.shortage.keep_spare()
         sock, address = listener.accept()
         self.served += 1
         connection = Connection(self.loop, self.config, self.backends, self.pipes, Side(self.loop, sock), address)

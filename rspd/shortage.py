@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 
 from rspd.log import quote
 from rspd.loop import Loop, Task, news
@@ -28,14 +29,31 @@ class Shortage:
         self._loop = loop
         self._waiting: list[Task] = []
         self._last: float | None = None  # when a call failed, while there is a shortage
+        self.spare = -1
 
     @property
     def active(self) -> bool:
         """Whether descriptors have been short a moment ago."""
         return self._last is not None
 
+    def keep_spare(self) -> None:
+        """Hold a descriptor in reserve, `spare`, until somebody has to wait for one. Raises OSError if there is none.
+
+        Nobody may be accepted without: clients that held all descriptors would wait for each other, with none left to
+        look up or to dial the backend of any.
+        """
+        if self.spare < 0:
+            self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def give_up_spare(self) -> None:
+        """Close what `keep_spare` opened."""
+        if self.spare >= 0:
+            os.close(self.spare)
+            self.spare = -1
+
     async def wait(self, error: OSError) -> None:
         """After a call that failed with an error in `SHORT`: wait until trying again makes sense."""
+        self.give_up_spare()
         loop = self._loop
         began = self._last is None
         self._last = loop.now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import resource
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from rspd.loop import Loop
 T = TypeVar("T")
 
 PATIENCE = 20.0  # seconds before a wait in a test fails
+LOG_SIZE = 1 << 19  # bytes of the log that may wait to be read
 LINGER_0 = struct.pack("ii", 1, 0)
 
 
@@ -34,6 +36,11 @@ def eventually(condition: Callable[[], T], what: str = "", patience: float = PAT
             raise AssertionError(f"still not so after {patience} s: {what or condition}")
         time.sleep(0.005)
     return result
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has, one of the look at them included."""
+    return len(os.listdir("/proc/self/fd"))
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -97,6 +104,18 @@ def full_tcp() -> Iterator[str]:
         where = listener.getsockname()
         with socket.create_connection(where):
             yield f"127.0.0.1:{where[1]}"
+
+
+def private_mounts() -> list[str]:
+    """The beginning of a command that sees mounts of its own, as root there; skips where that cannot be had."""
+    prefix = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+    try:
+        possible = subprocess.run([*prefix, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare(1)")
+    if possible.returncode:
+        pytest.skip(f"this machine allows no mounts of our own: {possible.stderr.strip()}")
+    return prefix
 
 
 class FakeClock:
@@ -218,16 +237,24 @@ def answer(sock: socket.socket) -> None:
 
 
 class Daemon:
-    """rspd as a process: `rspd --foreground` with these arguments and its log read as it comes."""
+    """rspd as a process: `rspd --foreground` with these arguments and its log read as it comes.
+
+    launcher: the beginning of the command, which is to execute the rest.
+    pass_fds: what the launcher inherits.
+    """
 
     def __init__(
         self,
         *arguments: str,
-        env: dict[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
         limit: tuple[int, int] | None = None,
         wait: bool = True,
+        foreground: bool = True,
+        launcher: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
     ) -> None:
-        command = [sys.executable, "-m", "rspd", "--foreground", *arguments]
+        stay = ["--foreground"] if foreground else []
+        command = [*launcher, sys.executable, "-m", "rspd", *stay, *arguments]
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             command,
@@ -236,9 +263,13 @@ class Daemon:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **(env or {})},
+            pass_fds=pass_fds,
             preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit)) if limit else None,
         )
         self.pid = self.process.pid
+        assert self.process.stderr
+        # rspd drops lines that nobody reads, and here a thread reads them that may have to wait for many others.
+        fcntl.fcntl(self.process.stderr, fcntl.F_SETPIPE_SZ, LOG_SIZE)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if wait:
@@ -340,10 +371,17 @@ class Daemon:
 
 @contextmanager
 def rspd(*arguments: str, listen: Sequence[str] = ("127.0.0.1:0",), **options: Any) -> Iterator[Daemon]:
-    """rspd in front of a backend, checked at the end: it stops with 0, and no traceback is in its log."""
+    """rspd in front of a backend, checked at the end."""
     daemon = Daemon(*(word for address in listen for word in ("-l", address)), *arguments, **options)
-    try:
+    with checked(daemon):
         yield daemon
+
+
+@contextmanager
+def checked(daemon: Daemon) -> Iterator[None]:
+    """At the end, rspd stops with 0, unless it has ended before, and no traceback is in its log."""
+    try:
+        yield
         if daemon.process.poll() is None:
             assert daemon.stop() == 0, daemon.log
         assert "Traceback" not in daemon.log, daemon.log

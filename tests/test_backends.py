@@ -27,7 +27,7 @@ from rspd.loop import Loop, Task
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
 from rspd.side import Side
-from tests.support import PATIENCE, Backend, FakeClock, full_tcp, reset, run, tcp_pair
+from tests.support import PATIENCE, Backend, FakeClock, full_tcp, open_descriptors, reset, run, tcp_pair
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -38,7 +38,8 @@ class Dialler:
     def __init__(self, loop: Loop, *addresses: str, names: Mapping[str, Sequence[SocketAddress]] | None = None) -> None:
         self.loop = loop
         self.shortage = Shortage(loop)
-        resolver = Names(loop, names) if names else Resolver(loop)
+        self.failures: list[OSError] = []  # of the next lookups of `names`
+        resolver = Names(loop, names, self.failures) if names else Resolver(loop)
         self.backends = Backends(loop, [parse_backend(text) for text in addresses], resolver, self.shortage)
         self.peer, self.sock = tcp_pair()
         self.sock.setblocking(False)
@@ -95,11 +96,14 @@ class Dialler:
 class Names(Resolver):
     """A resolver with names of its own: what has two addresses differs from machine to machine."""
 
-    def __init__(self, loop: Loop, names: Mapping[str, Sequence[SocketAddress]]) -> None:
+    def __init__(self, loop: Loop, names: Mapping[str, Sequence[SocketAddress]], failures: list[OSError]) -> None:
         super().__init__(loop)
         self.names = names
+        self.failures = failures
 
     async def look_up(self, address: Address, deadline: float, *_: Any, **__: Any) -> list[SocketAddress]:
+        if self.failures:
+            raise self.failures.pop(0)
         return list(self.names[address.host])
 
 
@@ -152,10 +156,6 @@ def no_descriptors() -> Iterator[list[int]]:
         for fd in taken:
             os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 # In a network, with name servers, of our own
@@ -311,12 +311,12 @@ def test_the_cause_and_the_reason_say_why_a_backend_was_not_reached(
         with Dialler(loop, address) as dialler:
             return await dialler.fail()
 
-    before = descriptors()
+    before = open_descriptors()
     found, text = run(main)
     assert found == cause
     assert text.startswith(f"{address}: {reason}")
     assert len(text) > len(f"{address}: ")
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -379,20 +379,20 @@ def test_a_backend_without_room_is_given_up_at_the_timeout_not_before_and_not_af
             assert isinstance(outcome, DialError)
             return outcome.cause, str(outcome)
 
-    before = descriptors()
+    before = open_descriptors()
     with full(kind) as address:
         failure = run(lambda loop: main(loop, address), clock)
     assert failure == ("connect-timeout", f"{address}: no answer within the connect timeout")
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_the_timeout_ends_dialling_by_the_real_clock(kind: str) -> None:
     async def main(loop: Loop, address: str) -> tuple[str, float]:
         with Dialler(loop, address) as dialler:
-            start = time.monotonic()
+            start = loop.now
             cause, _ = await dialler.fail(0.15)
-            return cause, time.monotonic() - start
+            return cause, loop.now - start
 
     with full(kind) as address:
         cause, seconds = run(lambda loop: main(loop, address))
@@ -483,17 +483,17 @@ def test_without_a_timeout_dialling_goes_on_until_it_is_cancelled_and_leaves_not
 
     async def main(loop: Loop, address: str) -> None:
         with Dialler(loop, address) as dialler:
-            before = descriptors()
+            before = open_descriptors()
             task = dialler.start(inf)
             for _ in range(3):
                 clock.advance(1e6)
                 await dialler.settle()
             assert dialler.outcomes == []
-            assert descriptors() == before + 1
+            assert open_descriptors() == before + 1
             task.cancel()
             await dialler.settle()
             assert task.done
-            assert descriptors() == before
+            assert open_descriptors() == before
 
     with full(kind) as address:
         run(lambda loop: main(loop, address), clock)
@@ -520,10 +520,10 @@ def test_when_the_client_aborts_dialling_ends_and_no_other_backend_is_tried(kind
             with pytest.raises(BlockingIOError):
                 next_one.accept()
 
-    before = descriptors()
+    before = open_descriptors()
     with full(kind) as address:
         run(lambda loop: main(loop, address), clock)
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 def abort_while_the_name_is_looked_up() -> None:
@@ -659,9 +659,9 @@ def look_up_where_nobody_answers() -> None:
 
     async def main(loop: Loop) -> None:
         with silent_name_server(), Dialler(loop, "slow.example:80") as dialler:
-            start = time.monotonic()
+            start = loop.now
             print(*await dialler.fail(0.3), sep="\n")
-            print(time.monotonic() - start)
+            print(loop.now - start)
 
     run(main)
 
@@ -724,6 +724,36 @@ def test_the_timeout_holds_where_no_descriptor_gets_free() -> None:
             await dialler.settle()
             assert seconds == pytest.approx(2.0, abs=0.11)
             assert str(dialler.outcomes[0]) == f"{address}: Too many open files"
+
+    run(main, clock)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+        # EAI_SYSTEM, where the C library could not load the module of a name service: errno means nothing then.
+        OSError(errno.EBUSY, os.strerror(errno.EBUSY)),
+    ],
+    ids=["EMFILE", "EAI_NONAME", "EBUSY"],
+)
+def test_a_lookup_that_fails_in_whatever_way_while_descriptors_are_short_is_tried_again(error: OSError) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (listener, _):
+            names = {"name": [SocketAddress(socket.AF_UNIX, listener.getsockname())]}
+            with Dialler(loop, "name:80", names=names) as dialler:
+                loop.spawn(dialler.shortage.wait(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+                dialler.failures.append(error)
+                dialler.start(5.0)
+                await dialler.settle()
+                assert dialler.outcomes == []
+                clock.advance(0.11)
+                assert await dialler.outcome() == "name:80"
+            clock.advance(1.01)
+            await dialler.settle()
 
     run(main, clock)
 

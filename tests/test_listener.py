@@ -14,8 +14,8 @@ import pytest
 
 from rspd.address import Address, SocketAddress, parse_address, resolve
 from rspd.listener import Listener, ListenError, open_listeners, replace_listeners
-from tests.support import PATIENCE, eventually
-from tests.test_pipes import no_descriptors, open_descriptors, unprivileged
+from tests.support import PATIENCE, eventually, open_descriptors
+from tests.test_pipes import no_descriptors, unprivileged
 
 LOOPBACK = SocketAddress(socket.AF_INET, ("127.0.0.1", 0))
 LOOPBACK_6 = SocketAddress(socket.AF_INET6, ("::1", 0))

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rspd.pipes import PIPE_SIZE, REFRAIN, USEFUL_SIZE, Pipe, Pipes
+from tests.support import open_descriptors
 
 NOBODY = 65534
 
@@ -57,10 +58,6 @@ def pipe_quota_used_up() -> Iterator[None]:
     finally:
         for pipe in taken:
             pipe.close()
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
+import threading
+from contextlib import ExitStack
 
 import pytest
 
-from rspd.address import Address
+from rspd.address import Address, SocketAddress, resolve
 from rspd.config import ProxyConfig
 from rspd.listener import Listener
 from rspd.loop import Loop
 from rspd.proxy import Proxy
-from tests.support import Backend, echo, run
+from tests.support import PATIENCE, Backend, echo, run
+from tests.test_pipes import no_descriptors
 
 
 def test_a_client_that_another_process_has_accepted_first_is_no_error() -> None:
@@ -90,3 +94,42 @@ def test_a_reload_closes_the_pipes_that_there_is_no_room_for_any_more() -> None:
         await proxy.drain(lambda: False)
 
     run(main)
+
+
+def test_clients_accepted_while_a_name_is_looked_up_leave_a_descriptor_for_its_lookup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full = threading.Event()
+
+    def late(address: Address) -> list[SocketAddress]:
+        assert full.wait(PATIENCE)
+        return resolve(address)
+
+    monkeypatch.setattr("rspd.resolver.resolve", late)
+    with ExitStack() as stack:
+        backend, server = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        address = server.getsockname()
+        listen = Address("127.0.0.1", address[1])
+        backends = (Address("localhost", backend.getsockname()[1]),)
+        config = ProxyConfig((listen,), backends, max_connections=10, connect_timeout=PATIENCE)
+        server.setblocking(False)
+        for _ in range(10):
+            stack.enter_context(socket.create_connection(address))
+
+        async def main(loop: Loop) -> None:
+            own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
+            proxy = Proxy(loop, config, [Listener(listen, own)], 2)
+            with no_descriptors(5):
+                while not proxy.shortage.active:
+                    await loop.sleep(0.01)
+                full.set()
+                until = loop.now + PATIENCE / 4
+                while not select.select([backend], [], [], 0)[0]:
+                    assert loop.now < until, f"{proxy.open} clients hold all descriptors, and none has a backend"
+                    await loop.sleep(0.01)
+            proxy.stop_listening()
+            await proxy.drain(lambda: True)
+            while proxy.shortage.active:
+                await loop.sleep(0.01)
+
+        run(main)

@@ -43,6 +43,25 @@ def test_running_out_of_descriptors_is_a_shortage() -> None:
     assert errno.ECONNABORTED not in SHORT
 
 
+def test_who_waits_finds_the_spare_descriptor_free() -> None:
+    async def main(loop: Loop) -> None:
+        shortage = Shortage(loop)
+        shortage.keep_spare()
+        with no_descriptors():
+            with pytest.raises(OSError, match="Too many open files"):
+                os.open(os.devnull, os.O_RDONLY)
+            await shortage.wait(no_descriptor())
+            os.close(os.open(os.devnull, os.O_RDONLY))
+            shortage.keep_spare()
+            with pytest.raises(OSError, match="Too many open files"):
+                os.open(os.devnull, os.O_RDONLY)
+        shortage.give_up_spare()
+        while shortage.active:
+            await loop.sleep(RETRY)
+
+    run(main)
+
+
 def test_who_waits_tries_again_after_a_moment_and_not_before() -> None:
     clock = FakeClock()
 

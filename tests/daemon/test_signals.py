@@ -412,7 +412,7 @@ def end_while_a_reload_waits_for_a_name(folder: str, signals: str) -> None:
 def test_a_reload_that_waits_for_a_name_does_not_delay_the_end(tmp_path: Path, signals: str) -> None:
     code, seconds = in_namespace(end_while_a_reload_waits_for_a_name, str(tmp_path), signals, prepare=SILENT_DNS)
     assert code == "0"
-    assert float(seconds) < 2
+    assert float(seconds) < 4  # the lookup would take 5
 
 
 # What is left behind
