@@ -7,13 +7,17 @@ import os
 import select
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 # sd-daemon(3): the prefix that tells the journal a line's priority.
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+
+SYSLOG_DAEMON = 3 << 3  # the facility, as in syslog(3)
 
 # Milliseconds of waiting for a reader of the log who has fallen behind that are saved up, and how many each second
 # adds. When they are used up, lines are dropped and counted: a slow log may slow rspd down a little, never stop it.
@@ -32,6 +36,21 @@ def quote(text: str) -> str:
     return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped) + '"'
 
 
+def complain(message: str) -> None:
+    """Say on stderr why rspd does not start; the log need not be set up."""
+    prefix = f"<{PRIORITIES[logging.ERROR]}>" if is_journal(STDERR) else "rspd: "
+    print(*(prefix + line for line in message.splitlines()), sep="\n", file=sys.stderr)
+
+
+def is_journal(fd: int) -> bool:
+    """Whether a descriptor is the one that systemd connected to the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 def set_up(level: str) -> None:
     """Send what the modules of rspd log to stderr, from a level of `LEVELS` on. May be called again."""
     # What no line shows need not be found out for each record (the logging HOWTO, "Optimization").
@@ -45,20 +64,22 @@ def set_up(level: str) -> None:
 
 
 class StderrHandler(logging.Handler):
-    """Writes each record: with `<N>` before each line for the journal, with time and level else."""
+    """Writes each record: as the journal wants it, as syslog does where stderr is a datagram socket, or for people."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._journal = _is_journal(STDERR)
+        self._journal = is_journal(STDERR)
         self._traceback = logging.Formatter()
         self._output = Output(STDERR, self._note_lost)
+        self._syslog = self._output.datagrams
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record."""
         message = record.getMessage()
         if record.exc_info:
             message += "\n" + self._traceback.formatException(record.exc_info)
-        self._output.write(self._lines(record.created, record.levelno, message))
+        for part in message.split("\n") if self._syslog else [message]:
+            self._output.write(self._lines(record.created, record.levelno, part))
 
     def close(self) -> None:
         """Called when logging is shut down."""
@@ -69,6 +90,9 @@ class StderrHandler(logging.Handler):
         if self._journal:
             prefix = f"<{PRIORITIES[level]}>"
             text = prefix + message.replace("\n", "\n" + prefix)
+        elif self._syslog:
+            when = time.strftime("%b %e %H:%M:%S", time.localtime(created))
+            text = f"<{SYSLOG_DAEMON + PRIORITIES[level]}>{when} rspd[{os.getpid()}]: {message}"
         else:
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created))
             text = f"{when}.{int(created % 1 * 1000):03} {logging.getLevelName(level):<7} {message}"
@@ -81,6 +105,7 @@ class StderrHandler(logging.Handler):
 class Output:
     """A descriptor written to without waiting long for its reader; it stays blocking for all who share it.
 
+    datagrams: whether it is a datagram socket; each `write` makes one then.
     note_lost: makes the line that says how many were lost.
     """
 
@@ -94,6 +119,8 @@ class Output:
         self._fd = fd
         self._note_lost = note_lost
         self._sock = socket.SocketType(fileno=fd) if stat.S_ISSOCK(mode) else None
+        self.datagrams = self._sock is not None and self._sock.type == socket.SOCK_DGRAM
+        self._peer: Any = _peer(self._sock) if self._sock and self.datagrams else None
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
         self._never_full = stat.S_ISREG(mode)
@@ -133,7 +160,12 @@ class Output:
                 return self._sock.send(data, SEND_FLAGS)
             except BlockingIOError:
                 self._wait()
-                return self._sock.send(data, SEND_FLAGS)
+            except OSError:
+                if not self._peer:
+                    raise
+                # A syslog daemon that was restarted is another peer under the same name.
+                self._sock.connect(self._peer)
+            return self._sock.send(data, SEND_FLAGS)
         if self._never_full or self._poll.poll(0) or self._wait():
             # So much a pipe takes without blocking once poll(2) calls it writable (pipe(7)).
             return os.write(self._fd, data[: select.PIPE_BUF])
@@ -152,10 +184,8 @@ class Output:
         return room
 
 
-def _is_journal(fd: int) -> bool:
-    """Whether a descriptor is the one that systemd connected to the journal (systemd.exec(5), JOURNAL_STREAM)."""
+def _peer(sock: socket.SocketType) -> Any:
     try:
-        status = os.fstat(fd)
+        return sock.getpeername()
     except OSError:
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        return None  # not connected: nothing will be written

@@ -257,6 +257,24 @@ def test_any_text_can_be_logged(message: str, expected: str, capfd: pytest.Captu
     assert capfd.readouterr().err.endswith(f" INFO    {expected}\n")
 
 
+COMPLAIN = """
+from rspd.log import complain
+complain("two\\nlines \\u2713 \\udcff")
+"""
+
+
+def test_a_complaint_names_rspd_on_each_line_for_people(ends: Ends) -> None:
+    reader, writer = ends
+    talk(COMPLAIN, writer, JOURNAL_STREAM="1:2", PYTHONIOENCODING="utf-8:backslashreplace")
+    assert drain(reader).decode() == "rspd: two\nrspd: lines \u2713 \\udcff\n"
+
+
+def test_a_complaint_has_its_priority_on_each_line_for_the_journal(ends: Ends) -> None:
+    reader, writer = ends
+    talk(COMPLAIN, writer, JOURNAL_STREAM=journal_stream(writer), PYTHONIOENCODING="utf-8:backslashreplace")
+    assert drain(reader).decode() == "<3>two\n<3>lines \u2713 \\udcff\n"
+
+
 # Values
 
 
@@ -278,7 +296,7 @@ def test_a_quoted_value_shows_what_cannot_be_printed(text: str, quoted: str) -> 
     assert quote(text) == quoted
 
 
-@given(st.text(st.characters(exclude_categories=[])))
+@given(st.text(st.characters(blacklist_categories=[])))
 def test_a_quoted_value_is_one_printable_word_that_can_be_read_back(text: str) -> None:
     quoted = quote(text)
     assert quoted.isprintable()
