@@ -6,7 +6,10 @@ import socket
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-FORMS = "PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
+FORMS = "PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"
+
+# Before the name of a socket that systemd passes.
+PASSED = "fd://"
 
 # sun_path holds 108 bytes, one of them the terminating or the leading null byte (unix(7)).
 UNIX_NAME_MAX = 107
@@ -16,15 +19,19 @@ UNIX_NAME_MAX = 107
 class Address:
     """Where to listen, or what to dial.
 
-    Either `path` is set (a unix socket's path, or `@` and its name in the abstract namespace), or `port` and
-    `host` are, where an empty host means every local address.
+    Either `path` is set (a unix socket's path, or `@` and its name in the abstract namespace), or `passed` is (the
+    name of a socket that systemd passes, to listen on), or `port` and `host` are, where an empty host means every
+    local address.
     """
 
     host: str = ""
     port: int = 0
     path: str = ""
+    passed: str = ""
 
     def __str__(self) -> str:
+        if self.passed:
+            return PASSED + self.passed
         if self.path:
             return self.path
         if not self.host:
@@ -54,6 +61,12 @@ def parse_address(text: str, forms: str = FORMS) -> Address:
         if length > UNIX_NAME_MAX:
             raise ValueError(f"a unix socket's name holds at most {UNIX_NAME_MAX} bytes, found {text!r}")
         return Address(path=text)
+    if text.startswith(PASSED):
+        name = text.removeprefix(PASSED)
+        # What systemd.socket(5) allows in FileDescriptorName=.
+        if not 0 < len(name) < 256 or ":" in name or not (name.isascii() and name.isprintable()):
+            raise ValueError(f"expected {forms}, found {text!r}")
+        return Address(passed=name)
     host, colon, port = text.rpartition(":")
     if "://" in text:
         raise ValueError(f"expected {forms}, found {text!r}")
@@ -137,6 +150,21 @@ def _look_up(address: Address, flags: int) -> list[SocketAddress]:
     return list(dict.fromkeys(SocketAddress(family, sockaddr) for family, _, _, _, sockaddr in found))
 
 
+def bound_address(sock: socket.SocketType) -> Address:
+    """Where a socket is bound, as it would be written to listen there."""
+    name = sock.getsockname()
+    if not isinstance(name, tuple):
+        return Address(path=format_socket_address(name))
+    host, port = name[:2]
+    both = host == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    return Address("" if both else _unmapped(host), port)
+
+
+def _unmapped(host: str) -> str:
+    """An IPv4 address as such, which a socket for both families shows as an IPv6 one."""
+    return host[7:] if host.startswith("::ffff:") and "." in host else host
+
+
 def format_socket_address(address: object) -> str:
     """A peer's or a bound socket's address as accept(2) and getsockname(2) return it, for people.
 
@@ -144,6 +172,7 @@ def format_socket_address(address: object) -> str:
     """
     if isinstance(address, tuple):
         host, port = cast("tuple[str, int]", address[:2])
+        host = _unmapped(host)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if isinstance(address, bytes):
         address = address.decode(errors="backslashreplace").replace("\0", "@")

@@ -19,7 +19,7 @@ DEFAULT_FILE = "/etc/rspd.yaml"
 class ProxyConfig:
     """One proxy. Durations are in seconds, `inf` for off."""
 
-    listen: tuple[Address, ...]
+    listen: tuple[Address, ...]  # may be empty where systemd passes sockets
     backends: tuple[Address, ...]
     max_connections: int = 1
     backlog: int = 128
@@ -35,6 +35,7 @@ class Config:
 
     proxy: ProxyConfig
     log_level: str = "info"
+    exit_idle_time: float = inf
 
 
 # Values
@@ -89,6 +90,7 @@ PARSERS: Mapping[str, Callable[[str], Any]] = {
     "half_close_timeout": parse_duration,
     "drain_timeout": parse_duration,
     "log_level": parse_log_level,
+    "exit_idle_time": parse_duration,
 }
 
 LISTS = ("listen", "backends")
@@ -96,10 +98,11 @@ LISTS = ("listen", "backends")
 SPELLINGS = {"backend": "backends"}
 
 
-def load_config(path: str | None, options: Mapping[str, Any]) -> Config:
+def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool = False) -> Config:
     """The configuration that a file and the command line make; the command line wins.
 
     path: None for no file.
+    sockets: whether systemd passes sockets, so that there need be no address to listen on.
     options: parsed values by the names of the fields of Config and ProxyConfig.
     Raises ConfigError with all that is wrong, or OSError if the file cannot be read.
     """
@@ -113,14 +116,16 @@ def load_config(path: str | None, options: Mapping[str, Any]) -> Config:
     settings.update(options)
     source = path or "command line"
     for key, name, what in (("listen", "listen", "listen on"), ("backends", "backend", "relay to")):
-        if key not in given:
+        if key == "listen" and sockets:
+            settings.setdefault(key, ())
+        elif key not in given:
             errors.append(f"{source}: {name}: missing, expected an address to {what}")
     if not errors:
         errors += (f"{source}: {what}" for what in contradictions(settings["listen"], settings["backends"]))
     if errors:
         raise ConfigError(errors)
-    log_level = settings.pop("log_level", Config.log_level)
-    return Config(ProxyConfig(**settings), log_level)
+    general = {name: settings.pop(name) for name in ("log_level", "exit_idle_time") if name in settings}
+    return Config(ProxyConfig(**settings), **general)
 
 
 def parse_entries(path: str, entries: Sequence[Entry], errors: list[str]) -> dict[str, Any]:
@@ -179,6 +184,11 @@ def contradictions(listen: Sequence[Address], backends: Sequence[Address]) -> It
     for address in listen:
         if address.port and not address.path and address != Address(port=address.port) in listen:
             yield f"listen {address.port} covers {address} too, which cannot be bound twice"
+    yield from own_listeners(listen, backends)
+
+
+def own_listeners(listen: Sequence[Address], backends: Sequence[Address]) -> Iterator[str]:
+    """Which backends are the proxy itself."""
     # To dial oneself would open connections without end.
     for backend in backends:
         v4 = backend.host in ("localhost", "0.0.0.0") or backend.host.startswith("127.")

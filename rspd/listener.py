@@ -1,4 +1,4 @@
-"""Listening sockets: bound, accepted from, closed."""
+"""Listening sockets: bound, or adopted from systemd; accepted from, closed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 
-from rspd.address import Address, SocketAddress, format_socket_address
+from rspd.address import Address, SocketAddress, bound_address, format_socket_address
 from rspd.loop import Watch
 
 # accept(2): errors that concern the one client that was to be accepted, not the listener.
@@ -35,9 +35,17 @@ NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 ADVICE = {
     errno.EADDRINUSE: "another process listens there, `ss -ltnp` shows which",
     errno.EADDRNOTAVAIL: "no interface of this host has that address, `ip address` lists them",
-    errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE, a path a writable folder",
+    errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE",
     errno.ENOENT: "the folder does not exist",
     errno.EMFILE: "raise LimitNOFILE or `ulimit -n`",
+}
+
+UNWRITABLE = "the folder must be writable; for the service, /run/rspd is, and for rspd@NAME, /run/rspd-NAME"
+
+PATH_ADVICE = {
+    errno.EADDRINUSE: "another process listens there, `ss -lxp` shows which",
+    errno.EACCES: UNWRITABLE,
+    errno.EROFS: UNWRITABLE,
 }
 
 
@@ -47,22 +55,33 @@ class ListenError(Exception):
     def __init__(self, address: Address, where: object, error: OSError) -> None:
         reason = error.strerror or str(error)
         advice = ADVICE.get(error.errno or 0)
-        if advice and address.path:
-            advice = advice.replace("ss -ltnp", "ss -lxp")
+        if address.path:
+            advice = PATH_ADVICE.get(error.errno or 0, advice)
         place = str(address) if str(address) == str(where) else f"{address} ({where})"
         super().__init__(f"cannot listen on {place}: {reason}" + (f"; {advice}" if advice else ""))
         self.errno = error.errno
 
 
 class Listener(Watch):
-    """A listening socket, which it owns, for one of the configured addresses."""
+    """A listening socket, which it owns, for one of the configured addresses, or from systemd.
 
-    __slots__ = ("_inode", "_sock", "address", "backlog", "name")
+    name: where it listens, for people.
+    passed: the name of a socket that systemd passed, and will pass to the next process too; None for one of our own.
+    """
 
-    def __init__(self, address: Address, sock: socket.SocketType, inode: tuple[int, int] | None = None) -> None:
+    __slots__ = ("_inode", "_sock", "address", "backlog", "name", "passed")
+
+    def __init__(
+        self,
+        address: Address,
+        sock: socket.SocketType,
+        inode: tuple[int, int] | None = None,
+        passed: str | None = None,
+    ) -> None:
         super().__init__(sock.fileno())
         self.address = address
         self.name = format_socket_address(sock.getsockname())
+        self.passed = passed
         self._sock = sock
         self._inode = inode
 
@@ -98,6 +117,13 @@ class Listener(Watch):
         self._sock.close()
 
 
+def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
+    """A listener on a socket that listens already and belongs to systemd as well. It owns our descriptor of it."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as for those of our own, see _open
+    return Listener(bound_address(sock), sock, passed=name)
+
+
 def open_listeners(address: Address, where: Iterable[SocketAddress], backlog: int) -> list[Listener]:
     """Bind and listen on all socket addresses that a configured address stands for.
 
@@ -127,11 +153,14 @@ def replace_listeners(
 ) -> list[Listener]:
     """Listeners for the wanted addresses: of the old ones those that stay; the others are closed.
 
+    Those from systemd stay in any case: what is closed of them could not be had again.
     None of the old ones may be watched. Raises ListenError, with the old ones as they were.
     """
-    staying = [listener for listener in old if listener.address in wanted]
-    leaving = [listener for listener in old if listener.address not in wanted]
-    known = {listener.address for listener in old}
+    adopted = [listener for listener in old if listener.passed is not None]
+    bound = [listener for listener in old if listener.passed is None]
+    staying = [listener for listener in bound if listener.address in wanted]
+    leaving = [listener for listener in bound if listener.address not in wanted]
+    known = {listener.address for listener in bound}
     coming = {address: where for address, where in wanted.items() if address not in known}
     try:
         opened = _open_all(coming, backlog)
@@ -153,7 +182,7 @@ def replace_listeners(
         listener.close()
     for listener in staying:
         listener.listen(backlog)
-    return staying + opened
+    return adopted + staying + opened
 
 
 def _open_all(addresses: Mapping[Address, Sequence[SocketAddress]], backlog: int) -> list[Listener]:

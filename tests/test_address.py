@@ -10,14 +10,24 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rspd.address import Address, SocketAddress, format_socket_address, literal, parse_address, resolve
+from rspd.address import (
+    FORMS,
+    Address,
+    SocketAddress,
+    bound_address,
+    format_socket_address,
+    literal,
+    parse_address,
+    resolve,
+)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
 LABELS = st.text(LETTERS, min_size=1, max_size=63)
 NAMES = st.lists(LABELS, min_size=1, max_size=3).map(".".join)
 NUMERIC = st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str)
 PORTS = st.integers(0, 65535)
-PATHS = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1, max_size=26)
+PASSED_NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=126, blacklist_characters=":"), min_size=1)
+PATHS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=26)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +48,10 @@ PATHS = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=
         ("/run/rspd.sock", Address(path="/run/rspd.sock")),
         ("/run/with:colon", Address(path="/run/with:colon")),
         ("@rspd", Address(path="@rspd")),
+        ("fd://http", Address(passed="http")),
+        ("fd://rspd.socket", Address(passed="rspd.socket")),
+        ("fd://two words /and @more", Address(passed="two words /and @more")),
+        ("fd://" + "n" * 255, Address(passed="n" * 255)),
     ],
 )
 def test_each_form_of_an_address_is_read(text: str, address: Address) -> None:
@@ -62,17 +76,14 @@ def test_each_form_of_an_address_is_read(text: str, address: Address) -> None:
         ("a" * 64 + ":80", "expected PORT, HOST:PORT"),
         ("ü" * 64 + ":80", "expected PORT, HOST:PORT"),
         (".".join(["a" * 63] * 4) + ":80", "expected PORT, HOST:PORT"),
-        ("-80", "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME (services(5) has no '-80')"),
+        ("-80", f"expected {FORMS} (services(5) has no '-80')"),
         ("80 ", "expected PORT, HOST:PORT"),
         ("\uff18\uff10", "expected PORT, HOST:PORT"),
         ("host:8080/path", "expected PORT, HOST:PORT"),
         ("65536", "a port is at most 65535"),
         ("host:99999999", "a port is at most 65535"),
-        ("localhost", "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME (services(5) has no 'localhost')"),
-        (
-            "host:no-such-service",
-            "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME (services(5) has no 'no-such-service')",
-        ),
+        ("localhost", f"expected {FORMS} (services(5) has no 'localhost')"),
+        ("host:no-such-service", f"expected {FORMS} (services(5) has no 'no-such-service')"),
         ("::1", "expected brackets around an IPv6 address, as in [::1]:8080"),
         ("::1:8080", "expected brackets around an IPv6 address, as in [::1]:8080"),
         ("[]:80", "expected an IPv6 address between the brackets"),
@@ -85,6 +96,14 @@ def test_each_form_of_an_address_is_read(text: str, address: Address) -> None:
         ("/", "expected PORT, HOST:PORT"),
         ("@", "expected PORT, HOST:PORT"),
         ("/run/\0", "expected PORT, HOST:PORT"),
+        ("fd://", "expected PORT, HOST:PORT"),
+        ("fd://a:b", "expected PORT, HOST:PORT"),
+        ("fd://ü", "expected PORT, HOST:PORT"),
+        ("fd://a\x7f", "expected PORT, HOST:PORT"),
+        ("fd://a\n", "expected PORT, HOST:PORT"),
+        ("fd://" + "n" * 256, "expected PORT, HOST:PORT"),
+        ("FD://a", "expected PORT, HOST:PORT"),
+        ("fd:/a", "expected PORT, HOST:PORT"),
         ("/" + "ü" * 54, "a unix socket's name holds at most 107 bytes"),
     ],
 )
@@ -123,6 +142,7 @@ def test_any_text_is_an_address_or_is_refused_by_quoting_it(text: str) -> None:
     st.builds(Address, port=PORTS)
     | st.builds(Address, NAMES | NUMERIC, PORTS)
     | st.builds(Address, path=st.builds(str.__add__, st.sampled_from("/@"), PATHS))
+    | st.builds(Address, passed=PASSED_NAMES)
 )
 @settings(deadline=None, max_examples=50)
 def test_an_address_that_is_printed_and_read_again_is_the_same(address: Address) -> None:
@@ -215,6 +235,9 @@ def test_a_path_need_not_be_utf_8(tmp_path: Path) -> None:
         (("127.0.0.1", 80), "127.0.0.1:80"),
         (("::1", 80, 0, 0), "[::1]:80"),
         (("fe80::1%lo", 80, 0, 1), "[fe80::1%lo]:80"),
+        (("::ffff:192.0.2.7", 80, 0, 0), "192.0.2.7:80"),
+        (("::ffff:102:304:5", 80, 0, 0), "[::ffff:102:304:5]:80"),
+        (("::192.0.2.7", 80, 0, 0), "[::192.0.2.7]:80"),
         ("/run/rspd.sock", "/run/rspd.sock"),
         ("", "unix"),
         (b"", "unix"),
@@ -233,5 +256,45 @@ def test_a_peers_name_cannot_break_a_line_of_the_log(name: str | bytes) -> None:
 
 
 @given(st.ip_addresses(), PORTS)
+@example(IPv6Address("::ffff:192.0.2.7"), 80)
 def test_a_printed_socket_address_can_be_read_again(ip: IPv4Address | IPv6Address, port: int) -> None:
-    assert parse_address(format_socket_address((str(ip), port))) == Address(str(ip), port)
+    family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
+    host = socket.inet_ntop(family, ip.packed)
+    seen_by_people = str(ip.ipv4_mapped) if isinstance(ip, IPv6Address) and ip.ipv4_mapped else host
+    assert parse_address(format_socket_address((host, port))) == Address(seen_by_people, port)
+
+
+# Where a socket is bound
+
+
+def bound(family: int, where: object, *, v6only: bool = True) -> Address:
+    with socket.socket(family) as sock:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+        sock.bind(where)  # type: ignore[arg-type]
+        return bound_address(sock)
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "v6only", "expected"),
+    [
+        (socket.AF_INET, "127.0.0.1", True, "127.0.0.1"),
+        (socket.AF_INET, "0.0.0.0", True, "0.0.0.0"),
+        (socket.AF_INET6, "::1", True, "::1"),
+        (socket.AF_INET6, "::1", False, "::1"),
+        (socket.AF_INET6, "::", True, "::"),
+        (socket.AF_INET6, "::", False, ""),
+    ],
+)
+def test_a_bound_tcp_socket_says_where_as_it_would_be_written(
+    family: int, host: str, v6only: bool, expected: str
+) -> None:
+    address = bound(family, (host, 0), v6only=v6only)
+    assert address == Address(expected, address.port)
+    assert address.port > 0
+
+
+def test_a_bound_unix_socket_says_where_as_it_would_be_written(tmp_path: Path) -> None:
+    path = f"{tmp_path}/s"
+    assert bound(socket.AF_UNIX, path) == Address(path=path) == parse_address(path)
+    assert bound(socket.AF_UNIX, "\0rspd test") == Address(path="@rspd test") == parse_address("@rspd test")

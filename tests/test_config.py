@@ -27,13 +27,13 @@ from rspd.config import (
 from rspd.yamlfile import ConfigError
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
-ADDRESS = "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
+ADDRESS = "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"
 DIAL = "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
 NUMBER = "expected a whole number from 1 to"
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h, or off"
 KEYS = (
-    "backend, backlog, connect_timeout, drain_timeout, half_close_timeout, idle_timeout, listen, log_level, "
-    "max_connections"
+    "backend, backlog, connect_timeout, drain_timeout, exit_idle_time, half_close_timeout, idle_timeout, listen, "
+    "log_level, max_connections"
 )
 
 Load = Callable[..., Config]
@@ -79,6 +79,7 @@ def test_two_lines_are_a_configuration_and_the_rest_is_defaults(load: Load) -> N
             drain_timeout=30.0,
         ),
         log_level="info",
+        exit_idle_time=inf,
     )
 
 
@@ -87,7 +88,7 @@ def test_every_key_can_be_set(load: Load) -> None:
         "listen: [8080, '[::1]:8081', /run/rspd.sock, '@rspd']\n"
         "backends:\n- a:1\n- '[::1]:2'\n- /run/b\n- '@c'\n"
         "max_connections: 100\nbacklog: 4096\nconnect_timeout: 500ms\nidle_timeout: off\nhalf_close_timeout: 2m\n"
-        "drain_timeout: 1.5h\nlog_level: debug\n"
+        "drain_timeout: 1.5h\nlog_level: debug\nexit_idle_time: 5m\n"
     )
     assert config == Config(
         ProxyConfig(
@@ -101,6 +102,7 @@ def test_every_key_can_be_set(load: Load) -> None:
             drain_timeout=5400.0,
         ),
         log_level="debug",
+        exit_idle_time=300.0,
     )
 
 
@@ -203,6 +205,10 @@ def test_an_alias_is_what_its_anchor_names(load: Load) -> None:
         ("idle_timeout: 5s, 6s", f"idle_timeout: {DURATION}, found '5s, 6s'"),
         ("half_close_timeout:", f"half_close_timeout: {DURATION}, found ''"),
         ("drain_timeout: [5s]", "drain_timeout: expected one value, found a list"),
+        ("exit_idle_time: 0", f"exit_idle_time: {DURATION}, found '0'"),
+        ("exit_idle_time: never", f"exit_idle_time: {DURATION}, found 'never'"),
+        ("exit_idle_time: [1s]", "exit_idle_time: expected one value, found a list"),
+        ("exit_idle_timeout: 1s", "exit_idle_timeout: unknown key, did you mean exit_idle_time?"),
         ("log_level: verbose", "log_level: expected one of debug, info, warning, error, found 'verbose'"),
         ("log_level: off", "log_level: expected one of debug, info, warning, error, found 'off'"),
         ("log_level: ''", "log_level: expected one of debug, info, warning, error, found ''"),
@@ -286,6 +292,7 @@ def test_an_item_of_a_list_that_is_no_address_is_what_the_message_is_about(
         ("8080", f"{DIAL}, found '8080'"),
         ("http", f"{DIAL}, found 'http'"),
         ("a:0", f"{DIAL}, found 'a:0'"),
+        ("fd://a", f"{DIAL}, found 'fd://a'"),
         ("a", f"{DIAL} (services(5) has no 'a'), found 'a'"),
         ("", f"{DIAL}, found ''"),
         ("[a:1, a:1]", "a:1 is listed twice"),
@@ -472,10 +479,10 @@ def test_a_file_that_cannot_be_read_is_an_oserror(tmp_path: Path, name: str, kin
 
 def test_the_command_line_wins_over_the_file(load: Load) -> None:
     content = "listen: 80\nbackend: a:1\nmax_connections: 5\nlog_level: error\nbacklog: 7"
-    config = load(
-        content, listen=(Address(port=81),), backends=(Address("b", 2),), max_connections=6, log_level="debug"
-    )
-    assert config == Config(ProxyConfig((Address(port=81),), (Address("b", 2),), max_connections=6, backlog=7), "debug")
+    options = {"listen": (Address(port=81),), "backends": (Address("b", 2),), "max_connections": 6}
+    config = load(f"{content}\nexit_idle_time: 1s", **options, log_level="debug", exit_idle_time=2.0)
+    proxy = ProxyConfig((Address(port=81),), (Address("b", 2),), max_connections=6, backlog=7)
+    assert config == Config(proxy, "debug", 2.0)
 
 
 def test_the_command_line_supplies_what_the_file_lacks(load: Load) -> None:
@@ -497,6 +504,41 @@ def test_what_the_command_line_lacks_is_told() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, {"listen": (Address(port=80),)})
     assert caught.value.errors == ["command line: backend: missing, expected an address to relay to"]
+
+
+def test_where_systemd_passes_sockets_there_need_be_no_address_to_listen_on(tmp_path: Path) -> None:
+    backends = (Address("a", 1),)
+    assert load_config(None, {"backends": backends}, sockets=True).proxy == ProxyConfig((), backends)
+    file = tmp_path / "rspd.yaml"
+    file.write_text("backend: a:1\n")
+    assert load_config(str(file), {}, sockets=True).proxy == ProxyConfig((), backends)
+
+
+def test_where_systemd_passes_sockets_a_given_address_stays_and_a_backend_is_missed(tmp_path: Path) -> None:
+    file = tmp_path / "rspd.yaml"
+    file.write_text("listen: 80\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(file), {}, sockets=True)
+    assert caught.value.errors == [f"{file}: backend: missing, expected an address to relay to"]
+    config = load_config(str(file), {"backends": (Address("a", 1),)}, sockets=True)
+    assert config.proxy.listen == (Address(port=80),)
+
+
+def test_a_wrong_address_to_listen_on_is_wrong_also_where_systemd_passes_sockets(tmp_path: Path) -> None:
+    file = tmp_path / "rspd.yaml"
+    file.write_text("listen: [70000]\nbackend: a:1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(file), {}, sockets=True)
+    assert caught.value.errors == [f"{file}:1: listen: a port is at most 65535, found '70000'"]
+
+
+def test_passed_sockets_and_ordinary_addresses_mix(load: Load) -> None:
+    config = load("listen: [fd://http, 8080, 'fd://a b']\nbackend: a:1")
+    assert config.proxy.listen == (Address(passed="http"), Address(port=8080), Address(passed="a b"))
+
+
+def test_the_same_passed_socket_twice_is_told(errors: Errors) -> None:
+    assert errors("listen: [fd://a, fd://a]\nbackend: a:1") == ["FILE:1: listen: fd://a is listed twice"]
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,7 @@ NO_FAMILY = SocketAddress(socket.AF_APPLETALK, None)
 Open = Callable[..., list[Listener]]
 
 
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left_open() -> Iterator[None]:
-    before = open_descriptors()
-    yield
-    assert open_descriptors() == before
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
 
 @pytest.fixture
@@ -314,7 +310,7 @@ def test_a_folder_without_permission_is_an_error_that_says_so(shared_folder: Pat
         error = refuse(f"{shared_folder}/sock")
     assert error.errno == errno.EACCES
     assert "Permission denied; " in str(error)
-    assert "a writable folder" in str(error)
+    assert "the folder must be writable" in str(error)
 
 
 def test_a_stale_socket_file_is_replaced(open_all: Open, tmp_path: Path) -> None:

@@ -1,0 +1,257 @@
+"""Listeners from systemd: what they are, what they take the place of, and that they stay."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rspd.address import Address, parse_address, resolve
+from rspd.adoption import addresses_to_bind, log_replaced
+from rspd.config import ProxyConfig
+from rspd.listener import Listener, ListenError, adopt_listener, replace_listeners
+from rspd.yamlfile import ConfigError
+from tests.manager import tcp_listener, unix_listener
+from tests.support import PATIENCE
+from tests.test_listener import accept, backlog_of, connect, port_of, serves, wanted
+
+# One end systemd keeps, so that what we close listens on.
+Adopt = Callable[..., tuple[socket.socket, Listener]]
+
+
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
+
+
+@pytest.fixture
+def adopt(no_descriptor_is_left_open: None) -> Iterator[Adopt]:
+    """A socket, by default TCP on the loopback address, as systemd keeps it, and our listener on it."""
+    opened: list[socket.socket | Listener] = []
+
+    def adopt(name: str = "web", kept: socket.socket | None = None) -> tuple[socket.socket, Listener]:
+        kept = kept or tcp_listener()
+        ours = socket.SocketType(fileno=os.dup(kept.fileno()))
+        ours.setblocking(False)
+        listener = adopt_listener(name, ours)
+        opened.extend((kept, listener))
+        return kept, listener
+
+    yield adopt
+    for one in opened:
+        one.close()
+
+
+# One listener
+
+
+def test_an_adopted_listener_knows_its_name_and_address(adopt: Adopt, tmp_path: Path) -> None:
+    kept, web = adopt("web")
+    port = kept.getsockname()[1]
+    assert (web.passed, web.name, web.address) == ("web", f"127.0.0.1:{port}", Address("127.0.0.1", port))
+    _, local = adopt("local", unix_listener(f"{tmp_path}/s"))
+    assert (local.passed, local.name, local.address) == ("local", f"{tmp_path}/s", Address(path=f"{tmp_path}/s"))
+    _, abstract = adopt("", unix_listener("\0rspd-adopted"))
+    assert (abstract.passed, abstract.name, abstract.address) == ("", "@rspd-adopted", Address(path="@rspd-adopted"))
+
+
+def test_a_socket_for_both_families_is_known_by_its_port(adopt: Adopt) -> None:
+    kept, listener = adopt("both", tcp_listener("::"))
+    assert listener.address == Address(port=kept.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::"])
+def test_an_adopted_listener_accepts_and_its_clients_do_not_wait_for_acknowledgements(adopt: Adopt, host: str) -> None:
+    kept, listener = adopt("web", tcp_listener(host))
+    with socket.create_connection(("127.0.0.1", kept.getsockname()[1]), PATIENCE):
+        sock, _ = accept(listener)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        sock.close()
+
+
+def test_a_closed_one_goes_on_listening_for_the_next_process(adopt: Adopt) -> None:
+    kept, listener = adopt()
+    where = kept.getsockname()
+    with socket.create_connection(where, PATIENCE) as waiting:
+        listener.close()
+        with socket.create_connection(where, PATIENCE):
+            sock, peer = kept.accept()
+            assert peer == waiting.getsockname()
+            sock.close()
+
+
+def test_the_file_of_a_closed_one_stays(adopt: Adopt, tmp_path: Path) -> None:
+    _, listener = adopt("local", unix_listener(f"{tmp_path}/s"))
+    listener.close()
+    assert (tmp_path / "s").is_socket()
+
+
+# Replacing
+
+
+def test_adopted_listeners_stay_whatever_else_is_wanted_and_keep_their_backlog(adopt: Adopt, tmp_path: Path) -> None:
+    _, web = adopt("web", tcp_listener(backlog=5))
+    _, local = adopt("local", unix_listener(f"{tmp_path}/s"))
+    listeners = [web, local]
+    with connect(web) as waiting:
+        for texts in [("127.0.0.1:0",), (), (f"{tmp_path}/other", "127.0.0.1:0"), ("127.0.0.1:0",), ()]:
+            listeners = replace_listeners(listeners, wanted(*texts), 99)
+            assert listeners[:2] == [web, local]
+            assert len(listeners) == 2 + len(texts)
+            assert backlog_of(web) == 5
+        sock, peer = accept(web)
+        assert peer == waiting.getsockname()
+        sock.close()
+    assert serves(local)
+
+
+def test_an_adopted_listener_never_stands_aside(adopt: Adopt) -> None:
+    """One of our own would, for 127.0.0.1:8080 in place of 8080; and would reset who waits."""
+    _, listener = adopt("web", tcp_listener("0.0.0.0"))
+    with socket.create_connection(("127.0.0.1", port_of(listener)), PATIENCE) as waiting:
+        with pytest.raises(ListenError, match="Address already in use") as caught:
+            replace_listeners([listener], wanted(f"127.0.0.1:{port_of(listener)}"), 8)
+        assert caught.value.errno == errno.EADDRINUSE
+        sock, peer = accept(listener)
+        assert peer == waiting.getsockname()
+        sock.close()
+
+
+def test_one_of_our_own_leaves_also_where_an_adopted_one_has_its_address(adopt: Adopt, tmp_path: Path) -> None:
+    _, adopted = adopt("web")
+    [own] = replace_listeners([], wanted(f"{tmp_path}/own"), 8)
+    assert replace_listeners([own, adopted], {}, 8) == [adopted]
+    assert not (tmp_path / "own").exists()
+
+
+# Matching
+
+
+def config(*listen: str, backends: tuple[str, ...] = ("192.0.2.1:80",)) -> ProxyConfig:
+    return ProxyConfig(tuple(map(parse_address, listen)), tuple(map(parse_address, backends)))
+
+
+def adopted(adopt: Adopt, *names: str) -> list[Listener]:
+    return [adopt(name)[1] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "listen", "to_bind"),
+    [
+        ((), ("8080", "/run/a"), ("8080", "/run/a")),
+        (("a",), ("8080", "/run/a"), ()),
+        (("a", "b"), ("8080",), ()),
+        (("a",), (), ()),
+        (("a",), ("fd://a",), ()),
+        (("a", "b"), ("fd://b", "fd://a"), ()),
+        (("a", "a", "b"), ("fd://a", "fd://b"), ()),
+        (("a",), ("8080", "fd://a", "/run/a"), ("8080", "/run/a")),
+        (("unknown", "unknown"), ("fd://unknown",), ()),
+    ],
+)
+def test_passed_sockets_take_the_place_of_listen_unless_it_names_them(
+    adopt: Adopt, names: tuple[str, ...], listen: tuple[str, ...], to_bind: tuple[str, ...]
+) -> None:
+    assert [str(one) for one in addresses_to_bind(config(*listen), adopted(adopt, *names))] == list(to_bind)
+
+
+@pytest.mark.parametrize(
+    ("names", "listen", "errors"),
+    [
+        ((), ("fd://a",), ["listen fd://a: no such socket from systemd, none was passed; is its socket unit active?"]),
+        (
+            ("b", "c", "b"),
+            ("fd://a",),
+            [
+                "listen fd://a: no such socket from systemd, passed are b, c",
+                "socket 'b' from systemd: not in listen; add fd://b, or stop it",
+                "socket 'c' from systemd: not in listen; add fd://c, or stop it",
+            ],
+        ),
+        (("a", "b"), ("fd://a", "8080"), ["socket 'b' from systemd: not in listen; add fd://b, or stop it"]),
+        (
+            ("a",),
+            ("fd://a", "fd://b", "fd://A"),
+            [
+                "listen fd://b: no such socket from systemd, passed are a",
+                "listen fd://A: no such socket from systemd, passed are a",
+            ],
+        ),
+    ],
+)
+def test_where_listen_names_passed_sockets_each_has_its_counterpart(
+    adopt: Adopt, names: tuple[str, ...], listen: tuple[str, ...], errors: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        addresses_to_bind(config(*listen), adopted(adopt, *names))
+    assert caught.value.errors == errors
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::"])
+def test_a_backend_that_is_a_passed_socket_is_refused(adopt: Adopt, host: str) -> None:
+    kept, listener = adopt("web", tcp_listener(host))
+    backend = f"127.0.0.1:{kept.getsockname()[1]}"
+    with pytest.raises(ConfigError, match=f"backend {backend} is this proxy's own listener "):
+        addresses_to_bind(config(backends=(backend,)), [listener])
+    with pytest.raises(ConfigError, match=f"backend {backend} is this proxy's own listener "):
+        addresses_to_bind(config("fd://web", backends=("192.0.2.1:80", backend)), [listener])
+
+
+def test_a_backend_that_is_a_passed_unix_socket_is_refused(adopt: Adopt, tmp_path: Path) -> None:
+    for name in (f"{tmp_path}/s", f"@rspd-test-{os.getpid()}"):
+        _, listener = adopt("local", unix_listener(name.replace("@", "\0")))
+        with pytest.raises(ConfigError, match="is this proxy's own listener"):
+            addresses_to_bind(config(backends=(name,)), [listener])
+
+
+# What they take the place of
+
+
+def logged(caplog: pytest.LogCaptureFixture, proxy: ProxyConfig, listeners: list[Listener]) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "rspd"):
+        log_replaced(proxy, listeners)
+    assert {record.levelname for record in caplog.records} <= {"INFO"}
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_an_address_that_is_not_listened_on_for_passed_sockets_is_logged(
+    adopt: Adopt, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert logged(caplog, config("8080", "/run/a"), adopted(adopt, "web", "local", "web")) == [
+        "not listening on 8080, systemd passed sockets in place of listen: web, local",
+        "not listening on /run/a, systemd passed sockets in place of listen: web, local",
+    ]
+
+
+def test_an_address_that_a_passed_socket_has_is_not_logged(
+    adopt: Adopt, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    _, web = adopt("web")
+    _, both = adopt("both", tcp_listener("::"))
+    _, local = adopt("local", unix_listener(f"{tmp_path}/s"))
+    listeners = [web, both, local]
+    listen = [f"127.0.0.1:{port_of(web)}", str(port_of(both)), f"{tmp_path}/s"]
+    assert logged(caplog, config(*listen), listeners) == []
+    assert logged(caplog, config(*listen, "/run/a"), listeners) == [
+        "not listening on /run/a, systemd passed sockets in place of listen: web, both, local"
+    ]
+
+
+@pytest.mark.parametrize(("names", "listen"), [((), ("8080",)), (("a",), ("fd://a", "8080")), (("a",), ())])
+def test_where_nothing_is_replaced_nothing_is_logged(
+    adopt: Adopt, caplog: pytest.LogCaptureFixture, names: tuple[str, ...], listen: tuple[str, ...]
+) -> None:
+    assert logged(caplog, config(*listen), adopted(adopt, *names)) == []
+
+
+def test_what_is_to_bind_is_bound_beside_what_was_passed(adopt: Adopt, tmp_path: Path) -> None:
+    _, web = adopt("web")
+    to_bind = addresses_to_bind(config("fd://web", f"{tmp_path}/own"), [web])
+    listeners = replace_listeners([web], {address: resolve(address) for address in to_bind}, 8)
+    assert [listener.passed for listener in listeners] == ["web", None]
+    assert all(serves(listener) for listener in listeners)
+    listeners[1].close()
