@@ -1,0 +1,119 @@
+"""The pid file: one process at a time, and nobody else's file."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from types import TracebackType
+
+from rspd.errors import StartError
+
+# A pid file has less than so many bytes.
+TEXT_MAX = 32
+
+
+class PidFile:
+    """A file with this process's pid, as a context: locked (flock(2)) while it runs, and removed at its end."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = -1
+
+    def __enter__(self) -> PidFile:
+        """Write it. Raises StartError if it is another's, or cannot be written."""
+        number = f"{os.getpid()}\n".encode()
+        try:
+            while self._fd < 0:
+                self._fd = self._open()
+            if os.fstat(self._fd).st_uid == os.geteuid():
+                os.fchmod(self._fd, 0o644)  # whoever may look for a process may know its number
+            os.pwrite(self._fd, number, 0)
+            os.ftruncate(self._fd, len(number))
+        except OSError as error:
+            if self._fd >= 0:
+                # What had no content before goes; it may have been made here.
+                self._close(remove=not os.fstat(self._fd).st_size)
+            reason = "a symbolic link stands there" if error.errno == errno.ELOOP else error.strerror
+            raise self._refusal(f"cannot be written: {reason}", error.errno or 0) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Remove it, unless another file stands there by now."""
+        self._close(remove=True)
+
+    def _close(self, remove: bool) -> None:
+        try:
+            if remove and self._is_in_place(self._fd):
+                os.unlink(self._path)
+        except OSError:
+            pass  # the folder is not ours to write in; the next start finds the file stale
+        os.close(self._fd)
+        self._fd = -1
+
+    def _open(self) -> int:
+        """The file, locked and ours to overwrite; -1 if it has vanished meanwhile."""
+        # Without waiting for anybody to write, should it be a FIFO.
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        try:
+            self._check(fd)
+            if self._is_in_place(fd):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        return -1
+
+    def _check(self, fd: int) -> None:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise self._refusal("expected a file, found something else")
+        text = os.pread(fd, TEXT_MAX, 0)
+        full = len(text) == TEXT_MAX
+        text = text.strip()
+        if full or (text and not (text.isdigit() and len(text) < 10)):
+            raise self._refusal("expected a process's number, found other text; left as it is")
+        pid = int(text or b"0")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            number = f", as process {pid}" if pid else ""
+            raise self._refusal(f"rspd runs already{number}") from None
+        if pid != os.getpid() and _runs(pid):
+            raise self._refusal(
+                f"names process {pid}, which runs ({_command(pid)}); stop that first, or remove the file if it is "
+                "out of date"
+            )
+
+    def _refusal(self, reason: str, code: int = 0) -> StartError:
+        return StartError(f"pid file {self._path}: {reason}", os.EX_CANTCREAT, code)
+
+    def _is_in_place(self, fd: int) -> bool:
+        try:
+            there = os.stat(self._path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(fd))
+
+
+def _runs(pid: int) -> bool:
+    if not pid:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", errors="backslashreplace") as file:
+            return file.read().strip()
+    except OSError:
+        return "of another user"

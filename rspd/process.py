@@ -1,0 +1,129 @@
+"""Becoming a daemon (daemon(7)) with python-daemon: descriptors, umask, where stderr leads."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import socket
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rspd.errors import StartError
+
+JOURNAL = "/run/systemd/journal/stdout"
+SYSLOG = "/dev/log"
+
+# What journald wants to know of a stream, a line each: identifier, unit, priority of lines without one, whether lines
+# may begin with theirs (`<N>`), and whether to pass lines on to syslog, the kernel's log and the console.
+JOURNAL_HEADER = b"rspd\n\n6\n1\n0\n0\n0\n"
+
+STDERR = 2
+
+# Nobody but the owner may write what the daemon creates, and others may not read it.
+UMASK = 0o027
+
+# python-daemon 2.x keeps a set of all descriptors that the hard limit allows, 80 bytes each. So a daemon is left as
+# many as LimitNOFILE= leaves the service, unless its connections need more.
+DESCRIPTORS = 65536
+
+# Seconds after which the process that was started stops waiting for the daemon, as systemd does by default.
+START_TIMEOUT = 90.0
+
+
+def started_by_systemd() -> bool:
+    """Whether this process is the main one of a unit, or is to notify systemd.
+
+    INVOCATION_ID and JOURNAL_STREAM do not tell: all a unit's children have them, and some are to start daemons.
+    """
+    return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()) or "NOTIFY_SOCKET" in os.environ
+
+
+class Starter:
+    """The process that was started from a shell, and waits to be told whether the daemon runs."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def release(self, code: int, reason: str = "") -> bool:
+        """Let it exit with this code, after the reason on its stderr. Whether it was still waiting."""
+        if self._fd < 0:
+            return False
+        try:
+            os.write(self._fd, bytes([code]) + reason.encode(errors="backslashreplace")[: select.PIPE_BUF - 1])
+            return True
+        except OSError:
+            return False  # it was killed, or tired of waiting
+        finally:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def detach(preserve: Sequence[int], descriptors: int) -> Starter:
+    """Go on as a daemon: no terminal, a session of its own, in `/`, stdout and stderr leading to the journal or syslog.
+
+    Returns in the daemon only. The process that called it waits to be released, and exits.
+    preserve: descriptors to stay open; all others are closed, and standard input is /dev/null.
+    descriptors: how many the daemon's connections need.
+    Raises StartError, in the process that called it.
+    """
+    log = _open_log()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = min(hard, max(DESCRIPTORS, descriptors + 1024))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, limit), limit))
+    # Slow to import, and for a daemon only.
+    from daemon import DaemonContext
+
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        _wait(reader)
+    DaemonContext(
+        detach_process=True,
+        working_directory="/",
+        umask=UMASK,
+        stdout=log,
+        stderr=log,
+        files_preserve=[writer, *preserve],
+        signal_map={},  # the loop's are to come; its own end with exit code 1
+    ).open()
+    log.close()  # it is 1 and 2 now
+    return Starter(writer)
+
+
+def _open_log() -> socket.socket:
+    """A socket to the journal, with JOURNAL_STREAM set to it, or to syslog. Raises StartError."""
+    reasons = []
+    for path, kind, first in ((JOURNAL, socket.SOCK_STREAM, JOURNAL_HEADER), (SYSLOG, socket.SOCK_DGRAM, b"")):
+        log = socket.socket(socket.AF_UNIX, kind)
+        try:
+            log.connect(path)
+            if first:
+                log.shutdown(socket.SHUT_RD)
+                log.sendall(first)
+                status = os.fstat(log.fileno())
+                os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+            return log
+        except OSError as error:
+            log.close()
+            reasons.append(f"{path}: {error.strerror}")
+    raise StartError(
+        f"a daemon's log goes to the journal or to syslog, and there is neither ({', '.join(reasons)}); "
+        "use --foreground, where it goes to stderr",
+        os.EX_UNAVAILABLE,
+    )
+
+
+def _wait(reader: int) -> NoReturn:
+    """Wait for the daemon to release this process, and exit as it says."""
+    code, reason = os.EX_SOFTWARE, "ended before it was ready; the log may say why: journalctl -t rspd"
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+    if not poll.poll(START_TIMEOUT * 1000):
+        reason = f"not ready after {START_TIMEOUT:g} seconds, and still trying; journalctl -t rspd says more"
+    elif message := os.read(reader, select.PIPE_BUF):
+        code, reason = message[0], message[1:].decode(errors="replace")
+    if reason:
+        text = "".join(f"rspd: {line}\n" for line in reason.splitlines())
+        os.write(STDERR, text.encode(errors="backslashreplace"))
+    os._exit(code)
