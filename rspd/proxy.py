@@ -27,6 +27,7 @@ class Proxy:
     """A proxy at work. Owns its listeners, its connections and its pipes.
 
     served: how many clients have been accepted so far.
+    watchers: tasks to wake whenever a connection begins or ends.
     """
 
     def __init__(self, loop: Loop, config: ProxyConfig, listeners: Sequence[Listener], pipes: int) -> None:
@@ -42,7 +43,8 @@ class Proxy:
         self._accepting = False
         self._watched: list[Listener] = []
         self._rotation = deque(self.listeners)
-        self._drainer: Task | None = None
+        self.watchers: set[Task] = set()
+        self._last_end = loop.now
         self.shortage.keep_spare()
         self._acceptor = loop.spawn(self._serve())
 
@@ -50,6 +52,11 @@ class Proxy:
     def open(self) -> int:
         """How many clients are being served."""
         return len(self._connections)
+
+    @property
+    def idle(self) -> float:
+        """For how many seconds there has been no connection."""
+        return 0.0 if self._connections else self.loop.now - self._last_end
 
     def apply(self, config: ProxyConfig, listen: Mapping[Address, Sequence[SocketAddress]], pipes: int) -> None:
         """Serve by a new configuration from now on. Open connections go on by the one they began with.
@@ -68,7 +75,7 @@ class Proxy:
         self.pipes.resize(pipes)
 
     def stop_listening(self) -> None:
-        """Accept nobody any more. Who waits in the backlog is reset by the kernel."""
+        """Accept nobody any more. Who waits in the backlog is reset by the kernel, or waits on for systemd's next."""
         self._acceptor.cancel()
         self._pause()
         for listener in self.listeners:
@@ -81,7 +88,8 @@ class Proxy:
 
         hurry: looked at whenever the running task is woken.
         """
-        task = self._drainer = self.loop.current
+        task = self.loop.current
+        self.watchers.add(task)
         deadline = self.loop.now + self.config.drain_timeout
         task.wake_at(deadline)
         while self._connections and self.loop.now < deadline and not hurry():
@@ -129,14 +137,17 @@ class Proxy:
         task = self.loop.spawn(connection.handle(), self._connection_ended)
         if not task.done:
             self._connections.add(task)
+        for watcher in self.watchers:
+            watcher.wake()
 
     def _connection_ended(self, task: Task) -> None:
         self._connections.discard(task)
         self.shortage.relieve()
         if not self._accepting:
             self._acceptor.wake()
-        if self._drainer:
-            self._drainer.wake()
+        self._last_end = self.loop.now
+        for watcher in self.watchers:
+            watcher.wake()
 
     def _next_ready(self) -> Listener | None:
         """A listener with a client waiting: the one after the last, so that a busy one does not starve the others."""

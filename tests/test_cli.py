@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rspd import __version__
-from rspd.address import Address
+from rspd.address import FORMS, Address
 from rspd.cli import describe, main
 from rspd.config import Config, ProxyConfig
 
@@ -28,10 +29,13 @@ def rspd(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs main in this process; returns exit code, stdout, stderr."""
 
     def rspd(*arguments: str) -> tuple[int, str, str]:
+        interrupt = signal.getsignal(signal.SIGINT)
         try:
             code = main(arguments)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else -1
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
         return code, *capsys.readouterr()
 
     return rspd
@@ -72,9 +76,11 @@ def test_the_help_names_every_option_form_and_exit_code(rspd: Run) -> None:
     assert out.startswith(USAGE)
     for word in ("-c FILE", "-l ADDRESS", "-b ADDRESS", "--max-connections N", "--log-level LEVEL", "--foreground"):
         assert word in out
-    for word in ("--check", "--version", "HOST:PORT", "[IPV6]:PORT", "/PATH", "@NAME", "/etc/rspd.yaml"):
+    for word in ("--exit-idle-time DURATION", "--pid-file FILE"):
         assert word in out
-    for word in ("64", "69", "71", "77", "78", "SIGTERM", "SIGINT", "SIGHUP"):
+    for word in ("--check", "--version", "HOST:PORT", "[IPV6]:PORT", "/PATH", "@NAME", "fd://NAME", "/etc/rspd.yaml"):
+        assert word in out
+    for word in ("64", "69", "70", "71", "73", "77", "78", "SIGTERM", "SIGINT", "SIGHUP"):
         assert word in out
 
 
@@ -94,6 +100,25 @@ def test_a_valid_command_line_is_described(rspd: Run) -> None:
         "command line: valid; listening on [::1]:80, /run/a, relaying to a:1, @b, 20 connections at a time\n",
         "",
     )
+
+
+def test_without_an_address_to_listen_on_it_would_be_what_systemd_passes(rspd: Run, file: Path) -> None:
+    """Which cannot be known here; the unit calls this before a reload."""
+    rest = "relaying to a:1, one connection at a time\n"
+    listen = "what a socket unit passes (there is no listen)"
+    assert rspd("--check", "-b", "a:1") == (0, f"command line: valid; listening on {listen}, {rest}", "")
+    file.write_text("listen: [fd://web, 8080]\nbackend: a:1\n")
+    assert rspd("--check", "-c", str(file)) == (0, f"{file}: valid; listening on fd://web, 8080, {rest}", "")
+
+
+def test_a_check_takes_no_sockets_and_writes_no_pid_file(
+    rspd: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "junk")
+    code, _, err = rspd("--check", "-b", "a:1", "--pid-file", f"{tmp_path}/pid", "--exit-idle-time", "1s")
+    assert (code, err) == (0, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_originals_three_arguments_are_enough(rspd: Run) -> None:
@@ -140,13 +165,16 @@ def test_the_originals_form_takes_names_numbers_ipv6_and_options(
         (["8080", "ho st", "80"], "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found 'ho st:80'"),
         (["8080", "", "80"], "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found ':80'"),
         (["8080", "::x", "80"], "expected an IPv6 address between the brackets, found '[::x]:80'"),
-        (["-l", "x y", "-b", "a:1"], "argument -l/--listen: expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME, fo"),
-        (["-l", "%s", "-b", "a:1"], "argument -l/--listen: expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME, fo"),
+        (["-l", "x y", "-b", "a:1"], f"argument -l/--listen: expected {FORMS}, found 'x y'"),
+        (["-l", "%s", "-b", "a:1"], f"argument -l/--listen: expected {FORMS}, found '%s'"),
         (["-l", "1", "-b", "80"], "argument -b/--backend: expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"),
         (["-l", "::1:80"], "argument -l/--listen: expected brackets around an IPv6 address, as in [::1]:8080, found "),
         (["-l"], "argument -l/--listen: expected one argument"),
         (["--max-connections", "0"], "argument --max-connections: expected a whole number from 1 to 1000000, found '0"),
         (["--max-connections", "x"], "argument --max-connections: expected a whole number from 1 to 1000000, found 'x"),
+        (["--exit-idle-time", "0"], "argument --exit-idle-time: expected a duration above 0, as 500ms, 5s, 2m or 1h,"),
+        (["--exit-idle-time", "soon"], "argument --exit-idle-time: expected a duration above 0, as 500ms, 5s, 2m or"),
+        (["--pid-file"], "argument --pid-file: expected one argument"),
         (["--log-level", "loud"], "argument --log-level: expected one of debug, info, warning, error, found 'loud'"),
         (["--max", "5"], "unrecognized arguments: --max"),
         (["--colour"], "unrecognized arguments: --colour"),
@@ -249,13 +277,16 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(rspd: Run, file: Pa
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(file.parent / "socket"))
     path = f"{file.parent}/{name}"
-    assert rspd("-c", path) == (78, "", f"rspd: {path}: cannot be read: {reason}\n")
+    advice = "make it, or name another with -c" if "missing" in name else "name another with -c, or see rspd --help"
+    assert rspd("-c", path) == (78, "", f"rspd: {path}: cannot be read: {reason}; {advice}\n")
 
 
 def test_a_file_that_may_not_be_read_is_77(rspd: Run, file: Path) -> None:
     file.chmod(0)
     with without_privilege():
-        assert rspd("-c", str(file)) == (77, "", f"rspd: {file}: cannot be read: Permission denied\n")
+        code, _, err = rspd("-c", str(file))
+    advice = "let the user that rspd runs as read it"
+    assert (code, err) == (77, f"rspd: {file}: cannot be read: Permission denied; {advice}\n")
 
 
 def test_check_neither_binds_nor_looks_up(rspd: Run) -> None:

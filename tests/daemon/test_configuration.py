@@ -21,7 +21,7 @@ PR_CAPBSET_DROP = 24
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE = 1, 2, 10
 
 DIAL = "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
-ADDRESS = "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
+ADDRESS = "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h, or off"
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -51,7 +51,7 @@ def refused(
             os.close(fd)
 
     end = subprocess.run(
-        [sys.executable, "-m", "rspd", *arguments],
+        [sys.executable, "-m", "rspd", "--foreground", *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -191,7 +191,7 @@ colour: red
             f"{file}:17: log_level: given a second time, first as log_level in line 16",
             (
                 f"{file}:18: colour: unknown key, expected one of backend, backlog, connect_timeout, drain_timeout, "
-                "half_close_timeout, idle_timeout, listen, log_level, max_connections"
+                "exit_idle_time, half_close_timeout, idle_timeout, listen, log_level, max_connections"
             ),
         ],
     )
@@ -235,16 +235,18 @@ def test_an_empty_file_is_78_and_says_what_is_missing(file: Path) -> None:
 
 
 def test_a_missing_file_is_78(file: Path) -> None:
-    assert refused("-c", str(file)) == (78, [f"{file}: cannot be read: No such file or directory"])
+    advice = "make it, or name another with -c"
+    assert refused("-c", str(file)) == (78, [f"{file}: cannot be read: No such file or directory; {advice}"])
 
 
 def test_a_folder_in_place_of_the_file_is_78(tmp_path: Path) -> None:
-    assert refused("-c", str(tmp_path)) == (78, [f"{tmp_path}: cannot be read: Is a directory"])
+    advice = "name another with -c, or see rspd --help"
+    assert refused("-c", str(tmp_path)) == (78, [f"{tmp_path}: cannot be read: Is a directory; {advice}"])
 
 
 def test_a_file_that_may_not_be_read_is_77(file: Path) -> None:
     file.touch(0)
-    expected = 77, [f"{file}: cannot be read: Permission denied"]
+    expected = 77, [f"{file}: cannot be read: Permission denied; let the user that rspd runs as read it"]
     assert refused("-c", str(file), preexec=without_privilege) == expected
 
 
@@ -321,12 +323,7 @@ def test_a_privileged_port_is_77() -> None:
     address = f"127.0.0.1:{lowest - 1}"
     assert refused("-l", address, "-b", "a:1", preexec=without_privilege) == (
         77,
-        [
-            (
-                f"cannot listen on {address}: Permission denied; "
-                "a port below 1024 needs root or CAP_NET_BIND_SERVICE, a path a writable folder"
-            )
-        ],
+        [f"cannot listen on {address}: Permission denied; a port below 1024 needs root or CAP_NET_BIND_SERVICE"],
     )
 
 
@@ -473,7 +470,7 @@ def test_closed_standard_descriptors_are_no_clients(tmp_path: Path, close: tuple
 
     with Backend(answer) as backend:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rspd", "-l", str(path), "-b", backend.address],
+            [sys.executable, "-m", "rspd", "--foreground", "-l", str(path), "-b", backend.address],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
