@@ -1,0 +1,145 @@
+"""Completion in the shells: a line is typed, a key inserts all that is offered, Enter shows what the command gets."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rspd.cli import _parser
+from rspd.log import LEVELS
+from tests.support import PATIENCE
+
+PACKAGING = Path(__file__).parent.parent / "packaging"
+
+PROMPT = b"type now: "
+INSERT_ALL = b"\x1b*"  # Alt-*, what bash calls insert-completions
+
+# In place of rspd, for both shells: what it was called with, into a file.
+COMMAND = "rspd() { printf '%s\\0' \"$@\" >answer; exit; }\n"
+
+BASH = f"""
+PS1='{PROMPT.decode()}'
+source '{PACKAGING}/rspd.bash'
+"""
+
+ZSH = f"""
+PROMPT='{PROMPT.decode()}'
+unsetopt prompt_sp
+fpath=('{PACKAGING}' $fpath)
+autoload -Uz compinit
+compinit -u -D
+zle -C all-matches complete-word _generic
+bindkey '^[*' all-matches
+zstyle ':completion:all-matches::::' completer _all_matches _complete
+zstyle ':completion:all-matches:*' insert yes
+"""
+
+SHELLS = {
+    "bash": (["bash", "--noprofile", "--rcfile", ".bashrc", "-i"], ".bashrc", BASH),
+    "zsh": (["zsh", "-d", "-i"], ".zshrc", ZSH),
+}
+
+OPTIONS = {text: action for action in _parser()._actions for text in action.option_strings}
+WITH_VALUE = sorted(text for text, action in OPTIONS.items() if action.nargs != 0)
+
+Type = Callable[[str], list[str]]
+
+
+def read_until(fd: int, expected: bytes) -> None:
+    """Read what the shell writes to its terminal, up to something; b"" for all of it."""
+    deadline = time.monotonic() + PATIENCE
+    seen = b""
+    while not expected or expected not in seen:
+        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"the shell wrote only {seen!r}"
+        try:
+            data = os.read(fd, 4096)
+        except OSError:  # what the terminal of a shell that has ended says
+            data = b""
+        if not data:
+            assert not expected, f"the shell wrote {seen!r} and ended"
+            return
+        seen += data
+
+
+@pytest.fixture(params=SHELLS)
+def completed(request: pytest.FixtureRequest, tmp_path: Path) -> Type:
+    """Types a line, inserts all that is offered at its end, and returns the words after `rspd`."""
+    name = str(request.param)
+    if not shutil.which(name):
+        pytest.skip(f"{name} is not installed")
+    command, file, setup = SHELLS[name]
+    (tmp_path / file).write_text(setup + COMMAND)
+
+    def completed(line: str) -> list[str]:
+        near, far = pty.openpty()
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "TERM": "dumb"}
+        shell = subprocess.Popen(
+            command,
+            stdin=far,
+            stdout=far,
+            stderr=far,
+            cwd=tmp_path,
+            env={**environment, "INPUTRC": os.devnull, "LC_ALL": "C.UTF-8"},
+            start_new_session=True,
+        )
+        os.close(far)
+        try:
+            read_until(near, PROMPT)
+            os.write(near, line.encode() + INSERT_ALL + b"\r")
+            read_until(near, b"")
+            shell.wait(PATIENCE)
+        finally:
+            shell.kill()
+            shell.wait()
+            os.close(near)
+        return (tmp_path / "answer").read_text().split("\0")[:-1]
+
+    return completed
+
+
+def test_every_option_is_offered_and_nothing_else(completed: Type) -> None:
+    assert {word.removesuffix("=") for word in completed("rspd -")} == OPTIONS.keys()
+
+
+def test_a_beginning_is_completed_to_the_options_that_begin_so(completed: Type) -> None:
+    expected = {text for text in OPTIONS if text.startswith("--l")}
+    assert {word.removesuffix("=") for word in completed("rspd --check --l")[1:]} == expected
+
+
+@pytest.mark.parametrize("option", WITH_VALUE)
+def test_no_option_is_offered_as_the_value_of_another(completed: Type, option: str) -> None:
+    assert completed(f"rspd {option} -") == [option, "-"]
+
+
+@pytest.mark.parametrize("option", [*(text for text in WITH_VALUE if OPTIONS[text].metavar == "FILE"), "-l", "-b"])
+def test_files_are_offered_where_a_file_is_expected(completed: Type, tmp_path: Path, option: str) -> None:
+    (tmp_path / "one file.yaml").touch()
+    (tmp_path / "two.yaml").touch()
+    assert completed(f"rspd {option} on") == [option, "one file.yaml"]
+    assert completed(f"rspd {option} ./t") == [option, "./two.yaml"]
+
+
+@pytest.mark.parametrize("text", ["--config=tw", "--pid-file=tw"])
+def test_files_are_offered_after_an_equals_sign(completed: Type, tmp_path: Path, text: str) -> None:
+    (tmp_path / "two.yaml").touch()
+    assert completed(f"rspd {text}") == [f"{text[:-2]}two.yaml"]
+
+
+def test_the_log_levels_are_offered(completed: Type) -> None:
+    assert set(completed("rspd --log-level ")[1:]) == LEVELS.keys()
+    assert completed("rspd --log-level=w") == ["--log-level=warning"]
+
+
+@pytest.mark.parametrize("option", ["--max-connections", "--exit-idle-time"])
+def test_nothing_is_offered_for_a_number_or_a_duration(completed: Type, tmp_path: Path, option: str) -> None:
+    (tmp_path / "one.yaml").touch()
+    assert completed(f"rspd {option} ") == [option]
