@@ -1,6 +1,8 @@
 # make run    a small web server showing FOLDER, and rspd in front of it: open the address that is printed
 # make test   the tests, as any user
+# make test-system   the package in booted machines, as root; SUITES='bookworm trixie'; REQUIRED=1 forbids skipping
 # make lint   ruff and mypy
+# make deb    the Debian package, into dist/; CHECK=no leaves its tests out
 # make compare   CPU time beside nginx and systemd-socket-proxyd
 
 PYTHON ?= python3
@@ -13,7 +15,17 @@ RUN_OPTIONS ?= --max-connections 16
 
 BIN = .venv/bin
 
-.PHONY: run test lint compare clean
+# Where the package is built, from a copy of what .gitignore does not name.
+DEB_TREE = build/deb/rspd
+
+ifeq ($(CHECK),no)
+export DEB_BUILD_OPTIONS += nocheck
+endif
+ifneq ($(filter nocheck,$(DEB_BUILD_OPTIONS)),)
+export DEB_BUILD_PROFILES += nocheck
+endif
+
+.PHONY: run test test-system lint deb compare clean
 
 run: .venv/done
 	@test -d "$(FOLDER)" || { echo 'make run: FOLDER=$(FOLDER) is not a folder' >&2; exit 1; }
@@ -21,9 +33,10 @@ run: .venv/done
 	$(PORT) $(BACKEND_PORT) 2>/dev/null || \
 	{ echo 'make run: port $(PORT) or $(BACKEND_PORT) is taken, choose PORT=... BACKEND_PORT=...' >&2; exit 1; }
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory "$(FOLDER)" $(BACKEND_PORT) >/dev/null 2>&1 & \
-	backend=$$!; trap 'kill $$backend 2>/dev/null' EXIT; trap : INT; \
+	backend=$$!; trap 'kill $$backend $$proxy 2>/dev/null' EXIT; trap : INT; trap 'kill $$proxy' TERM HUP; \
 	echo "Open http://127.0.0.1:$(PORT)/ (Ctrl-C ends it)"; \
-	$(BIN)/rspd --foreground $(RUN_OPTIONS) -l 127.0.0.1:$(PORT) -b 127.0.0.1:$(BACKEND_PORT)
+	$(BIN)/rspd --foreground $(RUN_OPTIONS) -l 127.0.0.1:$(PORT) -b 127.0.0.1:$(BACKEND_PORT) & proxy=$$!; \
+	until wait $$proxy; [ $$? -lt 128 ]; do :; done
 
 test: .venv/done
 	$(BIN)/coverage erase
@@ -31,10 +44,28 @@ test: .venv/done
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
+# Two workers for each suite: one has the test of a hundred idle exits, and waits.
+test-system: .venv/done
+	$(BIN)/python -m pytest -q -rs -n 4 --dist loadgroup --no-loadscope-reorder tests/system
+
 lint: .venv/done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+deb:
+	@command -v dpkg-buildpackage >/dev/null || \
+	{ echo 'make deb: expected dpkg-buildpackage, found none: apt install dpkg-dev' >&2; exit 1; }
+	@missing=$$(LC_ALL=C dpkg-checkbuilddeps 2>&1) || { echo "$$missing" | \
+	sed 's/.*: /make deb: build dependencies are missing: apt install /; s/ ([^)]*)//g; s/debhelper-compat/debhelper/' >&2; \
+	exit 1; }
+	rm -rf $(DEB_TREE) build/deb/rspd_*
+	mkdir -p $(DEB_TREE) dist
+	sed 's|/$$||' .gitignore | tar -c --exclude=.git --exclude-from=- --mtime=@$$(dpkg-parsechangelog -S Timestamp) . | \
+	tar -x -C $(DEB_TREE)
+	cd $(DEB_TREE) && dpkg-buildpackage -us -uc -b
+	rm -f dist/rspd_*
+	mv build/deb/rspd_* dist/
 
 compare: .venv/done
 	$(BIN)/python bench/compare.py
