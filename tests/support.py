@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import pytest
@@ -269,7 +269,9 @@ class Daemon:
         self.pid = self.process.pid
         assert self.process.stderr
         # rspd drops lines that nobody reads, and here a thread reads them that may have to wait for many others.
-        fcntl.fcntl(self.process.stderr, fcntl.F_SETPIPE_SZ, LOG_SIZE)
+        # Not to be had in a user namespace while root's pipes, of other tests too, fill fs.pipe-user-pages-soft (pipe(7)).
+        with suppress(PermissionError):
+            fcntl.fcntl(self.process.stderr, fcntl.F_SETPIPE_SZ, LOG_SIZE)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if wait:
