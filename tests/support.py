@@ -24,6 +24,9 @@ from rspd.loop import Loop
 T = TypeVar("T")
 
 PATIENCE = 20.0  # seconds before a wait in a test fails
+
+# One after the other: an unprivileged user has pages for 64 large pipes, in all his processes (pipe(7)).
+needs_large_pipes = pytest.mark.xdist_group("large pipes")
 LOG_SIZE = 1 << 19  # bytes of the log that may wait to be read
 LINGER_0 = struct.pack("ii", 1, 0)
 
@@ -269,7 +272,7 @@ class Daemon:
         self.pid = self.process.pid
         assert self.process.stderr
         # rspd drops lines that nobody reads, and here a thread reads them that may have to wait for many others.
-        # Not to be had in a user namespace while root's pipes, of other tests too, fill fs.pipe-user-pages-soft (pipe(7)).
+        # Refused in a user namespace while root's pipes, of other tests too, fill fs.pipe-user-pages-soft (pipe(7)).
         with suppress(PermissionError):
             fcntl.fcntl(self.process.stderr, fcntl.F_SETPIPE_SZ, LOG_SIZE)
         self._reader = threading.Thread(target=self._read, daemon=True)

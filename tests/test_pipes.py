@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rspd.pipes import PIPE_SIZE, REFRAIN, USEFUL_SIZE, Pipe, Pipes
-from tests.support import open_descriptors
+from tests.support import needs_large_pipes, open_descriptors
+
+pytestmark = needs_large_pipes
 
 NOBODY = 65534
 

@@ -15,7 +15,7 @@ from rspd.config import ProxyConfig
 from rspd.listener import Listener
 from rspd.loop import Loop
 from rspd.proxy import Proxy
-from tests.support import PATIENCE, Backend, echo, run
+from tests.support import PATIENCE, Backend, echo, needs_large_pipes, run
 from tests.test_pipes import no_descriptors
 
 
@@ -79,6 +79,7 @@ def test_an_unexpected_error_while_accepting_is_logged_and_accepting_goes_on(
     assert "RuntimeError: built in" in caplog.text
 
 
+@needs_large_pipes
 def test_a_reload_closes_the_pipes_that_there_is_no_room_for_any_more() -> None:
     config = ProxyConfig((), (Address("127.0.0.1", 9),))
 

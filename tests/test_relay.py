@@ -21,7 +21,18 @@ from rspd.loop import IN, OUT, Loop, news
 from rspd.pipes import Pipes
 from rspd.relay import Relay
 from rspd.side import Side
-from tests.support import PATIENCE, eventually, fill, is_reset, receive_all, reset, run, send_and_close, tcp_pair
+from tests.support import (
+    PATIENCE,
+    eventually,
+    fill,
+    is_reset,
+    needs_large_pipes,
+    receive_all,
+    reset,
+    run,
+    send_and_close,
+    tcp_pair,
+)
 
 Script = Callable[[socket.socket, socket.socket], object]
 Pair = Callable[[], tuple[socket.socket, socket.socket]]
@@ -557,6 +568,7 @@ def test_a_flow_stops_at_the_end_of_its_turn_and_says_so(monkeypatch: pytest.Mon
     run(main)
 
 
+@needs_large_pipes
 def test_a_pipe_that_comes_free_does_not_overtake_bytes_held_back() -> None:
     data = random_bytes(20 * BUFFER_SIZE)
 

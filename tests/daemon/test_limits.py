@@ -9,7 +9,18 @@ import time
 
 import pytest
 
-from tests.support import PATIENCE, Backend, Daemon, answer, echo, eventually, receive_all, reset, rspd
+from tests.support import (
+    PATIENCE,
+    Backend,
+    Daemon,
+    answer,
+    echo,
+    eventually,
+    needs_large_pipes,
+    receive_all,
+    reset,
+    rspd,
+)
 
 
 def settled(daemon: Daemon, before: int) -> bool:
@@ -42,6 +53,7 @@ def test_2000_connections_in_a_row_leave_nothing_behind() -> None:
         assert daemon.memory() - memory < 500_000
 
 
+@pytest.mark.usefixtures("as_many_descriptors_as_allowed")
 def test_1000_connections_at_once_are_all_served_and_leave_nothing_behind() -> None:
     count = 1000
     with Backend(echo) as backend, rspd("-b", backend.address, "--max-connections", "1000") as daemon:
@@ -108,6 +120,7 @@ def test_a_client_that_waits_for_descriptors_is_served_as_soon_as_another_has_en
         assert {end["cause"] for end in daemon.wait_for_ends(50)} <= {"backend-closed", "client-closed"}
 
 
+@needs_large_pipes
 def test_idle_pipes_give_way_to_clients_when_descriptors_are_short() -> None:
     def handler(sock: socket.socket) -> None:
         if sock.recv(1) == b"d":
@@ -166,6 +179,7 @@ def test_the_soft_limit_of_descriptors_is_raised_as_far_as_needed(soft: int) -> 
             assert resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE) == (2000, 2000)
 
 
+@needs_large_pipes
 def test_stalled_readers_do_not_keep_others_from_bulk_transfers() -> None:
     """Each stalled flow holds a pipe; when all are held, the others copy."""
     data = b"x" * 10_000_000
