@@ -25,6 +25,9 @@ T = TypeVar("T")
 
 PATIENCE = 20.0  # seconds before a wait in a test fails
 
+# Bytes, more than the kernel holds on the way of a flow: tcp(7) has buffers of 32 MiB at most on the systems known.
+FILL_MAX = 1 << 28
+
 # One after the other: an unprivileged user has pages for 64 large pipes, in all his processes (pipe(7)).
 needs_large_pipes = pytest.mark.xdist_group("large pipes")
 LOG_SIZE = 1 << 19  # bytes of the log that may wait to be read
@@ -87,13 +90,14 @@ def send_and_close(sock: socket.socket, data: bytes) -> None:
 
 
 def fill(sock: socket.socket) -> int:
-    """Send until nobody has taken anything for a while; how many bytes went."""
+    """Send until nobody has taken anything for a while; how many bytes went, no more than FILL_MAX."""
     timeout = sock.gettimeout()
     sock.settimeout(0.3)
     sent = 0
     try:
-        while True:
+        while sent < FILL_MAX:
             sent += sock.send(b"x" * 65536)
+        raise AssertionError("nothing holds the sender back")
     except TimeoutError:
         return sent
     finally:

@@ -96,7 +96,7 @@ def test_it_warns_of_a_socket_of_its_own_that_nobody_starts_it_again_for(web: so
 
 def test_it_warns_of_a_time_so_short_that_systemd_gives_up(web: socket.socket) -> None:
     with service("-b", "192.0.2.1:80", "--exit-idle-time", "999ms", sockets={"web": web}) as daemon:
-        assert daemon.find("WARNING exit_idle_time is below 1 s: systemd gives up what it starts so often")
+        daemon.wait_for("WARNING exit_idle_time is below 1 s: systemd gives up what it starts so often")
 
 
 def test_with_a_passed_socket_there_is_nothing_to_warn_of(web: socket.socket) -> None:

@@ -263,17 +263,23 @@ def test_listeners_are_opened_and_closed_and_their_connections_go_on(tmp_path: P
         first = f"127.0.0.1:{port}"
         file = File(tmp_path, listen=first, backend=backend.address, max_connections=9)
         with file.rspd() as daemon, ExitStack() as stack:
-            clients = [stack.enter_context(connect(first))]
+            clients: list[socket.socket] = []
+
+            def join(address: str) -> None:
+                clients.append(stack.enter_context(connect(address)))
+                talk(clients[-1])  # One that waits to be accepted is lost with the listener.
+
+            join(first)
             file.reload(daemon, listen=[first, path])
             assert daemon.find(f"reloaded listen={first},{path}$")
-            clients += [stack.enter_context(connect(first)), stack.enter_context(connect(path))]
+            join(first)
+            join(path)
             file.reload(daemon, listen=[path])
             assert not listens(first)
-            clients.append(stack.enter_context(connect(path)))
+            join(path)
             file.reload(daemon, listen=["127.0.0.1:0"])
             assert not os.path.exists(path)
-            address = daemon.find("reloaded")[-1].partition("listen=")[2]
-            clients.append(stack.enter_context(connect(address)))
+            join(daemon.find("reloaded")[-1].partition("listen=")[2])
             for client in clients:
                 talk(client)
 
