@@ -282,7 +282,11 @@ class Daemon:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if wait:
-            self.wait_for("listening address=")
+            try:
+                self.wait_for("listening address=")
+            except AssertionError:  # nobody else knows of it
+                self.kill()
+                raise
 
     def _read(self) -> None:
         assert self.process.stderr
