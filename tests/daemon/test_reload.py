@@ -296,6 +296,16 @@ def test_a_listener_that_stays_is_the_same_socket_and_keeps_its_backlog_waiting(
             talk(waiting)
 
 
+def test_a_client_that_waits_at_an_address_no_longer_listened_on_is_reset(tmp_path: Path) -> None:
+    with Backend(echo) as backend:
+        file = File(tmp_path, listen=["127.0.0.1:0"], backend=backend.address)
+        with file.rspd() as daemon, daemon.connect() as served, daemon.connect() as waiting:
+            talk(served)
+            file.reload(daemon, listen=[f"{tmp_path}/socket"])
+            assert is_reset(waiting)
+            talk(served)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_port_changes_between_every_local_address_and_one(tmp_path: Path, order: int) -> None:
     port = free_port()
