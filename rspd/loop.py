@@ -30,6 +30,7 @@ HUP = select.EPOLLHUP
 PRI = select.EPOLLPRI
 RDHUP = select.EPOLLRDHUP
 EDGE = select.EPOLLET
+EXCLUSIVE = select.EPOLLEXCLUSIVE
 
 # How many events one epoll_wait fetches: more costs memory at each call, fewer costs calls under load.
 MAX_EVENTS = 128

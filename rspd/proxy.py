@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 from rspd.address import Address, SocketAddress
 from rspd.backends import Backends
 from rspd.config import ProxyConfig
 from rspd.connection import Connection
 from rspd.listener import CLIENT_GONE, Listener, replace_listeners
-from rspd.loop import IN, Loop, Task, news
+from rspd.loop import EXCLUSIVE, IN, Loop, Task, news
 from rspd.pipes import Pipes
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
@@ -19,6 +20,10 @@ from rspd.side import Side
 
 # Seconds without accepting after an error that nobody expected.
 AFTER_ERROR = 1.0
+
+# Seconds between two looks at who waits at a listener that other processes share. The kernel wakes one of them for a
+# client (EPOLLEXCLUSIVE, epoll_ctl(2)); if that one ends, or has no descriptor left, the others have not heard of it.
+LOOK_AGAIN = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +47,7 @@ class Proxy:
         self._connections: set[Task] = set()
         self._accepting = False
         self._watched: list[Listener] = []
+        self._look_again = inf  # when to, while accepting
         self._rotation = deque(self.listeners)
         self.watchers: set[Task] = set()
         self._last_end = loop.now
@@ -112,9 +118,10 @@ class Proxy:
             try:
                 if listener := self._next_ready():
                     self._accept(listener)
-                elif self._accepting:
+                elif self._accepting and self.loop.now < self._look_again:
                     await news()
                 else:
+                    self._pause()
                     self._resume()
             except OSError as error:
                 if error.errno not in CLIENT_GONE:
@@ -164,6 +171,11 @@ class Proxy:
 
     def _resume(self) -> None:
         for listener in self.listeners:
-            self.loop.watch(listener, IN)
+            # epoll looks at once who waits, and goes to the end of the line of those that it may wake.
+            self.loop.watch(listener, IN | EXCLUSIVE)
             self._watched.append(listener)
         self._accepting = True
+        self._look_again = inf
+        if any(listener.passed is not None for listener in self.listeners):
+            self._look_again = self.loop.now + LOOK_AGAIN
+            self.loop.current.wake_at(self._look_again)
