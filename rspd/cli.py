@@ -103,7 +103,8 @@ def describe(config: Config) -> str:
     proxy = config.proxy
     count = "one connection" if proxy.max_connections == 1 else f"{proxy.max_connections} connections"
     listen = ", ".join(map(str, proxy.listen)) or "what a socket unit passes (there is no listen)"
-    return f"listening on {listen}, relaying to {', '.join(map(str, proxy.backends))}, {count} at a time"
+    shared = " (port shared, reuse_port)" if proxy.reuse_port else ""
+    return f"listening on {listen}{shared}, relaying to {', '.join(map(str, proxy.backends))}, {count} at a time"
 
 
 class Parser(argparse.ArgumentParser):

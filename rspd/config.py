@@ -23,6 +23,7 @@ class ProxyConfig:
     backends: tuple[Address, ...]
     max_connections: int = 1
     backlog: int = 128
+    reuse_port: bool = False  # of TCP listeners of our own
     connect_timeout: float = 5.0
     idle_timeout: float = 60.0
     half_close_timeout: float = 30.0
@@ -50,6 +51,16 @@ def parse_duration(text: str) -> float:
     if not seconds:
         raise ValueError(f"expected a duration above 0, as 500ms, 5s, 2m or 1h, or off, found {text!r}")
     return seconds
+
+
+def parse_switch(text: str) -> bool:
+    """True or False, in YAML's ways to write it. Raises ValueError."""
+    word = text.lower()
+    if word in ("true", "yes", "on"):
+        return True
+    if word in ("false", "no", "off"):
+        return False
+    raise ValueError(f"expected true or false, found {text!r}")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -85,6 +96,7 @@ PARSERS: Mapping[str, Callable[[str], Any]] = {
     "max_connections": whole_number(1, 1_000_000),
     # listen(2) takes what net.core.somaxconn allows; an int is what it takes at all.
     "backlog": whole_number(1, 2**31 - 1),
+    "reuse_port": parse_switch,
     "connect_timeout": parse_duration,
     "idle_timeout": parse_duration,
     "half_close_timeout": parse_duration,

@@ -40,6 +40,8 @@ ADVICE = {
     errno.EMFILE: "raise LimitNOFILE or `ulimit -n`",
 }
 
+NOT_SHARED = f"{ADVICE[errno.EADDRINUSE]}; to share it, that one needs reuse_port and the same user too"
+
 UNWRITABLE = "the folder must be writable; for the service, /run/rspd is, and for rspd@NAME, /run/rspd-NAME"
 
 PATH_ADVICE = {
@@ -52,9 +54,11 @@ PATH_ADVICE = {
 class ListenError(Exception):
     """A listener cannot be opened; `errno` says why in the system's terms."""
 
-    def __init__(self, address: Address, where: object, error: OSError) -> None:
+    def __init__(self, address: Address, where: object, error: OSError, reuse_port: bool = False) -> None:
         reason = error.strerror or str(error)
         advice = ADVICE.get(error.errno or 0)
+        if error.errno == errno.EADDRINUSE and reuse_port:
+            advice = NOT_SHARED
         if address.path:
             advice = PATH_ADVICE.get(error.errno or 0, advice)
         place = str(address) if str(address) == str(where) else f"{address} ({where})"
@@ -99,6 +103,14 @@ class Listener(Watch):
         self._sock.listen(backlog)
         self.backlog = backlog
 
+    def share_port(self) -> None:
+        """Let other processes of the same user bind this address too, if they say the same (SO_REUSEPORT, socket(7)).
+
+        Not to be taken back: the kernel goes on letting them. Of no meaning for a unix socket.
+        """
+        if self._sock.family != socket.AF_UNIX:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
     def rest(self) -> None:
         """Stop listening, so that another socket can take the address over; clients in the backlog are reset.
 
@@ -124,9 +136,12 @@ def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
     return Listener(bound_address(sock), sock, passed=name)
 
 
-def open_listeners(address: Address, where: Iterable[SocketAddress], backlog: int) -> list[Listener]:
+def open_listeners(
+    address: Address, where: Iterable[SocketAddress], backlog: int, reuse_port: bool = False
+) -> list[Listener]:
     """Bind and listen on all socket addresses that a configured address stands for.
 
+    reuse_port: share TCP ports with other processes, see `Listener.share_port`.
     A host without IPv6, or without IPv4, does without that half. Raises ListenError; nothing is left open then.
     """
     listeners: list[Listener] = []
@@ -134,9 +149,9 @@ def open_listeners(address: Address, where: Iterable[SocketAddress], backlog: in
     try:
         for socket_address in where:
             try:
-                listeners.append(_open(address, socket_address, backlog))
+                listeners.append(_open(address, socket_address, backlog, reuse_port))
             except OSError as error:
-                missing = ListenError(address, socket_address, error)
+                missing = ListenError(address, socket_address, error, reuse_port)
                 if error.errno not in NO_SUCH_ADDRESS:
                     raise missing from error
         if missing and not listeners:
@@ -149,7 +164,10 @@ def open_listeners(address: Address, where: Iterable[SocketAddress], backlog: in
 
 
 def replace_listeners(
-    old: Sequence[Listener], wanted: Mapping[Address, Sequence[SocketAddress]], backlog: int
+    old: Sequence[Listener],
+    wanted: Mapping[Address, Sequence[SocketAddress]],
+    backlog: int,
+    reuse_port: bool = False,
 ) -> list[Listener]:
     """Listeners for the wanted addresses: of the old ones those that stay; the others are closed.
 
@@ -163,7 +181,7 @@ def replace_listeners(
     known = {listener.address for listener in bound}
     coming = {address: where for address, where in wanted.items() if address not in known}
     try:
-        opened = _open_all(coming, backlog)
+        opened = _open_all(coming, backlog, reuse_port)
     except ListenError as error:
         ports = {address.port for address in coming}
         in_the_way = [listener for listener in leaving if listener.address.port in ports - {0}]
@@ -173,7 +191,7 @@ def replace_listeners(
         for listener in in_the_way:
             listener.rest()
         try:
-            opened = _open_all(coming, backlog)
+            opened = _open_all(coming, backlog, reuse_port)
         except ListenError:
             for listener in in_the_way:
                 listener.listen(listener.backlog)
@@ -182,14 +200,16 @@ def replace_listeners(
         listener.close()
     for listener in staying:
         listener.listen(backlog)
+        if reuse_port:
+            listener.share_port()
     return adopted + staying + opened
 
 
-def _open_all(addresses: Mapping[Address, Sequence[SocketAddress]], backlog: int) -> list[Listener]:
+def _open_all(addresses: Mapping[Address, Sequence[SocketAddress]], backlog: int, reuse_port: bool) -> list[Listener]:
     opened: list[Listener] = []
     try:
         for address, where in addresses.items():
-            opened += open_listeners(address, where, backlog)
+            opened += open_listeners(address, where, backlog, reuse_port)
     except ListenError:
         for listener in opened:
             listener.close()
@@ -197,7 +217,7 @@ def _open_all(addresses: Mapping[Address, Sequence[SocketAddress]], backlog: int
     return opened
 
 
-def _open(address: Address, where: SocketAddress, backlog: int) -> Listener:
+def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool) -> Listener:
     sock = socket.SocketType(where.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
     inode = None
     try:
@@ -205,6 +225,7 @@ def _open(address: Address, where: SocketAddress, backlog: int) -> Listener:
             _remove_stale(where.address)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, reuse_port)
             # Accepted sockets inherit it: a relayed message is not to wait for the acknowledgement of the last.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if where.family == socket.AF_INET6:

@@ -73,7 +73,7 @@ class Proxy:
         """
         self._pause()
         self._acceptor.wake()
-        self.listeners = replace_listeners(self.listeners, listen, config.backlog)
+        self.listeners = replace_listeners(self.listeners, listen, config.backlog, config.reuse_port)
         self._rotation = deque(self.listeners)
         if config.backends != self.config.backends:
             self.backends = Backends(self.loop, config.backends, self.resolver, self.shortage)

@@ -66,7 +66,7 @@ def run(
     try:
         where = {address: _resolve(address) for address in addresses_to_bind(config.proxy, adopted)}
         pipes = reserve_descriptors(config.proxy, len(adopted) + sum(map(len, where.values())))
-        listeners = replace_listeners(adopted, where, config.proxy.backlog)
+        listeners = replace_listeners(adopted, where, config.proxy.backlog, config.proxy.reuse_port)
     except ListenError as error:
         code = error.errno or 0
         raise StartError(str(error), EXIT_CODES.get(code, os.EX_UNAVAILABLE), code) from None

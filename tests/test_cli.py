@@ -102,6 +102,12 @@ def test_a_valid_command_line_is_described(rspd: Run) -> None:
     )
 
 
+def test_ports_that_others_may_share_are_described_as_such(rspd: Run, file: Path) -> None:
+    file.write_text("listen: 8080\nbackend: a:1\nreuse_port: true\n")
+    expected = "listening on 8080 (port shared, reuse_port), relaying to a:1, one connection at a time"
+    assert rspd("-c", str(file), "--check") == (0, f"{file}: valid; {expected}\n", "")
+
+
 def test_without_an_address_to_listen_on_it_would_be_what_systemd_passes(rspd: Run, file: Path) -> None:
     """Which cannot be known here; the unit calls this before a reload."""
     rest = "relaying to a:1, one connection at a time\n"

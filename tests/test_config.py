@@ -33,7 +33,7 @@ NUMBER = "expected a whole number from 1 to"
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h, or off"
 KEYS = (
     "backend, backlog, connect_timeout, drain_timeout, exit_idle_time, half_close_timeout, idle_timeout, listen, "
-    "log_level, max_connections"
+    "log_level, max_connections, reuse_port"
 )
 
 Load = Callable[..., Config]
@@ -73,6 +73,7 @@ def test_two_lines_are_a_configuration_and_the_rest_is_defaults(load: Load) -> N
             backends=(Address("127.0.0.1", 8000),),
             max_connections=1,
             backlog=128,
+            reuse_port=False,
             connect_timeout=5.0,
             idle_timeout=60.0,
             half_close_timeout=30.0,
@@ -87,7 +88,8 @@ def test_every_key_can_be_set(load: Load) -> None:
     config = load(
         "listen: [8080, '[::1]:8081', /run/rspd.sock, '@rspd']\n"
         "backends:\n- a:1\n- '[::1]:2'\n- /run/b\n- '@c'\n"
-        "max_connections: 100\nbacklog: 4096\nconnect_timeout: 500ms\nidle_timeout: off\nhalf_close_timeout: 2m\n"
+        "max_connections: 100\nbacklog: 4096\nreuse_port: true\nconnect_timeout: 500ms\nidle_timeout: off\n"
+        "half_close_timeout: 2m\n"
         "drain_timeout: 1.5h\nlog_level: debug\nexit_idle_time: 5m\n"
     )
     assert config == Config(
@@ -96,6 +98,7 @@ def test_every_key_can_be_set(load: Load) -> None:
             backends=(Address("a", 1), Address("::1", 2), Address(path="/run/b"), Address(path="@c")),
             max_connections=100,
             backlog=4096,
+            reuse_port=True,
             connect_timeout=0.5,
             idle_timeout=inf,
             half_close_timeout=120.0,
@@ -163,6 +166,14 @@ def test_the_same_in_other_ways_of_yaml_is_the_same(load: Load, content: bytes) 
     assert load(content) == load(MINIMAL)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("true", True), ("True", True), ("yes", True), ("on", True), ("false", False), ("no", False), ("off", False)],
+)
+def test_a_switch_is_written_as_yaml_has_it(load: Load, text: str, value: bool) -> None:
+    assert load(f"{MINIMAL}reuse_port: {text}").proxy.reuse_port is value
+
+
 def test_an_alias_is_what_its_anchor_names(load: Load) -> None:
     config = load(MINIMAL + "idle_timeout: &t 7s\ndrain_timeout: *t")
     assert (config.proxy.idle_timeout, config.proxy.drain_timeout) == (7.0, 7.0)
@@ -209,6 +220,10 @@ def test_an_alias_is_what_its_anchor_names(load: Load) -> None:
         ("exit_idle_time: never", f"exit_idle_time: {DURATION}, found 'never'"),
         ("exit_idle_time: [1s]", "exit_idle_time: expected one value, found a list"),
         ("exit_idle_timeout: 1s", "exit_idle_timeout: unknown key, did you mean exit_idle_time?"),
+        ("reuse_port: maybe", "reuse_port: expected true or false, found 'maybe'"),
+        ("reuse_port: 1", "reuse_port: expected true or false, found '1'"),
+        ("reuse_port:", "reuse_port: expected true or false, found ''"),
+        ("reuse_port: [true]", "reuse_port: expected one value, found a list"),
         ("log_level: verbose", "log_level: expected one of debug, info, warning, error, found 'verbose'"),
         ("log_level: off", "log_level: expected one of debug, info, warning, error, found 'off'"),
         ("log_level: ''", "log_level: expected one of debug, info, warning, error, found ''"),

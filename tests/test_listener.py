@@ -35,9 +35,9 @@ def open_all(no_descriptor_is_left_open: None) -> Iterator[Open]:
     """open_listeners with a backlog of 8, for an address in text or for given socket addresses; closed at the end."""
     opened: list[Listener] = []
 
-    def listen(text: str, *where: SocketAddress, backlog: int = 8) -> list[Listener]:
+    def listen(text: str, *where: SocketAddress, backlog: int = 8, reuse_port: bool = False) -> list[Listener]:
         address = parse_address(text)
-        listeners = open_listeners(address, where or resolve(address), backlog)
+        listeners = open_listeners(address, where or resolve(address), backlog, reuse_port)
         opened.extend(listeners)
         return listeners
 
@@ -232,6 +232,37 @@ def test_a_port_that_is_taken_is_an_error_that_tells_how_to_find_who_has_it() ->
         "another process listens there, `ss -ltnp` shows which"
     )
     assert error.errno == errno.EADDRINUSE
+
+
+def test_a_port_is_shared_by_those_of_one_user_who_all_say_so(open_all: Open) -> None:
+    [first] = open_all("127.0.0.1:0", reuse_port=True)
+    address, where = Address("127.0.0.1", port_of(first)), resolve(Address("127.0.0.1", port_of(first)))
+    [second] = open_all(str(address), reuse_port=True)
+    assert port_of(second) == port_of(first)
+    with pytest.raises(ListenError, match=r"`ss -ltnp` shows which$"):
+        open_listeners(address, where, 8)
+    if os.geteuid() == 0:
+        with unprivileged(), pytest.raises(ListenError, match=r"needs reuse_port and the same user too$"):
+            open_listeners(address, where, 8, reuse_port=True)
+
+
+def test_a_port_can_be_shared_later_and_from_then_on(open_all: Open) -> None:
+    [first] = open_all("127.0.0.1:0")
+    address = Address("127.0.0.1", port_of(first))
+    with pytest.raises(ListenError, match="needs reuse_port"):
+        open_listeners(address, resolve(address), 8, reuse_port=True)
+    wanted = {Address("127.0.0.1", 0): [LOOPBACK]}
+    assert replace_listeners([first], wanted, 8, reuse_port=True) == [first]
+    for reuse_port in True, False:
+        assert replace_listeners([first], wanted, 8, reuse_port=reuse_port) == [first]
+        [second] = open_all(str(address), reuse_port=True)
+        second.close()
+
+
+def test_sharing_means_nothing_for_a_unix_socket(open_all: Open, tmp_path: Path) -> None:
+    [listener] = open_all(f"{tmp_path}/s", reuse_port=True)
+    listener.share_port()
+    assert serves(listener)
 
 
 def test_an_error_names_the_address_as_configured_and_the_one_it_stands_for() -> None:

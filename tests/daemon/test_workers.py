@@ -143,7 +143,7 @@ def test_a_client_that_woke_a_process_which_then_does_nothing_is_served_by_anoth
     shared: socket.socket, end: str
 ) -> None:
     with Backend(answer) as backend:
-        lost = subprocess.Popen([sys.executable, "-IS", "-c", WOKEN], stdin=shared, stdout=subprocess.PIPE)
+        lost = subprocess.Popen([sys.executable, "-IS", "-c", WOKEN], stdin=shared.fileno(), stdout=subprocess.PIPE)
         try:
             assert lost.stdout
             assert lost.stdout.readline() == b"waits\n"
@@ -220,6 +220,65 @@ def test_a_reload_of_all_under_load_loses_nobody(shared: socket.socket, tmp_path
                     daemon.wait_for("reloaded listen=", count)
             load.more()
         assert set(load.ends) == {"ok"}
+
+
+# One port, without systemd
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "rspd.yaml"
+
+
+def write(file: Path, port: int, backend: Backend, reuse_port: bool) -> list[str]:
+    """A configuration of this port; the arguments that name it."""
+    text = f"listen: 127.0.0.1:{port}\nbackend: {backend.address}\nmax_connections: 8\n"
+    file.write_text(f"{text}reuse_port: {str(reuse_port).lower()}\n")
+    return ["-c", str(file)]
+
+
+def reload(daemon: Daemon) -> None:
+    count = len(daemon.find("reloaded listen="))
+    daemon.signal(signal.SIGHUP)
+    daemon.wait_for("reloaded listen=", count + 1)
+
+
+def test_with_reuse_port_processes_share_a_port_and_each_serves(file: Path) -> None:
+    with Backend(answer) as backend, rspd(*write(file, 0, backend, True), listen=()) as first:
+        with rspd(*write(file, first.port, backend, True), listen=()) as second:
+            with Load(first.connect) as load:
+                load.more(200)
+            assert set(load.ends) == {"ok"}
+            eventually(lambda: served(first) + served(second) == len(load.ends))
+            assert min(served(first), served(second)) > 20
+        with first.connect() as client:
+            assert ask(client) == b"ok"
+
+
+def test_a_port_that_one_of_the_two_does_not_share_is_in_use(file: Path) -> None:
+    with Backend(answer) as backend, rspd(*write(file, 0, backend, False), listen=()) as first:
+        second = Daemon(*write(file, first.port, backend, True), wait=False)
+        try:
+            assert second.wait() == 69
+            assert second.lines == [
+                f"rspd: cannot listen on 127.0.0.1:{first.port}: Address already in use; another process listens "
+                + "there, `ss -ltnp` shows which; to share it, that one needs reuse_port and the same user too"
+            ]
+        finally:
+            second.kill()
+
+
+def test_a_reload_lets_others_share_a_port_that_stays_open(file: Path, tmp_path: Path) -> None:
+    with Backend(answer) as backend, rspd(*write(file, 0, backend, False), listen=()) as first:
+        write(file, 0, backend, True)
+        with first.connect() as waiting:
+            reload(first)
+            assert ask(waiting) == b"ok"
+        with rspd(*write(tmp_path / "second.yaml", first.port, backend, True), listen=()) as second:
+            with Load(first.connect) as load:
+                load.more(200)
+            assert set(load.ends) == {"ok"}
+            assert min(served(first), served(second)) > 20
 
 
 # Limits
