@@ -260,10 +260,9 @@ def test_a_port_that_one_of_the_two_does_not_share_is_in_use(file: Path) -> None
         second = Daemon(*write(file, first.port, backend, True), wait=False)
         try:
             assert second.wait() == 69
-            assert second.lines == [
-                f"rspd: cannot listen on 127.0.0.1:{first.port}: Address already in use; another process listens "
-                + "there, `ss -ltnp` shows which; to share it, that one needs reuse_port and the same user too"
-            ]
+            (line,) = second.lines
+            assert line.startswith(f"rspd: cannot listen on 127.0.0.1:{first.port}: Address already in use; ")
+            assert line.endswith("; to share it, that one needs reuse_port and the same user too")
         finally:
             second.kill()
 

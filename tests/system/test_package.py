@@ -15,7 +15,7 @@ from tests.system.traffic import CONFIGURATION, ask
 
 PROJECT = Path(__file__).parent.parent.parent
 
-UNITS = ["rspd.service", "rspd.socket", "rspd@x.service", "rspd@x.socket"]
+UNITS = ["rspd.service", "rspd.socket", "rspd@x.service", "rspd@x.socket", "rspd-worker@1.service"]
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_systemd_has_nothing_to_say_about_the_units(clean: Machine, deb: Path) -
     assert about_rspd == []
 
 
-@pytest.mark.parametrize("unit", ["rspd.service", "rspd@x.service"])
+@pytest.mark.parametrize("unit", ["rspd.service", "rspd@x.service", "rspd-worker@1.service"])
 def test_the_exposure_is_1_5_at_most(clean: Machine, deb: Path, unit: str) -> None:
     clean.install(deb)
     analysed = clean.run("systemd-analyze", "security", "--no-pager", unit).stdout
