@@ -146,6 +146,16 @@ def test_one_command_starts_all_one_reloads_them_and_one_stops_them(started: Mac
     assert not set(pids(started)) & set(before)
 
 
+@pytest.mark.parametrize("unit", SERVICES[:2])
+def test_one_that_is_stopped_stays_so_while_the_others_serve(started: Machine, unit: str) -> None:
+    with Backend(answer, port=8000), Load() as load:
+        load.more()
+        started.systemctl("stop", unit)
+        load.more()
+        assert [state == "active" for state in states(started)] == [service != unit for service in SERVICES]
+    assert set(load.ends) == {"ok"}
+
+
 def test_a_reload_of_a_wrong_file_is_refused_by_all_and_all_serve_on(started: Machine) -> None:
     before = pids(started)
     started.write("/etc/rspd.yaml", "nonsense: 1\n")
