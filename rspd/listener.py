@@ -141,8 +141,9 @@ def open_listeners(
 ) -> list[Listener]:
     """Bind and listen on all socket addresses that a configured address stands for.
 
-    reuse_port: share TCP ports with other processes, see `Listener.share_port`.
     A host without IPv6, or without IPv4, does without that half. Raises ListenError; nothing is left open then.
+
+    reuse_port: share TCP ports with other processes, see `Listener.share_port`.
     """
     listeners: list[Listener] = []
     missing: ListenError | None = None
@@ -225,7 +226,8 @@ def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool
             _remove_stale(where.address)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, reuse_port)
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             # Accepted sockets inherit it: a relayed message is not to wait for the acknowledgement of the last.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if where.family == socket.AF_INET6:

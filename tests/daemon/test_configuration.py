@@ -191,7 +191,7 @@ colour: red
             f"{file}:17: log_level: given a second time, first as log_level in line 16",
             (
                 f"{file}:18: colour: unknown key, expected one of backend, backlog, connect_timeout, drain_timeout, "
-                "exit_idle_time, half_close_timeout, idle_timeout, listen, log_level, max_connections"
+                "exit_idle_time, half_close_timeout, idle_timeout, listen, log_level, max_connections, reuse_port"
             ),
         ],
     )

@@ -42,7 +42,7 @@ import locale, rspd.cli  # with what is imported late
 user = 100_000 + os.getppid()
 os.setresgid(user, user, user)
 os.setresuid(user, user, user)
-sys.exit(rspd.cli.main(sys.argv[4:]))
+os._exit(rspd.cli.main(sys.argv[4:]))  # what measures coverage could not write here
 """
 
 
@@ -166,21 +166,21 @@ def sleeps(pid: int) -> bool:
 
 def test_a_client_that_woke_a_process_without_descriptors_is_served_by_another(shared: socket.socket) -> None:
     with Backend(answer) as backend, workers(1, shared, "-b", backend.address, "--max-connections", "8") as (short,):
-        # Its spare one it needs for the connection's other side.
-        resource.prlimit(short.pid, resource.RLIMIT_NOFILE, (0, resource.prlimit(short.pid, resource.RLIMIT_NOFILE)[1]))
+        soft, hard = resource.prlimit(short.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(short.pid, resource.RLIMIT_NOFILE, (0, hard))
         with service("-b", backend.address, sockets={"web": shared}) as other:
             for _ in range(3):
                 with client_of(shared) as client:
                     client.settimeout(BOUND)
                     assert ask(client) == b"ok"
             other.wait_for_ends(3)
+        resource.prlimit(short.pid, resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_looking_again_costs_almost_no_cpu_time(shared: socket.socket) -> None:
     with Backend(answer) as backend, workers(1, shared, "-b", backend.address) as (daemon,):
-        before, waking = daemon.cpu_seconds(), time.monotonic() + 3
-        while time.monotonic() < waking:
-            select.select([], [], [], 3)
+        before = daemon.cpu_seconds()
+        time.sleep(3)
         assert daemon.cpu_seconds() - before < 0.01
 
 
