@@ -3,7 +3,7 @@
 # make test-system   the package in booted machines, as root; SUITES='bookworm trixie'; REQUIRED=1 forbids skipping
 # make lint   ruff and mypy
 # make deb    the Debian package, into dist/; CHECK=no leaves its tests out
-# make compare   CPU time beside nginx and systemd-socket-proxyd
+# make bench  rspd and its peers side by side, for 15 minutes, into bench/results/; BENCH_OPTIONS='--quick', see bench/README.md
 
 PYTHON ?= python3
 FOLDER ?= .
@@ -25,7 +25,7 @@ ifneq ($(filter nocheck,$(DEB_BUILD_OPTIONS)),)
 export DEB_BUILD_PROFILES += nocheck
 endif
 
-.PHONY: run test test-system lint deb compare clean
+.PHONY: run test test-system lint deb bench clean
 
 run: .venv/done
 	@test -d "$(FOLDER)" || { echo 'make run: FOLDER=$(FOLDER) is not a folder' >&2; exit 1; }
@@ -67,8 +67,8 @@ deb:
 	rm -f dist/rspd_*
 	mv build/deb/rspd_* dist/
 
-compare: .venv/done
-	$(BIN)/python bench/compare.py
+bench: .venv/done
+	$(BIN)/python -m bench $(BENCH_OPTIONS)
 
 .venv/done: pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || \

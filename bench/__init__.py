@@ -1,0 +1,14 @@
+"""rspd and its peers, measured side by side: `make bench`. What is measured, and how, is in bench/README.md.
+
+The modules, from the top down; each imports only from those below it:
+
+__main__       the command line, and the order of a run
+report         figures -> tables in Markdown, a picture in SVG, targets met or missed
+targets        what rspd is to reach, and whether a run's figures do
+works          what each contestant is given to do, and what is read of it
+peers          the contestants: what is started, with which settings, and where to get what is missing
+counters       CPU time and memory of processes
+asyncio_relay  a program of its own: the Python baseline
+load.c         a program of its own: the load and the backend
+settings/      the contestants' settings; @NAME@ is filled in
+"""

@@ -1,0 +1,210 @@
+"""The command line, and the order of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from bench import peers, report
+from bench.peers import Peer
+from bench.works import (
+    GROUPS,
+    IDLE,
+    QUICK,
+    RATE,
+    START,
+    WORKS,
+    Results,
+    Sizes,
+    at_rate,
+    ground,
+    run_idle,
+    run_start,
+    run_work,
+    say,
+    top_rate,
+)
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def refuse(why: str) -> NoReturn:
+    """End, saying why and what to do."""
+    sys.exit(f"bench: {why}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write results.json, results.md and results.svg."""
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: ended by SIGTERM"))
+    if not options.report_only:
+        measure(options)
+    made = report.write(options.output)
+    if options.output.resolve() == RESULTS:
+        report.update_readme(made, peers.ROOT / "README.md")
+    say(f"written: {options.output}/results.md, results.svg, results.json")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options. Ends the process if they are wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="rspd and its peers, measured side by side.")
+    parser.add_argument("--rounds", type=int, help=f"of each work; {Sizes.rounds} if not given")
+    parser.add_argument("--quick", action="store_true", help="little of everything: shows that it works, not how fast")
+    parser.add_argument("--only", metavar="WORK,...", help=f"some of {', '.join(GROUPS)}")
+    parser.add_argument("--peers", metavar="NAME,...", help="some of the contestants")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of rspd and asyncio")
+    parser.add_argument("--rspd", metavar="DIR", type=Path, help="another tree of rspd, as one more contestant")
+    where = "bench/results if not given; build/bench for a part of it"
+    parser.add_argument("--output", metavar="DIR", type=Path, help=where)
+    parser.add_argument("--report-only", action="store_true", help="make the tables and the picture again")
+    options = parser.parse_args(arguments)
+    if options.output is None:
+        part = options.quick or options.only or options.peers or options.rspd
+        options.output = peers.ROOT / "build" / "bench" if part and not options.report_only else RESULTS
+    options.groups = options.only.split(",") if options.only else list(GROUPS)
+    if unknown := set(options.groups) - set(GROUPS):
+        parser.error(f"--only: expected some of {', '.join(GROUPS)}, found {', '.join(sorted(unknown))}")
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds: expected 1 or more, found {options.rounds}")
+    if options.rspd and not (options.rspd / "rspd" / "__init__.py").exists():
+        parser.error(f"--rspd: expected a folder that has rspd/__init__.py, found {options.rspd}")
+    options.all = peers.contestants(options.python, options.rspd and options.rspd.resolve())
+    names = [peer.name for peer in options.all]
+    wanted = options.peers.split(",") if options.peers else names
+    if unknown := set(wanted) - set(names):
+        parser.error(f"--peers: expected some of {', '.join(names)}, found {', '.join(sorted(unknown))}")
+    options.wanted = {*wanted, peers.RSPD, *([peers.OTHER] if options.rspd else [])}
+    if options.report_only and not (options.output / "results.json").exists():
+        parser.error(f"--report-only: expected {options.output}/results.json, found none; run without it first")
+    return options
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run all works, and write results.json."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        refuse("two processors are needed, one for the contestant and one for load and backend; this process has one")
+    if not shutil.which("cc"):
+        refuse("the load is a C program, and there is no compiler: apt install gcc libc6-dev")
+    here: list[Peer] = []
+    for peer in options.all:
+        if peer.name not in options.wanted:
+            continue
+        if missing := peer.missing():
+            if isinstance(peer, peers.Rspd):
+                refuse(missing)
+            say(f"bench: {missing}; going on without it")
+        else:
+            here.append(peer)
+    sizes = QUICK if options.quick else Sizes()
+    sizes = replace(sizes, rounds=options.rounds or sizes.rounds)
+    about = machine(here, options.python, options.quick)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="rspd-bench-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # nginx's worker is another user
+        program = folder / "load"
+        compiling = ["cc", "-O2", "-o", str(program), str(Path(__file__).with_name("load.c"))]
+        compiled = subprocess.run(compiling, capture_output=True, text=True, check=False)
+        if compiled.returncode:
+            refuse(f"the load cannot be compiled; apt install gcc libc6-dev?\n{compiled.stderr}")
+        found = run(options.groups, here, options.python, program, folder, sizes, cpus)
+    about["minutes"] = round((time.monotonic() - began) / 60, 1)
+    about["rounds"] = sizes.rounds
+    options.output.mkdir(parents=True, exist_ok=True)
+    works = {key: results.as_json() for key, results in found.items()}
+    (options.output / "results.json").write_text(json.dumps({"about": about, "works": works}, indent=1) + "\n")
+
+
+def run(
+    groups: Sequence[str],
+    here: Sequence[Peer],
+    python: str,
+    program: Path,
+    folder: Path,
+    sizes: Sizes,
+    cpus: Sequence[int],
+) -> dict[str, Results]:
+    """The works in their order, by key."""
+    found: dict[str, Results] = {}
+    proxies = [peer for peer in here if not isinstance(peer, peers.Direct)]
+    os.sched_setaffinity(0, set(cpus[1:]))
+    with ground(program, folder / "pinned", {cpus[0]}, set(cpus[1:]), sizes) as place:
+        for work in WORKS:
+            if work.group in groups and not work.two:
+                taking_part = [here[0], peers.serial(python), *here[1:]] if work.serial else here
+                found[work.key] = run_work(work, taking_part, place)
+        if "requests" in groups:
+            whose, rate = top_rate(found["requests-16"])
+            found[RATE] = run_work(at_rate(round(rate / 2, -2) or 100), here, place)
+            found[RATE].notes.append(f"Half of {whose}'s top rate in this run.")
+        if IDLE in groups:
+            found[IDLE] = run_idle(proxies, place, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        if START in groups:
+            found[START] = run_start(proxies, place, python)
+    if "two" in groups:
+        os.sched_setaffinity(0, set(cpus))
+        with ground(program, folder / "all", set(cpus), set(cpus), sizes) as place:
+            names = (peers.RSPD, peers.OTHER, peers.NGINX)
+            pairs = [peer for peer in here if peer.name in names]
+            pairs += [
+                peer
+                for peer in peers.in_two_processes(python)
+                if peer.name.partition(",")[0] in {peer.name for peer in pairs}
+            ]
+            for work in WORKS:
+                if work.two:
+                    found[work.key] = run_work(work, pairs, place)
+    return found
+
+
+def machine(here: Sequence[Peer], python: str, quick: bool) -> dict[str, object]:
+    """What the figures were made on and with; nothing that names the host."""
+    model = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    version = [python, "-c", "import platform; print(platform.python_version())"]
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "cpu": model,
+        "cpus": len(os.sched_getaffinity(0)),
+        "virtual": "hypervisor" in Path("/proc/cpuinfo").read_text(),
+        "kernel": platform.release().partition("-")[0],
+        "system": system,
+        "python": subprocess.run(version, capture_output=True, text=True, check=True).stdout.strip(),
+        "busy_before": round(busy(), 2),
+        "quick": quick,
+        "versions": {peer.name: peer.version() for peer in here if not isinstance(peer, peers.Direct)},
+    }
+
+
+def busy(seconds: float = 1.0) -> float:
+    """How many processors had something to do, before there was anything of ours."""
+
+    def used() -> int:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        return sum(map(int, fields)) - int(fields[3]) - int(fields[4])
+
+    before = used()
+    time.sleep(seconds)
+    return (used() - before) / os.sysconf("SC_CLK_TCK") / seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,442 @@
+/*
+ * The load and the backend of `make bench`: one epoll loop each, one thread, nothing else.
+ *
+ *   load backend LISTENERS                      prints their ports, then serves until its standard input ends
+ *   load connections PORT COUNT AT_A_TIME       connect, a request, its answer, close
+ *   load requests PORT COUNT CONNECTIONS        requests over connections that stay open, each after the answer before
+ *   load rate PORT COUNT CONNECTIONS PER_SECOND requests at a fixed rate, whether or not there are answers
+ *   load down PORT BYTES STREAMS                receive so many bytes over each stream, up to the end of it
+ *   load up PORT BYTES STREAMS                  send so many bytes over each stream, until the backend has them
+ *   load hold PORT COUNT                        connections with one request each; then open until standard input ends
+ *
+ * A client prints one line of JSON: seconds from the first connect to the last answer, its own CPU seconds, and for
+ * `rate` the latencies in seconds. What does not arrive is an error: one line on stderr, exit code 1.
+ *
+ * The protocol: a request is 64 bytes, `ask`, `down BYTES` or `up BYTES`, filled with spaces. `ask` is answered by 256
+ * bytes and may be repeated; `down` by so many bytes and the end of the stream; `up` is followed by so many bytes and
+ * answered by 4.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { REQUEST = 64, ANSWER = 256, DONE = 4, CHUNK = 1 << 18, PATIENCE = 10, OPENING = 64, EVENTS = 256 };
+
+static char chunk[CHUNK]; /* what is sent */
+static char waste[CHUNK]; /* what is received: counted, not looked at */
+static int epoll_fd;
+
+static void fail(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    fprintf(stderr, "load: ");
+    vfprintf(stderr, format, arguments);
+    fprintf(stderr, "\n");
+    va_end(arguments);
+    exit(1);
+}
+
+static void must(int result, const char *what)
+{
+    if (result < 0)
+        fail("%s: %s", what, strerror(errno));
+}
+
+static double seconds_of(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return now.tv_sec + now.tv_nsec / 1e9;
+}
+
+static double now(void)
+{
+    return seconds_of(CLOCK_MONOTONIC);
+}
+
+static void watch(int operation, int fd, uint32_t events, uint64_t tag)
+{
+    struct epoll_event event = {.events = events, .data.u64 = tag};
+    must(epoll_ctl(epoll_fd, operation, fd, &event), "epoll_ctl");
+}
+
+static void no_delay(int fd)
+{
+    int on = 1;
+    must(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on), "TCP_NODELAY");
+}
+
+static struct sockaddr_in loopback(int port)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    return address;
+}
+
+/* -- the backend ------------------------------------------------------------------------------------------------ */
+
+struct served {
+    char request[REQUEST];
+    int filled;           /* bytes of the request so far */
+    enum { ASKING, SENDING, RECEIVING } state;
+    long long left;       /* bytes to send or to receive */
+};
+
+static void serve(int fd, struct served *one)
+{
+    ssize_t count;
+    if (one->state == SENDING) {
+        count = send(fd, chunk, one->left < CHUNK ? one->left : CHUNK, MSG_NOSIGNAL);
+        if (count < 0 && errno == EAGAIN)
+            return;
+        if (count < 0 || !(one->left -= count))
+            close(fd);
+        return;
+    }
+    if (one->state == RECEIVING) {
+        count = recv(fd, waste, CHUNK, 0);
+        if (count < 0 && errno == EAGAIN)
+            return;
+        if (count <= 0) {
+            close(fd);
+        } else if ((one->left -= count) <= 0) {
+            one->state = ASKING;
+            if (send(fd, chunk, DONE, MSG_NOSIGNAL) != DONE)
+                close(fd);
+        }
+        return;
+    }
+    count = recv(fd, one->request + one->filled, REQUEST - one->filled, 0);
+    if (count < 0 && errno == EAGAIN)
+        return;
+    if (count <= 0) {
+        close(fd);
+        return;
+    }
+    if ((one->filled += count) < REQUEST)
+        return;
+    one->filled = 0;
+    if (one->request[0] == 'd') {
+        one->state = SENDING;
+        one->left = strtoll(one->request + 5, NULL, 10);
+        watch(EPOLL_CTL_MOD, fd, EPOLLOUT, fd);
+    } else if (one->request[0] == 'u') {
+        one->state = RECEIVING;
+        one->left = strtoll(one->request + 3, NULL, 10);
+    } else if (send(fd, chunk, ANSWER, MSG_NOSIGNAL) != ANSWER) {
+        close(fd);
+    }
+}
+
+static int backend(int listeners)
+{
+    struct rlimit limit;
+    must(getrlimit(RLIMIT_NOFILE, &limit), "getrlimit");
+    struct served *all = calloc(limit.rlim_cur, sizeof *all);
+    int *is_listener = calloc(limit.rlim_cur, sizeof *is_listener);
+    watch(EPOLL_CTL_ADD, STDIN_FILENO, EPOLLIN, STDIN_FILENO);
+    for (int i = 0; i < listeners; i++) {
+        struct sockaddr_in address = loopback(0);
+        socklen_t size = sizeof address;
+        int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+        must(bind(fd, (struct sockaddr *)&address, size), "bind");
+        must(listen(fd, 4096), "listen");
+        must(getsockname(fd, (struct sockaddr *)&address, &size), "getsockname");
+        printf("%d\n", ntohs(address.sin_port));
+        is_listener[fd] = 1;
+        watch(EPOLL_CTL_ADD, fd, EPOLLIN, fd);
+    }
+    fflush(stdout);
+    for (;;) {
+        struct epoll_event events[EVENTS];
+        int count = epoll_wait(epoll_fd, events, EVENTS, -1);
+        for (int i = 0; i < count; i++) {
+            int fd = events[i].data.u64;
+            if (fd == STDIN_FILENO)
+                return 0;
+            if (!is_listener[fd]) {
+                serve(fd, &all[fd]);
+                continue;
+            }
+            int accepted = accept4(fd, NULL, NULL, SOCK_NONBLOCK);
+            if (accepted < 0)
+                continue;
+            no_delay(accepted);
+            memset(&all[accepted], 0, sizeof *all);
+            watch(EPOLL_CTL_ADD, accepted, EPOLLIN, accepted);
+        }
+    }
+}
+
+/* -- the clients ------------------------------------------------------------------------------------------------ */
+
+struct client {
+    int fd;
+    int asked;            /* whether the request has been sent */
+    long long to_send;    /* after the request */
+    long long to_receive; /* -1: up to the end of the stream */
+    long long received;
+    long number;          /* of the request */
+};
+
+static int port, clients;
+static struct client *all;
+static char request[REQUEST];
+
+static void ask(struct client *one)
+{
+    one->asked = send(one->fd, request, REQUEST, MSG_NOSIGNAL) == REQUEST;
+    if (!one->asked && errno != EAGAIN && errno != ENOTCONN)
+        fail("the proxy does not take a request: %s", strerror(errno));
+}
+
+/* Connect and ask; what the handshake does not allow yet is done once the socket is writable. */
+static void start(struct client *one)
+{
+    struct sockaddr_in address = loopback(port);
+    one->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    must(one->fd, "socket");
+    no_delay(one->fd);
+    if (connect(one->fd, (struct sockaddr *)&address, sizeof address) < 0 && errno != EINPROGRESS)
+        fail("the proxy cannot be reached: %s", strerror(errno));
+    one->received = 0;
+    ask(one);
+    watch(EPOLL_CTL_ADD, one->fd, EPOLLIN | (!one->asked || one->to_send ? EPOLLOUT : 0), one - all);
+}
+
+/* Go on with a client. Returns 1 when it has its answer. */
+static int go_on(struct client *one, uint32_t events)
+{
+    if (events & EPOLLOUT) {
+        if (!one->asked) {
+            ask(one);
+        } else if (one->to_send) {
+            ssize_t count = send(one->fd, chunk, one->to_send < CHUNK ? one->to_send : CHUNK, MSG_NOSIGNAL);
+            if (count < 0 && errno != EAGAIN)
+                fail("sending, %lld bytes before the end: %s", one->to_send, strerror(errno));
+            one->to_send -= count > 0 ? count : 0;
+        }
+        if (one->asked && !one->to_send)
+            watch(EPOLL_CTL_MOD, one->fd, EPOLLIN, one - all);
+    }
+    if (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)))
+        return 0;
+    ssize_t count = recv(one->fd, waste, CHUNK, 0);
+    if (count < 0 && errno == EAGAIN)
+        return 0;
+    if (count < 0)
+        fail("receiving, after %lld bytes: %s", one->received, strerror(errno));
+    if (!count && one->to_receive >= 0)
+        fail("expected an answer of %lld bytes, got %lld", one->to_receive, one->received);
+    one->received += count;
+    return !count || one->received == one->to_receive;
+}
+
+static int wait_for(struct epoll_event *events, double patience)
+{
+    struct timespec timeout = {.tv_sec = (time_t)patience, .tv_nsec = (patience - (time_t)patience) * 1e9};
+    int count = epoll_pwait2(epoll_fd, events, EVENTS, &timeout, NULL);
+    if (count < 0 && errno == EINTR)
+        return 0;
+    must(count, "epoll_pwait2");
+    return count;
+}
+
+static int wait_for_answers(struct epoll_event *events, long done, long wanted)
+{
+    int count = wait_for(events, PATIENCE);
+    if (!count)
+        fail("expected %ld answers, got %ld, then none for %d s", wanted, done, PATIENCE);
+    return count;
+}
+
+static void report(double began, const char *more)
+{
+    double ended = now();
+    printf("{\"seconds\": %.9f, \"cpu\": %.9f%s}\n", ended - began, seconds_of(CLOCK_PROCESS_CPUTIME_ID), more);
+    fflush(stdout);
+}
+
+/* `again`: what a client does that has its answer. */
+static void answers(long wanted, void (*again)(struct client *), long started)
+{
+    struct epoll_event events[EVENTS];
+    for (long done = 0; done < wanted;) {
+        int count = wait_for_answers(events, done, wanted);
+        for (int i = 0; i < count; i++) {
+            struct client *one = &all[events[i].data.u64];
+            if (!go_on(one, events[i].events))
+                continue;
+            done++;
+            if (started < wanted) {
+                started++;
+                again(one);
+            } else {
+                close(one->fd);
+            }
+        }
+    }
+}
+
+static void reconnect(struct client *one)
+{
+    close(one->fd);
+    start(one);
+}
+
+static void ask_again(struct client *one)
+{
+    one->received = 0;
+    ask(one);
+}
+
+/* Opening: no more at a time than fit into a short backlog. */
+static void open_all(void)
+{
+    struct epoll_event events[EVENTS];
+    for (int opened = 0, done = 0; done < clients;) {
+        for (; opened < clients && opened - done < OPENING; opened++)
+            start(&all[opened]);
+        int count = wait_for_answers(events, done, clients);
+        for (int i = 0; i < count; i++)
+            done += go_on(&all[events[i].data.u64], events[i].events);
+    }
+}
+
+static void bulk(int download, long long bytes)
+{
+    struct epoll_event events[EVENTS];
+    snprintf(request, REQUEST, download ? "down %lld" : "up %lld", bytes);
+    double began = now();
+    for (int i = 0; i < clients; i++) {
+        all[i].to_send = download ? 0 : bytes;
+        all[i].to_receive = download ? -1 : DONE;
+        start(&all[i]);
+    }
+    for (int done = 0; done < clients;) {
+        int count = wait_for_answers(events, done, clients);
+        for (int i = 0; i < count; i++) {
+            struct client *one = &all[events[i].data.u64];
+            if (!go_on(one, events[i].events))
+                continue;
+            if (download && one->received != bytes)
+                fail("expected %lld bytes, got %lld", bytes, one->received);
+            close(one->fd);
+            done++;
+        }
+    }
+    report(began, "");
+}
+
+static int by_size(const void *a, const void *b)
+{
+    double difference = *(const double *)a - *(const double *)b;
+    return (difference > 0) - (difference < 0);
+}
+
+/* Latency counts from when a request was due: one that waits for a free connection has been waiting already. */
+static void rate(long count, double per_second)
+{
+    struct epoll_event events[EVENTS];
+    struct client **idle = calloc(clients, sizeof *idle);
+    double *latency = calloc(count, sizeof *latency);
+    char text[128];
+    int idles = 0;
+    open_all();
+    for (int i = 0; i < clients; i++)
+        idle[idles++] = &all[i];
+    prctl(PR_SET_TIMERSLACK, 1);
+    double began = now() + 0.001;
+    for (long issued = 0, done = 0; done < count;) {
+        double wait = PATIENCE;
+        while (idles && issued < count && (wait = began + issued / per_second - now()) <= 0) {
+            struct client *one = idle[--idles];
+            one->number = issued++;
+            ask_again(one);
+        }
+        if (!idles || issued == count)
+            wait = PATIENCE;
+        int ready = wait_for(events, wait);
+        if (!ready && wait == PATIENCE)
+            fail("expected %ld answers, got %ld, then none for %d s", count, done, PATIENCE);
+        for (int i = 0; i < ready; i++) {
+            struct client *one = &all[events[i].data.u64];
+            if (!go_on(one, events[i].events))
+                continue;
+            latency[one->number] = now() - (began + one->number / per_second);
+            idle[idles++] = one;
+            done++;
+        }
+    }
+    qsort(latency, count, sizeof *latency, by_size);
+    /* The smallest latency that so many of all requests do not exceed. */
+    long p50 = (count * 50 + 99) / 100 - 1, p99 = (count * 99 + 99) / 100 - 1;
+    snprintf(text, sizeof text, ", \"p50\": %.9f, \"p99\": %.9f, \"max\": %.9f", latency[p50], latency[p99],
+             latency[count - 1]);
+    report(began, text);
+}
+
+int main(int argc, char **argv)
+{
+    struct rlimit limit;
+    must(getrlimit(RLIMIT_NOFILE, &limit), "getrlimit");
+    limit.rlim_cur = limit.rlim_max;
+    must(setrlimit(RLIMIT_NOFILE, &limit), "setrlimit");
+    epoll_fd = epoll_create1(0);
+    memset(chunk, 'x', CHUNK);
+    memset(request, ' ', REQUEST);
+    const char *mode = argc > 2 ? argv[1] : "";
+    if (!strcmp(mode, "backend"))
+        return backend(atoi(argv[2]));
+    if (argc < 4)
+        fail("expected a subcommand, a port and counts, see the top of load.c");
+    port = atoi(argv[2]);
+    long long count = atoll(argv[3]);
+    clients = !strcmp(mode, "hold") ? count : argc > 4 ? atoi(argv[4]) : 1;
+    all = calloc(clients, sizeof *all);
+    if (!strcmp(mode, "down") || !strcmp(mode, "up")) {
+        bulk(mode[0] == 'd', count);
+        return 0;
+    }
+    memcpy(request, "ask", 3);
+    for (int i = 0; i < clients; i++)
+        all[i].to_receive = ANSWER;
+    double began = now();
+    if (!strcmp(mode, "connections")) {
+        for (int i = 0; i < clients; i++)
+            start(&all[i]);
+        answers(count, reconnect, clients);
+        report(began, "");
+    } else if (!strcmp(mode, "requests")) {
+        open_all();
+        began = now();
+        for (int i = 0; i < clients; i++)
+            ask_again(&all[i]);
+        answers(count, ask_again, clients);
+        report(began, "");
+    } else if (!strcmp(mode, "rate") && argc > 5) {
+        rate(count, atof(argv[5]));
+    } else if (!strcmp(mode, "hold")) {
+        open_all();
+        report(began, "");
+        while (read(STDIN_FILENO, waste, CHUNK) > 0)
+            ;
+    } else {
+        fail("unknown subcommand %s, see the top of load.c", mode);
+    }
+    return 0;
+}

@@ -1,0 +1,363 @@
+"""The contestants: what is started, with which settings, and where to get what is missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import counters
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = Path(__file__).parent / "settings"
+SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+SOCKET_PROXYD = "/lib/systemd/systemd-socket-proxyd"
+CONNECTIONS = 6000  # at once, where a contestant has a limit
+PATIENCE = 10.0
+
+# What systemd does for a service that has a socket unit (sd_listen_fds(3)).
+PASS_SOCKET = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
+
+
+class PeerError(Exception):
+    """A contestant did not do its work; the message says what happened."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a contestant runs: a folder for its files, its port, the backend's, the log's file if it writes one."""
+
+    folder: Path
+    port: int
+    backend: int
+    log: Path | None
+
+    def settings(self, template: str, **values: object) -> str:
+        """Fill a file of settings/ in, and return its path."""
+        text = (SETTINGS / template).read_text()
+        known = {"FOLDER": self.folder, "PORT": self.port, "BACKEND": self.backend, **values}
+        for name, value in known.items():
+            text = text.replace(f"@{name}@", str(value))
+        path = self.folder / template
+        path.write_text(text)
+        return str(path)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A contestant."""
+
+    name: str
+    program: str = ""
+    package: str = ""
+    version_option: str = "-v"
+    logs: bool = True  # it can write a line for each connection
+    processes: int = 1
+    passed: bool = False  # it does not listen itself, but takes a listening socket
+    work: float = 1.0  # the share of the full work that it is given, for the slow
+    idle_max: int = 5000
+
+    @property
+    def path(self) -> str | None:
+        """Where its program is, None if it is missing."""
+        return shutil.which(self.program, path=SEARCH)
+
+    def missing(self) -> str | None:
+        """What is missing and how to get it, None if nothing is."""
+        return None if self.path else f"{self.name} is not here: apt install {self.package}"
+
+    def version(self) -> str:
+        """Its version as its program tells it."""
+        assert self.path
+        run = subprocess.run([self.path, self.version_option], capture_output=True, text=True, check=False)
+        found = re.search(r"\d+(\.\d+)+", run.stdout + run.stderr)
+        return found[0] if found else "unknown"
+
+    def command(self, place: Place) -> list[str]:
+        """What to run."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rspd(Peer):
+    """rspd, of this tree or another one."""
+
+    tree: Path = ROOT
+    python: str = sys.executable
+    connections: int = CONNECTIONS
+
+    def missing(self) -> str | None:
+        """The interpreter may lack rspd's libraries."""
+        run = subprocess.run([self.python, "-c", "import daemon, sdnotify, yaml"], capture_output=True, check=False)
+        advice = "apt install python3-daemon python3-sdnotify python3-yaml, or use make bench, which has an environment"
+        return f"{self.python} cannot run rspd: {advice}" if run.returncode else None
+
+    def version(self) -> str:
+        """Its version, and the commit if it is in a clone."""
+        text = (self.tree / "rspd" / "__init__.py").read_text()
+        version = text.partition('__version__ = "')[2].partition('"')[0]
+        git = ["git", "-C", str(self.tree), "describe", "--always", "--dirty", "--abbrev=8"]
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return version
+        return f"{version} ({commit})"
+
+    def command(self, place: Place) -> list[str]:
+        """In the foreground; the log is its stderr."""
+        level = "info" if place.log else "warning"
+        config = place.settings("rspd.yaml", CONNECTIONS=self.connections, LEVEL=level)
+        return [self.python, "-m", "rspd", "--foreground", "-c", config]
+
+
+class Nginx(Peer):
+    """nginx with its stream module."""
+
+    MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+
+    def command(self, place: Place) -> list[str]:
+        """Not a daemon; a master and its workers."""
+        module = f"load_module {self.MODULE};" if self.MODULE.exists() else ""
+        log = f"{place.log} line" if place.log else "off"
+        config = place.settings("nginx.conf", MODULE=module, PROCESSES=self.processes, LOG=log)
+        return [self.path or "", "-c", config, "-e", "stderr"]
+
+
+class HAProxy(Peer):
+    """HAProxy in TCP mode."""
+
+    def command(self, place: Place) -> list[str]:
+        """Not a daemon, no master; the log is its standard output."""
+        on = place.log is not None
+        log, connections = ("log stdout format raw local0", "log global\n    option tcplog") if on else ("", "")
+        return [self.path or "", "-db", "-f", place.settings("haproxy.cfg", LOG=log, LOG_CONNECTIONS=connections)]
+
+
+class SocketProxyd(Peer):
+    """systemd-socket-proxyd."""
+
+    def command(self, place: Place) -> list[str]:
+        """It logs nothing of connections, and has no settings but this."""
+        return [self.program, f"--connections-max={CONNECTIONS}", f"127.0.0.1:{place.backend}"]
+
+
+class Socat(Peer):
+    """socat, which forks a process for each connection."""
+
+    def command(self, place: Place) -> list[str]:
+        """Logs at notice: some ten lines for each connection, fewer say nothing of it."""
+        listen = f"TCP-LISTEN:{place.port},bind=127.0.0.1,reuseaddr,fork,backlog=128"
+        log = ["-d", "-d", "-lf", str(place.log)] if place.log else []
+        return [self.path or "", *log, listen, f"TCP:127.0.0.1:{place.backend}"]
+
+
+class Rinetd(Peer):
+    """rinetd."""
+
+    def command(self, place: Place) -> list[str]:
+        """In the foreground."""
+        log = f"logfile {place.log}" if place.log else ""
+        return [self.path or "", "-f", "-c", place.settings("rinetd.conf", LOG=log)]
+
+
+@dataclass(frozen=True)
+class AsyncioRelay(Peer):
+    """asyncio_relay.py: what rspd would be without its own loop."""
+
+    python: str = sys.executable
+
+    def missing(self) -> str | None:
+        """Nothing: the interpreter is enough."""
+        return None
+
+    def version(self) -> str:
+        """That of the interpreter."""
+        return "of the same Python"
+
+    def command(self, place: Place) -> list[str]:
+        """The same interpreter as rspd's."""
+        log = [str(place.log)] if place.log else []
+        script = str(Path(__file__).with_name("asyncio_relay.py"))
+        return [self.python, script, str(place.port), str(place.backend), *log]
+
+
+class Direct(Peer):
+    """No proxy: load and backend alone, the floor of what the others can reach."""
+
+    def missing(self) -> str | None:
+        """Nothing."""
+        return None
+
+    def version(self) -> str:
+        """It has none."""
+        return "-"
+
+
+RSPD, SERIAL, OTHER, NGINX, HAPROXY, SOCKET_PROXYD_NAME, SOCAT, DIRECT = (
+    *("rspd", "rspd, serial", "rspd, other tree", "nginx", "haproxy", "socket-proxyd", "socat", "no proxy"),
+)
+OURS = (RSPD, SERIAL, OTHER, "rspd, two processes")
+
+
+def contestants(python: str, other: Path | None) -> list[Peer]:
+    """All that this bench knows, whether they are here or not."""
+    found: list[Peer] = [Rspd(RSPD, python=python)]
+    if other:
+        found.append(Rspd(OTHER, tree=other, python=python))
+    return [
+        *found,
+        Nginx(NGINX, "nginx", "nginx libnginx-mod-stream"),
+        HAProxy(HAPROXY, "haproxy", "haproxy"),
+        SocketProxyd(SOCKET_PROXYD_NAME, SOCKET_PROXYD, "systemd", "--version", logs=False, passed=True),
+        Rinetd("rinetd", "rinetd", "rinetd"),
+        Socat(SOCAT, "socat", "socat", "-V", work=0.5, idle_max=500),
+        AsyncioRelay("asyncio", python=python, work=0.5),
+        Direct(DIRECT),
+    ]
+
+
+def serial(python: str) -> Peer:
+    """rspd with `max_connections: 1`, its default."""
+    return Rspd(SERIAL, python=python, connections=1)
+
+
+def in_two_processes(python: str) -> list[Peer]:
+    """rspd and nginx in two processes on one listening socket; for nginx its own workers."""
+    return [
+        Rspd("rspd, two processes", python=python, processes=2, passed=True),
+        Nginx("nginx, two workers", "nginx", "nginx libnginx-mod-stream", processes=2),
+    ]
+
+
+@dataclass
+class Running:
+    """A contestant that runs."""
+
+    peer: Peer
+    port: int
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    output: Path = Path()
+
+    def pids(self) -> list[int]:
+        """What was started; the descendants not among it."""
+        return [process.pid for process in self.processes]
+
+    def cpu(self) -> float:
+        """CPU seconds since it was started."""
+        return counters.cpu_seconds(self.pids())
+
+    def check(self) -> None:
+        """Raises PeerError if it has ended."""
+        for process in self.processes:
+            if process.poll() is not None:
+                raise PeerError(f"ended with {process.returncode}: {self.last_line()}")
+
+    def last_line(self) -> str:
+        """The end of what it wrote on stderr."""
+        with suppress(OSError):
+            lines = self.output.read_text(errors="replace").strip().splitlines()
+            return lines[-1][:200] if lines else "it wrote nothing"
+        return "it wrote nothing"
+
+
+def environment(tree: Path = ROOT) -> dict[str, str]:
+    """Without what systemd or a coverage run has put there: what is started is to behave as from a shell."""
+    hidden = {"NOTIFY_SOCKET", "INVOCATION_ID", "JOURNAL_STREAM", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS"}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden and not name.startswith("COV")}
+    return kept | {"PYTHONPATH": str(tree)}
+
+
+@contextmanager
+def running(peer: Peer, folder: Path, backend: int, logs: bool, cpus: set[int]) -> Iterator[Running]:
+    """Start a contestant on these processors, and end it. It need not accept yet when this returns.
+
+    Its files go into `folder`, which is made. Raises PeerError if it cannot be started.
+    """
+    if isinstance(peer, Direct):
+        yield Running(peer, backend)
+        return
+    folder.mkdir(parents=True)
+    # Nobody else gets the port while the socket is bound; a contestant may bind it too (SO_REUSEADDR, socket(7)).
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        if peer.passed:
+            held.listen(4096)
+        port = held.getsockname()[1]
+        log = folder / "log" if logs and peer.logs else None
+        # rspd and HAProxy log on these; the others put errors there.
+        output = log if log and not isinstance(peer, (Nginx, Socat, Rinetd, AsyncioRelay)) else folder / "output"
+        command = peer.command(Place(folder, port, backend, log))
+        if peer.passed:
+            command = ["sh", "-c", PASS_SOCKET, "sh", *command]
+        one = Running(peer, port, output=output)
+        try:
+            with open(output, "ab") as file:
+                stdin = held.fileno() if peer.passed else subprocess.DEVNULL
+                for _ in range(peer.processes if peer.passed else 1):
+                    one.processes.append(start(command, stdin, file.fileno(), peer, cpus))
+            yield one
+        finally:
+            stop(one.processes)
+
+
+def start(command: Sequence[str], stdin: int, output: int, peer: Peer, cpus: set[int]) -> subprocess.Popen[bytes]:
+    """A process in a group of its own, with as many descriptors as allowed."""
+
+    def prepare() -> None:
+        os.sched_setaffinity(0, cpus)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=output,
+        stderr=output,
+        cwd="/",
+        env=environment(peer.tree if isinstance(peer, Rspd) else ROOT),
+        start_new_session=True,
+        preexec_fn=prepare,
+    )
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes and their descendants."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def first_answer(one: Running, began: float, patience: float = PATIENCE) -> float:
+    """Seconds from `began` (time.monotonic) until a request through it is answered. Raises PeerError if it is not."""
+    while True:
+        one.check()
+        try:
+            with socket.create_connection(("127.0.0.1", one.port), timeout=patience) as sock:
+                sock.sendall(b"ask".ljust(64))
+                if sock.recv(256, socket.MSG_WAITALL):
+                    return time.monotonic() - began
+                raise PeerError(f"closed the first connection: {one.last_line()}")
+        except ConnectionError:
+            if time.monotonic() > began + patience:
+                raise PeerError(f"did not accept within {patience:.0f} s: {one.last_line()}") from None
+            time.sleep(0.0002)
+        except TimeoutError:
+            raise PeerError(f"did not answer within {patience:.0f} s: {one.last_line()}") from None

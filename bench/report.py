@@ -1,0 +1,347 @@
+"""Figures as tables in Markdown and a picture in SVG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.peers import DIRECT, OTHER, RSPD, SERIAL
+from bench.targets import TARGETS, Run, middle
+from bench.works import Results
+
+BEGIN, END = "<!-- made by python -m bench -->", "<!-- end of what python -m bench made -->"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a table: its heading, what it is multiplied by, and its decimals."""
+
+    figure: str
+    heading: str
+    factor: float = 1.0
+    decimals: int = 1
+    spread: bool = False  # beside the median, smallest to largest
+    compared: bool = False  # rspd ÷ it
+
+    def show(self, values: Sequence[float]) -> str:
+        """The median of the rounds."""
+        return number(median(values) * self.factor, self.decimals)
+
+    def show_spread(self, values: Sequence[float]) -> str:
+        """The smallest and the largest."""
+        low, high = (number(value * self.factor, self.decimals) for value in (min(values), max(values)))
+        return f"{low} to {high}"
+
+
+def _cpu(unit: str) -> Column:
+    if unit == "GB":
+        return Column("cpu", "CPU s per GB", 1, 3, True, True)
+    return Column("cpu", f"CPU µs per {unit}", 1e6, 1, True, True)
+
+
+LOAD = Column("load", "load and backend, CPUs", 1, 2)
+BUSY = Column("busy", "busy, CPUs", 1, 2)
+
+
+def columns(key: str, results: Results) -> list[Column]:
+    """What the table of a work shows."""
+    if key == "idle":
+        return [
+            Column("memory", "bytes per idle connection", 1, 0, True, True),
+            Column("none", "CPU µs per new connection, none open", 1e6),
+            Column("open", "the same beside the idle ones", 1e6),
+            Column("growth", "with ÷ without", 1, 2, True),
+        ]
+    if key == "start":
+        return [
+            Column("seconds", "ms until the first answer", 1e3, 1, True, True),
+            Column("memory", "memory then, MB (Pss)", 1e-6, 1),
+            Column("resident", "resident then, MB (Rss)", 1e-6, 1),
+        ]
+    rate = Column("rate", "GB/s", 1, 2) if results.unit == "GB" else Column("rate", f"{results.unit}s/s", 1, 0)
+    if key == "rate":
+        return [
+            Column("p99", "p99, µs", 1e6, 0, True, True),
+            Column("p50", "p50, µs", 1e6, 0),
+            Column("max", "largest, µs", 1e6, 0),
+            rate,
+            _cpu(results.unit),
+            BUSY,
+        ]
+    if key.startswith("two-"):
+        return [Column("rate", f"{results.unit}s/s", 1, 0, True), BUSY, LOAD, _cpu(results.unit)]
+    return [_cpu(results.unit), rate, BUSY, LOAD]
+
+
+def number(value: float, decimals: int) -> str:
+    """With commas between thousands."""
+    return f"{value:,.{decimals}f}"
+
+
+def load(folder: Path) -> tuple[dict[str, Any], Run]:
+    """What results.json says: about the run, and its works."""
+    raw = json.loads((folder / "results.json").read_text())
+    return raw["about"], {key: Results(**value) for key, value in raw["works"].items()}
+
+
+def write(folder: Path) -> str:
+    """Write results.md and results.svg from results.json there. Returns the README's part."""
+    about, run = load(folder)
+    (folder / "results.md").write_text(markdown(about, run))
+    (folder / "results.svg").write_text(picture(about, run))
+    return summary(about, run)
+
+
+def markdown(about: dict[str, Any], run: Run) -> str:
+    """All of it, for whoever wants to know."""
+    lines = ["# rspd and its peers, side by side", ""]
+    lines += [f"Made by `python -m bench` on {about['date']}: {describe(about)}", ""]
+    if about["quick"]:
+        lines += ["**A smoke run (`--quick`): these figures say nothing about speed.**", ""]
+    if about["busy_before"] > 0.1:
+        lines += [f"**The machine was not quiet: {about['busy_before']:.2f} CPUs had other work before the run.**", ""]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines += [
+        f"Versions: {versions}.",
+        "",
+        "Figures are medians of the rounds, with smallest and largest; *rspd ÷ it* is rspd's median over that of the",
+        "contestant: below 1, rspd is cheaper. CPUs *busy* is CPU time over wall time.",
+        "[How it was done, and the limits](../README.md).",
+        "",
+        "![bars](results.svg)",
+        "",
+        "## Targets",
+        "",
+        *targets_table(run),
+    ]
+    for key, results in run.items():
+        lines += ["", f"## {results.title}", "", *table(columns(key, results), results)]
+        lines += ["", *results.notes] if results.notes else []
+    return "\n".join(lines) + "\n"
+
+
+def describe(about: dict[str, Any]) -> str:
+    """The machine, in a sentence."""
+    kind = "a virtual machine with " if about["virtual"] else ""
+    return (
+        f"{kind}{about['cpus']} CPUs ({about['cpu']}), kernel {about['kernel']}, {about['system']}, "
+        f"Python {about['python']}; {about['rounds']} rounds, {about['minutes']} minutes."
+    )
+
+
+def targets_table(run: Run) -> list[str]:
+    """Each target, what this run says, and whether that meets it."""
+    lines = ["| target | at most | measured | met |", "| --- | ---: | ---: | --- |"]
+    for target in TARGETS:
+        value = target.measured(run)
+        shown = "not measured" if value is None else f"{_short(value)}{target.unit}"
+        met = "-" if value is None else "yes" if value <= target.most else "**no**"
+        most = f"{target.most:,g}{target.unit}" + (" (aim)" if target.aim else "")
+        lines.append(f"| {target.text} | {most} | {shown} | {met} |")
+    return lines
+
+
+def _short(value: float) -> str:
+    return number(value, 0 if value >= 1000 else 1 if value >= 10 else 2)
+
+
+def table(wanted: Sequence[Column], results: Results) -> list[str]:
+    """rspd first, then the others from the best on, then who failed."""
+    headings = ["contestant"]
+    for column in wanted:
+        headings += [column.heading]
+        headings += ["smallest to largest"] * column.spread + ["rspd ÷ it"] * column.compared
+    lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
+    first = wanted[0].figure
+    sign = -1 if first == "rate" else 1
+
+    def place(name: str) -> tuple[bool, bool, float]:
+        values = [figures[first] for figures in results.rounds[name] if first in figures]
+        return name != RSPD, not values, sign * median(values) if values else 0
+
+    for name in sorted(results.rounds, key=place):
+        cells = [f"**{name}**" if name == RSPD else name]
+        for column in wanted:
+            values = [figures[column.figure] for figures in results.rounds[name] if column.figure in figures]
+            cells += [column.show(values) if values else "-"]
+            cells += [column.show_spread(values) if values else "-"] * column.spread
+            cells += [_compared(results, name, column.figure)] * column.compared
+        lines.append("| " + " | ".join(cells) + " |")
+    for name, why in results.failed.items():
+        lines.append(f"| {name} | failed: {why.replace('|', '/')} |" + " |" * (len(headings) - 2))
+    return lines
+
+
+def _compared(results: Results, name: str, figure: str) -> str:
+    if name == RSPD:
+        return "1"
+    run = {"": results}
+    try:
+        return f"{middle(run, '', RSPD, figure) / middle(run, '', name, figure):.2f}"
+    except (KeyError, ZeroDivisionError):
+        return "-"
+
+
+# -- what the README and the picture show ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the small pictures, and a row of the README's table."""
+
+    key: str
+    figure: str
+    title: str
+    unit: str
+    factor: float
+    decimals: int
+
+
+PANELS = [
+    Panel("down-1", "cpu", "Download, 1 stream", "CPU s per GB", 1, 2),
+    Panel("up-1", "cpu", "Upload, 1 stream", "CPU s per GB", 1, 2),
+    Panel("new-64", "cpu", "New connection", "CPU µs, 64 at a time", 1e6, 0),
+    Panel("new-64-logs", "cpu", "New connection with a log line", "CPU µs, 64 at a time", 1e6, 0),
+    Panel("requests-16", "cpu", "Kept-alive request", "CPU µs, 16 connections", 1e6, 1),
+    Panel("rate", "p99", "Latency, p99", "ms, at half of nginx's top rate", 1e3, 2),
+    Panel("idle", "memory", "Idle connection", "KB of its memory", 1e-3, 1),
+    Panel("start", "seconds", "Start", "ms until the first answer", 1e3, 0),
+]
+HIDDEN = (SERIAL, OTHER, DIRECT)
+
+
+def values_of(panel: Panel, run: Run) -> dict[str, float]:
+    """The medians of a panel, in its unit, from the best on."""
+    if panel.key not in run:
+        return {}
+    found = {
+        name: middle(run, panel.key, name, panel.figure) * panel.factor
+        for name in run[panel.key].rounds
+        if name not in (*HIDDEN, *run[panel.key].silent)
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def summary(about: dict[str, Any], run: Run) -> str:
+    """The README's table, and which targets are missed."""
+    names = [name for name in about["versions"] if name not in HIDDEN]
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for panel in PANELS:
+        values = values_of(panel, run)
+        if RSPD not in values:
+            continue
+        cells = []
+        for name in names:
+            shown = number(values[name], panel.decimals) if name in values else _absent(panel, run).get(name, "-")
+            ratio = f" ({values[RSPD] / values[name]:.2f})" if name in values and name != RSPD else ""
+            cells.append(f"**{shown}**" if name == RSPD else shown + ratio)
+        lines.append(f"| {panel.title}, {panel.unit} | " + " | ".join(cells) + " |")
+    judged = [(target, target.measured(run)) for target in TARGETS]
+    known = [(target, value) for target, value in judged if value is not None]
+    missed = [
+        f"{target.text}: {_short(value)}{target.unit}, at most {target.most:g}{target.unit} wanted"
+        for target, value in known
+        if value > target.most
+    ]
+    lines += ["", f"Medians, and rspd ÷ the contestant in brackets: below 1, rspd is cheaper. {describe(about)}"]
+    lines += [f"Of {len(known)} targets {len(known) - len(missed)} are met" + ("; missed:" if missed else "."), ""]
+    lines += [f"- {text}" for text in missed]
+    return "\n".join(lines).strip() + "\n"
+
+
+def update_readme(made: str, path: Path) -> None:
+    """Put the README's part between its marks."""
+    text = path.read_text()
+    before, found, rest = text.partition(BEGIN)
+    if found and END in rest:
+        path.write_text(f"{before}{BEGIN}\n{made}{END}{rest.partition(END)[2]}")
+
+
+WIDTH, MARGIN, GAP, LABEL, VALUE, BAR, STEP, HEAD = 880, 24, 36, 112, 62, 14, 21, 42
+RSPD_COLOUR, COLOUR, INK, FAINT, PAPER = "#1d6fd1", "#bcc4ce", "#1c2530", "#5d6875", "#ffffff"
+
+
+def picture(about: dict[str, Any], run: Run) -> str:
+    """Small bar charts, two in a row; a bar of more than three times rspd's is cut off."""
+    panels = [(panel, values_of(panel, run)) for panel in PANELS]
+    panels = [(panel, values) for panel, values in panels if RSPD in values]
+    width = (WIDTH - 2 * MARGIN - GAP) // 2
+    parts = []
+    top = 92
+    for index in range(0, len(panels), 2):
+        pair = panels[index : index + 2]
+        for column, (panel, values) in enumerate(pair):
+            parts += _panel(panel, values, run, MARGIN + column * (width + GAP), top, width)
+        rows = max(len(values) + len(_absent(panel, run)) for panel, values in pair)
+        top += HEAD + rows * STEP + 18
+    height = top + 26
+    style = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
+    described = f"{'virtual machine, ' if about['virtual'] else ''}{about['cpus']} CPUs, {about['cpu']}"
+    size = f"width='{WIDTH}' height='{height}' viewBox='0 0 {WIDTH} {height}'"
+    claim = "The shorter, the better. Medians; one processor for each proxy. // is a bar cut off."
+    head = [
+        f"<svg xmlns='http://www.w3.org/2000/svg' {size} {style}>",
+        "<title>What rspd and its peers cost, as bars: shorter is better</title>",
+        f"<rect x='0.5' y='0.5' width='{WIDTH - 1}' height='{height - 1}' rx='10' fill='{PAPER}' stroke='#d5dae0'/>",
+        _text(MARGIN, 42, "What a TCP proxy costs", 22, INK, weight=700),
+        _text(MARGIN, 66, claim, 14, FAINT),
+    ]
+    made = f"{described}, kernel {about['kernel']}, {about['date'][:10]}"
+    if about["quick"]:
+        made += ", a smoke run: these figures mean nothing"
+    return "\n".join([*head, *parts, _text(MARGIN, height - 18, made, 11, FAINT), "</svg>"]) + "\n"
+
+
+def _absent(panel: Panel, run: Run) -> dict[str, str]:
+    """Who has no bar, and what stands in its place."""
+    results = run[panel.key]
+    failed = {name: "failed" for name in results.failed if name not in HIDDEN}
+    return dict.fromkeys(results.silent, "logs nothing") | failed
+
+
+def _panel(panel: Panel, values: dict[str, float], run: Run, left: int, top: int, width: int) -> list[str]:
+    room = width - LABEL - VALUE
+    longest = min(max(values.values()), 3 * values[RSPD])
+    parts = [
+        _text(left, top + 14, panel.title, 15, INK, weight=600),
+        _text(left + width, top + 14, panel.unit, 12, FAINT, anchor="end"),
+        f"<line x1='{left}' y1='{top + 23}' x2='{left + width}' y2='{top + 23}' stroke='#e3e7ec'/>",
+    ]
+    y = top + HEAD - 8
+    for name, value in values.items():
+        ours = name == RSPD
+        length = max(1.5, room * min(1.0, value / longest))
+        ink, weight = (RSPD_COLOUR, 700) if ours else (INK, 400)
+        fill = RSPD_COLOUR if ours else COLOUR
+        parts += [
+            _text(left + LABEL - 8, y + 11, name, 12, ink, weight=weight, anchor="end"),
+            f"<rect x='{left + LABEL}' y='{y}' width='{length:.1f}' height='{BAR}' rx='2' fill='{fill}'/>",
+        ]
+        if value > longest:
+            cut = left + LABEL + length - 16
+            parts += [
+                f"<path d='M{cut + shift} {y + BAR + 2} l5 -{BAR + 4}' stroke='{PAPER}' stroke-width='2.5'/>"
+                for shift in (0, 6)
+            ]
+        x = left + LABEL + length + 6
+        parts.append(_text(x, y + 11, number(value, panel.decimals), 12, ink, weight=weight))
+        y += STEP
+    for name, why in _absent(panel, run).items():
+        parts += [
+            _text(left + LABEL - 8, y + 11, name, 12, INK, anchor="end"),
+            _text(left + LABEL, y + 11, why, 12, FAINT),
+        ]
+        y += STEP
+    return parts
+
+
+def _text(x: float, y: float, text: str, size: int, fill: str, weight: int = 400, anchor: str = "start") -> str:
+    return (
+        f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' font-weight='{weight}' fill='{fill}' "
+        f"text-anchor='{anchor}'>{escape(text)}</text>"
+    )

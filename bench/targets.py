@@ -1,0 +1,94 @@
+"""What rspd is to reach, and whether a run's figures do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from bench.peers import DIRECT, HAPROXY, NGINX, OURS, RSPD, SOCAT, SOCKET_PROXYD_NAME
+from bench.works import BARE, Results
+
+Run = dict[str, Results]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target: what is measured, and how much it may be at most."""
+
+    text: str
+    most: float
+    value: Callable[[Run], float]  # raises KeyError where the figures are missing
+    unit: str = ""
+    aim: bool = False  # hoped for, not required
+
+    def measured(self, run: Run) -> float | None:
+        """What this run says; None if it cannot."""
+        try:
+            return self.value(run)
+        except KeyError:
+            return None
+
+
+def middle(run: Run, work: str, name: str, figure: str) -> float:
+    """The median over the rounds. Raises KeyError if there is none."""
+    rounds = run[work].rounds[name]
+    return median(figures[figure] for figures in rounds)
+
+
+def _ratio(work: str, peer: str, figure: str = "cpu") -> Callable[[Run], float]:
+    return lambda run: middle(run, work, RSPD, figure) / middle(run, work, peer, figure)
+
+
+def _to_best(work: str) -> Callable[[Run], float]:
+    def value(run: Run) -> float:
+        peers = [name for name in run[work].rounds if name not in (*OURS, DIRECT)]
+        if not peers:
+            raise KeyError(work)
+        return middle(run, work, RSPD, "cpu") / min(middle(run, work, name, "cpu") for name in peers)
+
+    return value
+
+
+def _list() -> list[Target]:
+    found = [
+        Target(f"CPU per GB, {title}: rspd ÷ best peer", 0.8, _to_best(work))
+        for work, title in (
+            ("down-1", "download, 1 stream"),
+            ("down-8", "download, 8 streams"),
+            ("up-1", "upload, 1 stream"),
+            ("up-8", "upload, 8 streams"),
+        )
+    ]
+    for work, title in (("new-1", "1 at a time"), ("new-64", "64 at a time")):
+        text = f"CPU per new connection, {title}: rspd ÷ "
+        found += [
+            Target(text + "nginx", 1.2, _ratio(work, NGINX)),
+            Target(text + "socket-proxyd", 0.75, _ratio(work, SOCKET_PROXYD_NAME)),
+            Target(text + "socat", 0.2, _ratio(work, SOCAT)),
+            Target(text + "HAProxy", 1.0, _ratio(work, HAPROXY), aim=True),
+        ]
+    for work, title in (("new-1-logs", "1 at a time"), ("new-64-logs", "64 at a time")):
+        found.append(Target(f"the same with logs, {title}: rspd ÷ nginx", 1.3, _ratio(work, NGINX)))
+    return [
+        *found,
+        Target("CPU per kept-alive request: rspd ÷ nginx", 1.4, _ratio("requests-16", NGINX)),
+        Target("CPU per kept-alive request: rspd ÷ socket-proxyd", 0.8, _ratio("requests-16", SOCKET_PROXYD_NAME)),
+        Target("p99 at half of nginx's top rate: rspd ÷ nginx", 1.5, _ratio("rate", NGINX, "p99")),
+        Target("memory of an idle connection", 3000, lambda run: middle(run, "idle", RSPD, "memory"), " B"),
+        Target(
+            "CPU per new connection, 5,000 idle ones open ÷ none",
+            1.1,
+            lambda run: middle(run, "idle", RSPD, "growth"),
+        ),
+        Target(
+            "start, over bare python3 -c pass",
+            100,
+            lambda run: 1000 * (middle(run, "start", RSPD, "seconds") - middle(run, "start", BARE, "seconds")),
+            " ms",
+        ),
+        Target("resident memory after the start", 20, lambda run: middle(run, "start", RSPD, "resident") / 1e6, " MB"),
+    ]
+
+
+TARGETS = _list()

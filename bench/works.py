@@ -1,0 +1,379 @@
+"""What each contestant is given to do, and what is read of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import counters
+from bench.peers import NGINX, RSPD, Direct, Peer, PeerError, Running, environment, first_answer, running
+
+# A round of a contestant: its figures by name. What they mean stands at `Work.measure`.
+Figures = dict[str, float]
+
+MANY = 64  # connections at a time
+CONNECTIONS = 16  # that carry requests
+STREAMS = 8
+PORTS = 16  # of the backend: one for each contestant, so that none finds the other's ports in TIME_WAIT
+SLOW = 120.0  # seconds after which a load has failed
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything, for each contestant and round."""
+
+    one_at_a_time: int = 3000
+    many_at_a_time: int = 6000
+    requests_one: int = 8000  # over one connection
+    requests: int = 30_000
+    bytes: int = 1_000_000_000
+    rate_seconds: float = 1.5
+    idle: int = 5000
+    beside_idle: int = 1000
+    starts: int = 9
+    rounds: int = 5
+
+
+QUICK = Sizes(100, 200, 300, 500, 20_000_000, 0.1, 100, 50, 1, 1)
+
+
+@dataclass
+class Ground:
+    """Where the works happen: the load's program, the backend's ports, a folder, and who has which processors."""
+
+    program: Path
+    folder: Path
+    proxy_cpus: set[int]
+    load_cpus: set[int]
+    sizes: Sizes
+    backend: subprocess.Popen[str]
+    ports: list[int]
+    folders: int = 0
+
+    def new_folder(self) -> Path:
+        """A path for a contestant's files."""
+        self.folders += 1
+        return self.folder / str(self.folders)
+
+    def load(self, *words: object) -> dict[str, float]:
+        """Run the load to its end, and return what it reports. Raises PeerError."""
+        command = [str(self.program), *map(str, words)]
+        try:
+            run = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=SLOW,
+                preexec_fn=lambda: os.sched_setaffinity(0, self.load_cpus),
+            )
+        except subprocess.TimeoutExpired:
+            raise PeerError(f"not done after {SLOW:.0f} s") from None
+        if run.returncode:
+            raise PeerError(run.stderr.strip().removeprefix("load: "))
+        found: dict[str, float] = json.loads(run.stdout)
+        return found
+
+    @contextmanager
+    def holding(self, port: int, count: int) -> Iterator[None]:
+        """Connections that have had one answer each, and are open and idle. Raises PeerError."""
+        with subprocess.Popen(
+            [str(self.program), "hold", str(port), str(count)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, self.load_cpus),
+        ) as process:
+            assert process.stdout
+            assert process.stderr
+            if not process.stdout.readline():
+                raise PeerError(process.stderr.read().strip().removeprefix("load: "))
+            yield
+
+
+@contextmanager
+def ground(program: Path, folder: Path, proxy: set[int], load: set[int], sizes: Sizes) -> Iterator[Ground]:
+    """The backend, on the load's processors; it ends with this."""
+    with subprocess.Popen(
+        [str(program), "backend", str(PORTS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, load),
+    ) as backend:
+        assert backend.stdout
+        ports = [int(backend.stdout.readline()) for _ in range(PORTS)]
+        yield Ground(program, folder, proxy, load, sizes, backend, ports)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A work: its key, its title, and what is done in a round."""
+
+    key: str
+    group: str
+    title: str
+    unit: str  # of which CPU seconds are counted: "GB", "connection", "request"
+    words: Callable[[Sizes, float], list[object]]  # the load's subcommand and what follows the port, for a share
+    amount: Callable[[Sizes, float], float]  # how many units that is
+    logs: bool = False
+    serial: bool = False  # rspd, serial takes part
+    two: bool = False  # one process against two
+
+    def measure(self, one: Running, place: Ground, share: float = 1.0) -> Figures:
+        """One round. Raises PeerError.
+
+        cpu: CPU seconds of the contestant for a unit; rate: units per second; busy, load: processors that the
+        contestant, and load and backend together, had at work.
+        """
+        share *= one.peer.work
+        kind, *rest = self.words(place.sizes, share)
+        amount = self.amount(place.sizes, share)
+        before = counters.settled(one.cpu)
+        backend = counters.cpu_seconds([place.backend.pid])
+        found = place.load(kind, one.port, *rest)
+        backend = counters.cpu_seconds([place.backend.pid]) - backend
+        used = counters.settled(one.cpu) - before
+        one.check()
+        seconds = found.pop("seconds")
+        figures = {"rate": amount / seconds, "load": (found.pop("cpu") + backend) / seconds, **found}
+        if not isinstance(one.peer, Direct):
+            figures |= {"cpu": used / amount, "busy": used / seconds}
+        return figures
+
+
+def _bulk(key: str, title: str, streams: int, serial: bool) -> Work:
+    def words(sizes: Sizes, share: float) -> list[object]:
+        return [key.partition("-")[0], int(sizes.bytes * share) // streams, streams]
+
+    def amount(sizes: Sizes, share: float) -> float:
+        return int(sizes.bytes * share) // streams * streams / 1e9
+
+    return Work(key, "bulk", title, "GB", words, amount, serial=serial)
+
+
+def _connections(key: str, title: str, at_a_time: int, logs: bool = False, two: bool = False) -> Work:
+    def count(sizes: Sizes, share: float) -> float:
+        return max(at_a_time, int((sizes.one_at_a_time if at_a_time == 1 else sizes.many_at_a_time) * share))
+
+    def words(sizes: Sizes, share: float) -> list[object]:
+        return ["connections", count(sizes, share), at_a_time]
+
+    return Work(key, "two" if two else "connections", title, "connection", words, count, logs, not two, two)
+
+
+def _requests(key: str, title: str, connections: int, two: bool = False) -> Work:
+    def count(sizes: Sizes, share: float) -> float:
+        return max(connections, int((sizes.requests_one if connections == 1 else sizes.requests) * share))
+
+    def words(sizes: Sizes, share: float) -> list[object]:
+        return ["requests", count(sizes, share), connections]
+
+    return Work(key, "two" if two else "requests", title, "request", words, count, serial=connections == 1, two=two)
+
+
+def at_rate(rate: float) -> Work:
+    """Requests at so many per second."""
+
+    def count(sizes: Sizes, share: float) -> float:
+        return max(CONNECTIONS, int(rate * sizes.rate_seconds))
+
+    def words(sizes: Sizes, share: float) -> list[object]:
+        return ["rate", count(sizes, share), CONNECTIONS, rate]
+
+    return Work("rate", "requests", f"kept-alive requests, {rate:.0f} per second", "request", words, count)
+
+
+WORKS = [
+    _bulk("down-1", "download, 1 stream", 1, True),
+    _bulk("down-8", "download, 8 streams", STREAMS, False),
+    _bulk("up-1", "upload, 1 stream", 1, True),
+    _bulk("up-8", "upload, 8 streams", STREAMS, False),
+    _connections("new-1", "new connections, 1 at a time", 1),
+    _connections("new-64", f"new connections, {MANY} at a time", MANY),
+    _connections("new-1-logs", "new connections, 1 at a time, logs on", 1, logs=True),
+    _connections("new-64-logs", f"new connections, {MANY} at a time, logs on", MANY, logs=True),
+    _requests("requests-1", "kept-alive requests, 1 connection", 1),
+    _requests("requests-16", f"kept-alive requests, {CONNECTIONS} connections", CONNECTIONS),
+    _connections("two-new-64", f"two processes: new connections, {MANY} at a time", MANY, two=True),
+    _requests("two-requests-64", f"two processes: kept-alive requests, {MANY} connections", MANY, two=True),
+]
+IDLE, RATE, START, BARE = "idle", "rate", "start", "python3 -c pass"
+GROUPS = ("bulk", "connections", "requests", "idle", "start", "two")
+
+
+@dataclass
+class Results:
+    """The figures of one work: for each contestant its rounds, or why it failed; and who logs nothing, logs on."""
+
+    title: str
+    unit: str = ""
+    rounds: dict[str, list[Figures]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For results.json."""
+        return dict(vars(self))
+
+
+def say(text: str) -> None:
+    """Progress, for who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(
+    results: Results,
+    peers: Sequence[Peer],
+    place: Ground,
+    logs: bool,
+    measure: Callable[[Running, float], Figures],
+    rounds: int,
+) -> Results:
+    """Start all contestants, warm them up, and measure them in turn, another one first in each round.
+
+    One that fails is ended, and the others go on. `measure` gets the contestant and the share of the full work.
+    """
+    with ExitStack() as stack:
+        alive: dict[str, tuple[Running, ExitStack]] = {}
+
+        def attempt(name: str, what: Callable[[], None]) -> None:
+            try:
+                what()
+            except PeerError as error:
+                say(f"  {name}: {error}")
+                results.failed[name] = str(error)
+                results.rounds.pop(name, None)
+                if name in alive:
+                    alive.pop(name)[1].close()
+
+        def begin(peer: Peer, port: int) -> None:
+            own = stack.enter_context(ExitStack())
+            one = own.enter_context(running(peer, place.new_folder(), port, logs, place.proxy_cpus))
+            alive[peer.name] = one, own
+            first_answer(one, time.monotonic())
+            measure(one, 0.1)
+
+        def go(name: str) -> None:
+            figures = measure(alive[name][0], 1.0)
+            results.rounds.setdefault(name, []).append(figures)
+
+        say(results.title)
+        for number, peer in enumerate(peers):
+            attempt(peer.name, lambda peer=peer, number=number: begin(peer, place.ports[number]))  # type: ignore[misc]
+        names = [peer.name for peer in peers]
+        for turn in range(rounds):
+            first = turn * len(names) // rounds
+            for name in names[first:] + names[:first]:
+                if name in alive:
+                    attempt(name, lambda name=name: go(name))  # type: ignore[misc]
+    return results
+
+
+def run_work(work: Work, peers: Sequence[Peer], place: Ground) -> Results:
+    """All rounds of a work."""
+
+    def measure(one: Running, share: float) -> Figures:
+        return work.measure(one, place, share)
+
+    results = Results(work.title, work.unit)
+    run(results, peers, place, work.logs, measure, place.sizes.rounds)
+    if work.logs:
+        results.silent = [peer.name for peer in peers if not peer.logs]
+        results.notes += [f"{name} logs nothing of connections." for name in results.silent]
+    return results
+
+
+def run_idle(peers: Sequence[Peer], place: Ground, descriptors: int) -> Results:
+    """Memory of an idle connection, and the cost of a new one beside many.
+
+    memory: bytes for each; none, open: CPU seconds of a new connection without and with them; growth: open / none.
+    """
+    sizes = place.sizes
+    connections = next(work for work in WORKS if work.key == "new-1")
+    share = sizes.beside_idle / sizes.one_at_a_time
+    most = min(sizes.idle, (descriptors - 200) // 2)
+    base: dict[str, int] = {}
+
+    def measure(one: Running, part: float) -> Figures:
+        count = int(min(most, one.peer.idle_max) * part)
+        none = connections.measure(one, place, share * part)["cpu"]
+        before = base.setdefault(one.peer.name, counters.memory(one.pids()))
+        with place.holding(one.port, count):
+            counters.settled(one.cpu)
+            memory = (counters.memory(one.pids()) - before) / count
+            beside = connections.measure(one, place, share * part)["cpu"]
+        counters.settled(one.cpu)
+        return {"memory": memory, "none": none, "open": beside, "growth": beside / none, "count": count}
+
+    def measure_or_warm(one: Running, part: float) -> Figures:
+        if part == 1.0:
+            return measure(one, part)
+        # Allocators settle with new connections; but nothing is held before the first reading of memory.
+        return connections.measure(one, place, share)
+
+    results = Results(f"{most} idle connections", "connection")
+    for peer in peers:
+        if peer.idle_max < most:
+            results.notes.append(f"{peer.name} was given {peer.idle_max}: it has a process for each.")
+    if most < sizes.idle:
+        results.notes.append(f"Not {sizes.idle}: this machine's hard limit is {descriptors} descriptors (ulimit -Hn).")
+    return run(results, peers, place, False, measure_or_warm, min(3, sizes.rounds))
+
+
+def run_start(peers: Sequence[Peer], place: Ground, python: str) -> Results:
+    """Seconds from starting it until the first request is answered through it, and its memory then, in bytes."""
+    results = Results("start")
+
+    def bare() -> Figures:
+        began = time.monotonic()
+        subprocess.run(
+            [python, "-c", "pass"],
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            check=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, place.proxy_cpus),
+        )
+        return {"seconds": time.monotonic() - began}
+
+    def begin(peer: Peer, port: int) -> Figures:
+        began = time.monotonic()
+        with running(peer, place.new_folder(), port, False, place.proxy_cpus) as one:
+            seconds = first_answer(one, began)
+            counters.settled(one.cpu)
+            pss, rss = (counters.memory(one.pids(), kind) for kind in ("Pss", "Rss"))
+            return {"seconds": seconds, "memory": pss, "resident": rss}
+
+    say(results.title)
+    for turn in range(place.sizes.starts + 1):
+        found: dict[str, Figures] = {BARE: bare()}
+        for number, peer in enumerate(peers):
+            if peer.name in results.failed:
+                continue
+            try:
+                found[peer.name] = begin(peer, place.ports[number])
+            except PeerError as error:
+                results.failed[peer.name] = str(error)
+                results.rounds.pop(peer.name, None)
+        for name, figures in found.items() if turn else ():  # the first start finds cold caches
+            results.rounds.setdefault(name, []).append(figures)
+    return results
+
+
+def top_rate(results: Results) -> tuple[str, float]:
+    """Whose top rate the fixed rate is half of (nginx's, or rspd's without nginx), and that rate."""
+    for name in (NGINX, RSPD, *results.rounds):
+        if name in results.rounds:
+            return name, median(figures["rate"] for figures in results.rounds[name])
+    raise PeerError("nobody served requests")
