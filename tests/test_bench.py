@@ -1,0 +1,269 @@
+"""bench/: what its counters count, what its load notices, and that it runs to the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bench import counters, report, targets
+from bench.peers import DIRECT, NGINX, RSPD, PeerError, Rinetd, first_answer, running
+from bench.works import QUICK as SIZES
+from bench.works import Figures, Results, ground
+from tests.support import PATIENCE
+
+ROOT = Path(__file__).parent.parent
+ANSWER = b"x" * 256
+
+needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="the load needs cc: apt install gcc libc6-dev")
+needs_two_processors = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="bench needs two processors")
+
+# Uses the processor for a while, a part of that in a thread that has ended then, and says how much it was.
+BURN = """
+import sys, threading, time
+def burn():
+    until = time.thread_time() + 0.15
+    while time.thread_time() < until: pass
+burn()
+thread = threading.Thread(target=burn)
+thread.start(); thread.join()
+print(time.process_time(), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The load's program."""
+    path = tmp_path_factory.mktemp("load") / "load"
+    subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", path, ROOT / "bench" / "load.c"], check=True)
+    return path
+
+
+def bench(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=8 * PATIENCE,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+@contextmanager
+def server(serve: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A backend in the load's place: what it does with its one client. Yields the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+
+        def run() -> None:
+            client, _ = listener.accept()
+            with client:
+                client.settimeout(PATIENCE)
+                serve(client)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join(PATIENCE)
+
+
+@needs_compiler
+@needs_two_processors
+def test_a_quick_run_has_a_figure_of_each_contestant_for_each_work(tmp_path: Path) -> None:
+    end = bench("--quick", "--peers", "rspd,asyncio,no proxy", "--output", str(tmp_path))
+    assert end.returncode == 0, end.stderr
+    works = json.loads((tmp_path / "results.json").read_text())["works"]
+    expected = {"down-1", "down-8", "up-1", "up-8", "new-1", "new-64", "new-1-logs", "new-64-logs"}
+    expected |= {"requests-1", "requests-16", "rate", "idle", "start", "two-new-64", "two-requests-64"}
+    assert works.keys() == expected
+    for key, work in works.items():
+        second = "rspd, two processes" if key.startswith("two-") else "asyncio"
+        assert {"rspd", second} <= work["rounds"].keys(), key
+        assert work["failed"] == {}, key
+        for figures in work["rounds"]["rspd"]:
+            assert figures.get("cpu", 1) > 0, key
+    text = (tmp_path / "results.md").read_text()
+    for work in works.values():
+        table = text.split(f"\n## {work['title']}\n")[1].split("\n## ")[0]
+        assert [row for row in table.splitlines() if row.startswith("| **rspd** | ")], work["title"]
+    picture = ElementTree.fromstring((tmp_path / "results.svg").read_text())
+    assert len(picture.findall(".//{http://www.w3.org/2000/svg}rect")) > 16
+
+
+def test_bench_refuses_to_run_on_one_processor() -> None:
+    one = str(min(os.sched_getaffinity(0)))
+    command = ["taskset", "-c", one, sys.executable, "-m", "bench", "--quick"]
+    end = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
+    assert (end.returncode, end.stdout) == (1, "")
+    assert end.stderr.startswith("bench: two processors are needed")
+
+
+@needs_two_processors
+def test_bench_says_how_to_get_the_compiler_that_is_missing(tmp_path: Path) -> None:
+    end = bench("--quick", environment={**os.environ, "PATH": str(tmp_path)})
+    assert end.returncode == 1
+    assert end.stderr == "bench: the load is a C program, and there is no compiler: apt install gcc libc6-dev\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--peers", "rspd,ngnix"], "--peers: expected some of rspd, nginx, "),
+        (["--only", "bulky"], "--only: expected some of bulk, connections, "),
+        (["--rounds", "0"], "--rounds: expected 1 or more, found 0"),
+        (["--rspd", "/nowhere"], "--rspd: expected a folder that has rspd/__init__.py, found /nowhere"),
+        (["--report-only", "--output", "/nowhere"], "--report-only: expected /nowhere/results.json, found none"),
+    ],
+)
+def test_wrong_options_of_bench_are_explained(arguments: list[str], complaint: str) -> None:
+    end = bench(*arguments)
+    assert end.returncode == 2
+    assert complaint in end.stderr
+
+
+def test_a_living_process_is_counted_with_its_ended_threads() -> None:
+    program = BURN + "sys.stdin.read()\n"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        own = float(process.stdout.readline())
+        counted = counters.settled(lambda: counters.cpu_seconds([process.pid]))
+    assert own > 0.3
+    assert own <= counted < own + 0.1
+
+
+def test_children_are_counted_while_they_live_and_after_they_were_reaped() -> None:
+    # The shell waits for the first child, then starts the second and waits for that.
+    script = '"$1" -c "$2" </dev/null; "$1" -c "$2"; :'
+    command = ["sh", "-c", script, "sh", sys.executable, BURN + "sys.stdin.read()\n"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as shell:
+        assert shell.stdout
+        own = float(shell.stdout.readline()) + float(shell.stdout.readline())
+        assert len(counters.tree(shell.pid)) == 2
+        counted = counters.settled(lambda: counters.cpu_seconds([shell.pid]))
+    assert own > 0.6
+    assert own - 2 * counters.TICK <= counted < own + 0.2
+
+
+def test_memory_counts_the_children_too() -> None:
+    program = "import sys; held = b'x' * 50_000_000; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        ["sh", "-c", '"$1" -c "$2"; :', "sh", sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as shell:
+        assert shell.stdout
+        shell.stdout.readline()
+        used = counters.memory([shell.pid])
+    assert 50_000_000 < used < 100_000_000
+
+
+@needs_compiler
+def test_a_stall_is_in_the_latency_of_each_request_that_was_due_meanwhile(load: Path) -> None:
+    def serve(client: socket.socket) -> None:
+        for number in range(101):
+            client.recv(64, socket.MSG_WAITALL)
+            if number == 50:
+                time.sleep(0.3)
+            client.sendall(ANSWER)
+        client.recv(1)
+
+    # 100 requests in a second; some 30 are due during the stall. Counted from when it was sent, one would be slow.
+    with server(serve) as port:
+        run = subprocess.run(
+            [load, "rate", str(port), "100", "1", "100"], capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
+    found = json.loads(run.stdout)
+    assert found["p50"] < found["p99"] <= found["max"]
+    assert found["p99"] > 0.2
+    assert found["max"] >= 0.3
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("words", "sent", "complaint"),
+    [
+        (["down", "1000", "1"], b"x" * 999, "expected 1000 bytes, got 999"),
+        (["connections", "1", "1"], b"x" * 255, "expected an answer of 256 bytes, got 255"),
+        (["up", "1000", "1"], b"", "expected an answer of 4 bytes, got 0"),
+    ],
+)
+def test_the_load_does_not_accept_less_than_it_asked_for(
+    load: Path, words: list[str], sent: bytes, complaint: str
+) -> None:
+    def serve(client: socket.socket) -> None:
+        client.recv(64 + (1000 if words[0] == "up" else 0), socket.MSG_WAITALL)
+        client.sendall(sent)
+
+    with server(serve) as port:
+        run = subprocess.run([load, words[0], str(port), *words[1:]], capture_output=True, text=True, timeout=PATIENCE)
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", f"load: {complaint}\n")
+
+
+@needs_compiler
+def test_a_contestant_that_does_not_start_is_reported_with_its_last_words(load: Path, tmp_path: Path) -> None:
+    class Broken(Rinetd):
+        def command(self, place: object) -> list[str]:
+            return ["sh", "-c", "echo no such luck >&2; exit 3"]
+
+    cpus = os.sched_getaffinity(0)
+    with ground(load, tmp_path, cpus, cpus, SIZES) as place:
+        with running(Broken("broken"), place.new_folder(), place.ports[0], False, cpus) as one:
+            one.processes[0].wait(PATIENCE)
+            with pytest.raises(PeerError, match="ended with 3: no such luck"):
+                first_answer(one, time.monotonic())
+
+
+def figures(**values: float) -> list[Figures]:
+    return [dict(values) for _ in range(3)]
+
+
+def test_the_report_shows_who_failed_and_which_targets_are_missed() -> None:
+    fast, slow = figures(cpu=1e-4, rate=1, busy=1, load=1), figures(cpu=2e-4, rate=1, busy=1, load=1)
+    rounds = {RSPD: slow, NGINX: fast, DIRECT: figures(rate=9, load=1)}
+    results = Results("new", "connection", rounds, {"socat": "died"})
+    about = {
+        "date": "2026-01-01",
+        "cpu": "a | b <c>",
+        "cpus": 2,
+        "virtual": True,
+        "kernel": "6",
+        "system": "x",
+        "python": "3",
+        "rounds": 3,
+        "minutes": 1,
+        "busy_before": 0.5,
+        "quick": False,
+        "versions": {RSPD: "1", NGINX: "2"},
+    }
+    run = {"new-64": results}
+    text = report.markdown(about, run)
+    assert "| CPU per new connection, 64 at a time: rspd ÷ nginx | 1.2 | 2.00 | **no** |" in text
+    assert "| CPU per new connection, 64 at a time: rspd ÷ socat | 0.2 | not measured | - |" in text
+    assert "| nginx | 100.0 | 100.0 to 100.0 | 2.00 |" in text
+    assert "| socat | failed: died |" in text
+    assert "| no proxy | - | - | - | 9 |" in text
+    assert "not quiet: 0.50 CPUs" in text
+    missed = "- CPU per new connection, 64 at a time: rspd ÷ nginx: 2.00, at most 1.2 wanted"
+    assert missed in report.summary(about, run)
+    assert ">failed<" in report.picture(about, run)
+    ElementTree.fromstring(report.picture(about, run))
+
+
+def test_each_target_is_judged_by_figures_that_a_run_makes() -> None:
+    _, run = report.load(ROOT / "bench" / "results")
+    assert [target.text for target in targets.TARGETS if target.measured(run) is None] == []
+
+
+def test_the_table_in_the_readme_is_made_from_the_results_in_the_repository() -> None:
+    made = report.summary(*report.load(ROOT / "bench" / "results"))
+    assert f"{report.BEGIN}\n{made}{report.END}" in (ROOT / "README.md").read_text()
