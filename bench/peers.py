@@ -66,6 +66,7 @@ class Peer:
     passed: bool = False  # it does not listen itself, but takes a listening socket
     work: float = 1.0  # the share of the full work that it is given, for the slow
     idle_max: int = 5000
+    descriptors: int = 2  # that a connection takes
 
     @property
     def path(self) -> str | None:
@@ -218,7 +219,7 @@ def contestants(python: str, other: Path | None) -> list[Peer]:
         *found,
         Nginx(NGINX, "nginx", "nginx libnginx-mod-stream"),
         HAProxy(HAPROXY, "haproxy", "haproxy"),
-        SocketProxyd(SOCKET_PROXYD_NAME, SOCKET_PROXYD, "systemd", "--version", logs=False, passed=True),
+        SocketProxyd(SOCKET_PROXYD_NAME, SOCKET_PROXYD, "systemd", "--version", logs=False, passed=True, descriptors=6),
         Rinetd("rinetd", "rinetd", "rinetd"),
         Socat(SOCAT, "socat", "socat", "-V", work=0.5, idle_max=500),
         AsyncioRelay("asyncio", python=python, work=0.5),

@@ -303,33 +303,32 @@ def run_idle(peers: Sequence[Peer], place: Ground, descriptors: int) -> Results:
     sizes = place.sizes
     connections = next(work for work in WORKS if work.key == "new-1")
     share = sizes.beside_idle / sizes.one_at_a_time
-    most = min(sizes.idle, (descriptors - 200) // 2)
     base: dict[str, int] = {}
 
+    def most(peer: Peer) -> int:
+        return min(sizes.idle, peer.idle_max, (descriptors - 200) // peer.descriptors)
+
     def measure(one: Running, part: float) -> Figures:
-        count = int(min(most, one.peer.idle_max) * part)
-        none = connections.measure(one, place, share * part)["cpu"]
+        if part < 1:  # to warm up; nothing is held before memory is read for the first time
+            return connections.measure(one, place, share)
+        count = most(one.peer)
+        none = connections.measure(one, place, share)["cpu"]
         before = base.setdefault(one.peer.name, counters.memory(one.pids()))
         with place.holding(one.port, count):
             counters.settled(one.cpu)
             memory = (counters.memory(one.pids()) - before) / count
-            beside = connections.measure(one, place, share * part)["cpu"]
+            beside = connections.measure(one, place, share)["cpu"]
         counters.settled(one.cpu)
         return {"memory": memory, "none": none, "open": beside, "growth": beside / none, "count": count}
 
-    def measure_or_warm(one: Running, part: float) -> Figures:
-        if part == 1.0:
-            return measure(one, part)
-        # Allocators settle with new connections; but nothing is held before the first reading of memory.
-        return connections.measure(one, place, share)
-
-    results = Results(f"{most} idle connections", "connection")
+    results = Results(f"{sizes.idle} idle connections", "connection")
     for peer in peers:
-        if peer.idle_max < most:
+        if most(peer) < min(sizes.idle, peer.idle_max):
+            why = f"each takes {peer.descriptors} descriptors, and the hard limit is {descriptors} (ulimit -Hn)"
+            results.notes.append(f"{peer.name} was given {most(peer)}: {why}.")
+        elif peer.idle_max < sizes.idle:
             results.notes.append(f"{peer.name} was given {peer.idle_max}: it has a process for each.")
-    if most < sizes.idle:
-        results.notes.append(f"Not {sizes.idle}: this machine's hard limit is {descriptors} descriptors (ulimit -Hn).")
-    return run(results, peers, place, False, measure_or_warm, min(3, sizes.rounds))
+    return run(results, peers, place, False, measure, min(3, sizes.rounds))
 
 
 def run_start(peers: Sequence[Peer], place: Ground, python: str) -> Results:
