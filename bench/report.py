@@ -100,11 +100,9 @@ def write(folder: Path) -> str:
 def markdown(about: dict[str, Any], run: Run) -> str:
     """All of it, for whoever wants to know."""
     lines = ["# rspd and its peers, side by side", ""]
-    lines += [f"Made by `python -m bench` on {about['date']}: {describe(about)}", ""]
-    if about["quick"]:
-        lines += ["**A smoke run (`--quick`): these figures say nothing about speed.**", ""]
-    if about["busy_before"] > 0.1:
-        lines += [f"**The machine was not quiet: {about['busy_before']:.2f} CPUs had other work before the run.**", ""]
+    lines += [f"Made by `python -m bench`, {about['date']}, on {describe(about)}", ""]
+    for warning in _warnings(about):
+        lines += [warning, ""]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += [
         f"Versions: {versions}.",
@@ -127,9 +125,9 @@ def markdown(about: dict[str, Any], run: Run) -> str:
 
 def describe(about: dict[str, Any]) -> str:
     """The machine, in a sentence."""
-    kind = "a virtual machine with " if about["virtual"] else ""
+    kind = "a virtual machine with" if about["virtual"] else "a machine with"
     return (
-        f"{kind}{about['cpus']} CPUs ({about['cpu']}), kernel {about['kernel']}, {about['system']}, "
+        f"{kind} {about['cpus']} CPUs ({about['cpu']}), kernel {about['kernel']}, {about['system']}, "
         f"Python {about['python']}; {about['rounds']} rounds, {about['minutes']} minutes."
     )
 
@@ -228,7 +226,7 @@ def values_of(panel: Panel, run: Run) -> dict[str, float]:
 
 
 def summary(about: dict[str, Any], run: Run) -> str:
-    """The README's table, and which targets are missed."""
+    """The README's table, and how many targets are missed."""
     names = [name for name in about["versions"] if name not in HIDDEN]
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for panel in PANELS:
@@ -241,17 +239,27 @@ def summary(about: dict[str, Any], run: Run) -> str:
             ratio = f" ({values[RSPD] / values[name]:.2f})" if name in values and name != RSPD else ""
             cells.append(f"**{shown}**" if name == RSPD else shown + ratio)
         lines.append(f"| {panel.title}, {panel.unit} | " + " | ".join(cells) + " |")
-    judged = [(target, target.measured(run)) for target in TARGETS]
-    known = [(target, value) for target, value in judged if value is not None]
-    missed = [
-        f"{target.text}: {_short(value)}{target.unit}, at most {target.most:g}{target.unit} wanted"
-        for target, value in known
-        if value > target.most
+    judged = [(target.measured(run), target.most) for target in TARGETS]
+    known = [(value, most) for value, most in judged if value is not None]
+    met = sum(value <= most for value, most in known)
+    lines += [
+        "",
+        "Medians, and rspd ÷ the contestant in brackets: below 1, rspd is cheaper.",
+        f"Of {len(known)} [targets](bench/results/results.md#targets) {met} are met, {len(known) - met} missed.",
+        f"Made on {describe(about)}",
+        *_warnings(about),
     ]
-    lines += ["", f"Medians, and rspd ÷ the contestant in brackets: below 1, rspd is cheaper. {describe(about)}"]
-    lines += [f"Of {len(known)} targets {len(known) - len(missed)} are met" + ("; missed:" if missed else "."), ""]
-    lines += [f"- {text}" for text in missed]
-    return "\n".join(lines).strip() + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def _warnings(about: dict[str, Any]) -> list[str]:
+    """Why not to trust the figures."""
+    lines = []
+    if about["quick"]:
+        lines.append("**A smoke run (`--quick`): these figures say nothing about speed.**")
+    if about["busy_before"] > 0.1:
+        lines.append(f"**The machine was not quiet: {about['busy_before']:.2f} CPUs had other work before the run.**")
+    return lines
 
 
 def update_readme(made: str, path: Path) -> None:
