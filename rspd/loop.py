@@ -1,8 +1,8 @@
 """The event loop: tasks over edge-triggered epoll, timers, wake-up by signals and by threads.
 
-A task is a coroutine. It suspends in one way only, `await news()`, and is resumed when a descriptor it
-watches is ready for something new, when its deadline has passed, or when somebody called `Task.wake`.
-It may be resumed without cause, so it looks at what it waits for again each time.
+A task is a coroutine. It suspends in one way only, `await news()` (or a bare `yield`, which is what that does), and
+is resumed when a descriptor it watches is ready for something new, when its deadline has passed, or when somebody
+called `Task.wake`. It may be resumed without cause, so it looks at what it waits for again each time.
 
 Everything runs in one thread; a task that neither waits nor yields keeps the others waiting.
 """
@@ -73,38 +73,39 @@ class Watch:
 class Task:
     """A coroutine that the loop runs; made by `Loop.spawn`."""
 
-    __slots__ = ("_armed", "_cancelled", "_coroutine", "_loop", "_on_done", "_queued", "deadline", "done")
+    __slots__ = ("_armed", "_coroutine", "_loop", "_on_done", "_send", "deadline", "done")
 
     def __init__(
         self, loop: Loop, coroutine: Coroutine[Any, Any, object], on_done: Callable[[Task], object] | None
     ) -> None:
         self._loop = loop
         self._coroutine = coroutine
+        self._send = coroutine.send
         self._on_done = on_done
-        self._queued = False
-        self._cancelled = False
         self._armed = inf  # when this task's entry in the heap of timers is due
         self.deadline = inf
         self.done = False
 
     def wake(self) -> None:
         """Resume the task in the loop's next round; of no effect once it is done."""
-        if not self._queued and not self.done:
-            self._queued = True
-            self._loop._queue.append(self)
+        self._loop._queue[self] = None
 
     def wake_at(self, when: float) -> None:
         """Resume the task once at the loop's time `when`, in place of an earlier deadline; `inf` for never."""
         self.deadline = when
         # A deadline that moves away costs nothing here: the timer looks at it when it is due, and is set again.
         if when < self._armed:
-            self._armed = when
             self._loop._push_timer(when, self)
 
     def cancel(self) -> None:
         """Raise `Cancelled` where the task waits."""
-        self._cancelled = True
-        self.wake()
+        if not self.done:
+            self._send = self._throw
+            self.wake()
+
+    def _throw(self, _: None) -> object:
+        self._send = self._coroutine.send
+        return self._coroutine.throw(Cancelled())
 
 
 class Loop:
@@ -121,8 +122,9 @@ class Loop:
         self._clock = clock
         self._epoll = select.epoll()
         self._watches: dict[int, Watch] = {}
-        self._queue: deque[Task] = deque()
-        self._timers: list[tuple[float, int, Task]] = []
+        self._queue: dict[Task, None] = {}  # to be resumed in the next turn, in this order
+        self._stopped = False
+        self._timers: list[tuple[float, int, Task]] = []  # never empty: the loop's own task has one
         self._sequence = count()
         self._handlers: dict[int, Any] = {}  # those that were there before ours
         self._calls: deque[Callable[[], object]] = deque()
@@ -177,10 +179,12 @@ class Loop:
                 results.append(await main)
             except BaseException as error:
                 errors.append(error)
+            self._stopped = True
 
         self.now = self._clock()
+        self._stopped = False
         self.spawn(keep_outcome())
-        self._turn_until(lambda: results or errors)
+        self._run_turns()
         if errors:
             raise errors[0]
         return results[0]
@@ -204,6 +208,10 @@ class Loop:
         self._epoll.register(watch.fd, events)
         watch.task = self.current
         self._watches[watch.fd] = watch
+
+    def rewatch(self, watch: Watch, events: int) -> None:
+        """Change which events of a watched descriptor resume its task. Raises OSError (epoll_ctl(2))."""
+        self._epoll.modify(watch.fd, events)
 
     def unwatch(self, watch: Watch) -> None:
         """End a watch whose descriptor stays open; nothing is known of its readiness from then on."""
@@ -253,6 +261,7 @@ class Loop:
     async def _receive_wakeups(self) -> None:
         self.watch(Watch(self._wake_read.fileno()), IN | EDGE)
         while True:
+            self.current.wake_at(self.now + LONGEST_WAIT)
             await news()
             # The calls are looked for after the socket is read: what is queued later writes a byte of its own.
             # The bytes say nothing but that, since a full socket takes no more of them.
@@ -268,45 +277,33 @@ class Loop:
 
     # Turns
 
-    def _turn_until(self, stop: Callable[[], object]) -> None:
-        poll, clock, watches, queue, timers = self._epoll.poll, self._clock, self._watches, self._queue, self._timers
-        while not stop():
-            if queue:
-                wait = 0.0
-            elif timers:
-                wait = timers[0][0] - clock()
-                if not 0.0 < wait < LONGEST_WAIT:
-                    wait = 0.0 if wait <= 0.0 else LONGEST_WAIT
-            else:
-                wait = -1.0
-            events = poll(wait, MAX_EVENTS)
+    def _run_turns(self) -> None:
+        """Wait and resume whom it concerns, again and again, until the main task is done."""
+        poll, clock, watches, timers = self._epoll.poll, self._clock, self._watches, self._timers
+        while not self._stopped:
+            queue = self._queue
+            due = timers[0][0]
+            wait = 0.0 if queue else due - clock()
+            events = poll(wait if wait > 0.0 else 0.0, MAX_EVENTS)  # below 0 is for ever
             now = self.now = clock()
             # All events are noted before any task runs. A task may close a descriptor and another may get its
             # number: what the batch still holds for the old one must not reach the new one.
             for fd, mask in events:
                 watch = watches[fd]
                 watch.ready |= mask
-                task = watch.task
-                if not task._queued:
-                    task._queued = True
-                    queue.append(task)
-            while timers and timers[0][0] <= now:
-                self._fire(heapq.heappop(timers))
+                queue[watch.task] = None
+            if due <= now:
+                self._fire_due()
             # Tasks woken from here on wait for the next turn, after a look at the descriptors.
-            for _ in range(len(queue)):
-                task = queue.popleft()
-                task._queued = False
+            self._queue = {}
+            for task in queue:
                 if not task.done:
                     self._resume(task)
 
     def _resume(self, task: Task) -> None:
         self.current = task
         try:
-            if task._cancelled:
-                task._cancelled = False
-                task._coroutine.throw(Cancelled())
-            else:
-                task._coroutine.send(None)
+            task._send(None)
             return
         except (StopIteration, Cancelled):
             pass
@@ -318,19 +315,26 @@ class Loop:
             task._on_done(task)
 
     def _push_timer(self, when: float, task: Task) -> None:
-        timers = self._timers
+        timers, now = self._timers, self.now
+        # Within what epoll_wait takes; a timer that is early is set again.
+        if when > now + LONGEST_WAIT:
+            when = now + LONGEST_WAIT
+        elif when < now:
+            when = now
+        task._armed = when
         heapq.heappush(timers, (when, next(self._sequence), task))
         # Entries of tasks that are done stay until due; when they are the most, they are swept out.
         if len(timers) > 2 * len(self._tasks) + 64:
             timers[:] = [entry for entry in timers if entry[0] == entry[2]._armed and not entry[2].done]
             heapq.heapify(timers)
 
-    def _fire(self, entry: tuple[float, int, Task]) -> None:
-        when, _, task = entry
-        if task.done or when != task._armed:
-            return
-        task._armed = inf
-        if task.deadline <= self.now:
-            task.wake()
-        else:
-            task.wake_at(task.deadline)
+    def _fire_due(self) -> None:
+        timers, now = self._timers, self.now
+        while timers and timers[0][0] <= now:
+            when, _, task = heapq.heappop(timers)
+            if when == task._armed and not task.done:
+                task._armed = inf
+                if task.deadline <= now:
+                    task.wake()
+                else:
+                    task.wake_at(task.deadline)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -563,6 +564,36 @@ def test_a_deadline_that_is_moved_for_ever_needs_no_more_memory(pattern: str) ->
         return after - before
 
     assert run(main, clock) < 50_000
+
+
+def test_a_deadline_is_not_put_off_by_a_task_that_takes_long() -> None:
+    async def hold_up(loop: Loop) -> None:
+        await loop.sleep(0.01)
+        time.sleep(0.3)
+
+    async def main(loop: Loop) -> float:
+        begun = time.monotonic()
+        loop.spawn(hold_up(loop))
+        await loop.sleep(0.4)
+        return time.monotonic() - begun
+
+    # The median: a busy machine may be late.
+    assert sorted(run(main) for _ in range(3))[1] < 0.6
+
+
+def test_a_deadline_that_passed_before_the_loop_runs_is_seen_at_once() -> None:
+    clock = FakeClock()
+
+    async def wait(loop: Loop, waked: Task) -> None:
+        await loop.sleep(1)
+        waked.wake()
+
+    async def forward(loop: Loop) -> None:
+        loop.spawn(wait(loop, loop.current))
+        clock.advance(2)
+        await news()
+
+    run(forward, clock)
 
 
 # Descriptors
