@@ -30,9 +30,9 @@ class Flow:
     __slots__ = (
         "_bulk",
         "_can_splice",
+        "_held_back",
         "_pipe",
         "_pipes",
-        "ended",
         "eof",
         "finished",
         "held",
@@ -49,32 +49,60 @@ class Flow:
         self.eof = False  # nothing more comes from the source
         self.waiting = False  # something has been read, and not yet taken by the target
         self.finished = False  # nothing more comes, and nothing is waiting
-        self.ended = False  # the target has been told so
         self.held: memoryview | bytes = b""  # what is waiting, unless it is in a pipe
         self._pipes = pipes
         self._pipe: Pipe | None = None
         self._bulk = False
         self._can_splice = True
+        self._held_back = False
 
     def pump(self) -> bool:
-        """Move bytes until the source is dry or the target full; True if the flow stopped before, at its turn's end."""
-        if not self.target.ready & OUT or (self.eof and not self.waiting):
+        """Move bytes until the source is dry or the target full; True if the flow stopped before, at its turn's end.
+
+        To be called when the source has something to read, or the flow is `waiting`.
+        """
+        source, target = self.source, self.target
+        if not target.ready & OUT:
             return False
+        if not (self.waiting or self._bulk):
+            # Most often there is one small message, and nothing before it; the steps below would take twice as long.
+            size = source.read_into(BUFFER)
+            if not size:
+                if size == 0:
+                    self.eof = self.finished = True
+                return False
+            count = target.write(BUFFER[:size])
+            self.total += count
+            if count == size < BUFFER_SIZE and not source.ready & IN:
+                return False
+            more = self._keep(count, size)
+        else:
+            more = True
         end = self.total + TURN
-        more = True
         while more and self.total < end:
             # What was read before comes first: a pipe must not overtake it.
-            splice = self._pipe or (self._bulk and not self.held and self._borrow())
-            more = self._splice() if splice else self._copy()
+            if self.held:
+                more = self._write_held()
+            elif self._pipe or (self._bulk and self._borrow()):
+                more = self._splice()
+            else:
+                more = self._copy()
         if self._pipe and not self._pipe.held:
             self._give_back()
         self.waiting = bool(self.held or self._pipe)
         self.finished = self.eof and not self.waiting
+        hold_back = self.waiting and not target.ready & OUT
+        if hold_back is not self._held_back:
+            self._held_back = hold_back
+            # What else comes has to wait for the target, whose room is what resumes the task.
+            if hold_back:
+                source.ignore(IN | PRI)
+            else:
+                source.heed(IN | PRI)
         return more
 
     def end(self) -> None:
         """Pass the end of the stream on. Only for a finished flow: it must not overtake data."""
-        self.ended = True
         self.target.end()
 
     def drop(self) -> None:
@@ -87,16 +115,11 @@ class Flow:
             self._pipes.give_back(self._pipe)
             self._pipe = None
 
-    # The two ways to move bytes. Each makes one step, and returns whether a further one may find work.
+    # The ways to move bytes. Each makes one step, and returns whether a further one may find work.
 
     def _copy(self) -> bool:
-        if self.held:
-            count = self.target.write(self.held)
-            self.total += count
-            self.held = self.held[count:]
-            return not self.held
         source = self.source
-        if self.eof or not source.ready & IN:
+        if not source.ready & IN:
             return False
         size = source.read_into(BUFFER)
         if not size:
@@ -104,11 +127,19 @@ class Flow:
             return False
         count = self.target.write(BUFFER[:size])
         self.total += count
-        if count < size:
-            self.held = memoryview(bytes(BUFFER[count:size]))
-            return False
+        return self._keep(count, size)
+
+    def _keep(self, count: int, size: int) -> bool:
+        """Note what the target did not take of the buffer, and whether the source has more than fits."""
+        self.held = memoryview(bytes(BUFFER[count:size]))
         self._bulk = size == BUFFER_SIZE and self._can_splice
-        return bool(source.ready & IN)
+        return count == size
+
+    def _write_held(self) -> bool:
+        count = self.target.write(self.held)
+        self.total += count
+        self.held = self.held[count:]
+        return not self.held
 
     def _borrow(self) -> bool:
         self._pipe = self._pipes.borrow()

@@ -25,16 +25,28 @@ LINGER_0 = struct.pack("ii", 1, 0)
 class Side(Watch):
     """A connected, non-blocking stream socket, which it owns, and what epoll says of it."""
 
-    __slots__ = ("loop", "sock")
+    __slots__ = ("events", "loop", "sock")
 
     def __init__(self, loop: Loop, sock: socket.SocketType) -> None:
-        super().__init__(sock.fileno())
+        self.fd = sock.fileno()
+        self.ready = 0
         self.loop = loop
         self.sock = sock
+        self.events = EVENTS  # those that resume the task
 
     def watch(self) -> None:
         """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
         self.loop.watch(self, EVENTS)
+
+    def ignore(self, events: int) -> None:
+        """Have the task not resumed by these events, which would tell it nothing."""
+        self.events &= ~events
+        self.loop.rewatch(self, self.events)
+
+    def heed(self, events: int) -> None:
+        """End `ignore`. What has happened meanwhile is told then."""
+        self.events |= events
+        self.loop.rewatch(self, self.events)
 
     @property
     def aborted(self) -> bool:
@@ -54,7 +66,7 @@ class Side(Watch):
         except OSError:
             self.ready |= ERR
             return 0
-        if count < len(buffer) and not self.ready & MORE_TO_READ:
+        if not count or (count < len(buffer) and not self.ready & MORE_TO_READ):
             self.ready &= ~IN
         return count
 
@@ -77,6 +89,9 @@ class Side(Watch):
             self.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self.ready |= ERR
+        else:
+            # The peer's acknowledgement makes room to write, but nothing more will be written.
+            self.ignore(OUT)
 
     def unsent(self) -> int:
         """How many bytes the kernel holds that the peer has not acknowledged (SIOCOUTQ, tcp(7))."""

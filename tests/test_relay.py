@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from math import inf
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rspd.flow
+import rspd.pipes
 from rspd.cause import Cause
 from rspd.flow import BUFFER_SIZE, Flow
 from rspd.loop import IN, OUT, Loop, news
@@ -453,6 +455,85 @@ def test_a_client_that_has_its_whole_answer_sees_no_reset_at_the_half_close_time
     assert converse(script, half_close=0.1)[0] == "half-close-timeout"
 
 
+@pytest.mark.parametrize("half_close", [False, True])
+def test_silence_after_a_prompt_answer_lasts_no_longer_than_the_timeout(half_close: bool) -> None:
+    timeout = 0.4
+    lasted = []
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.sendall(b"request")
+        if half_close:
+            client.shutdown(socket.SHUT_WR)
+        assert backend.recv(100) == b"request"
+        backend.sendall(b"answer")
+        begun = time.monotonic()
+        assert client.recv(100) == b"answer"
+        is_reset(client)
+        lasted.append(time.monotonic() - begun)
+
+    for _ in range(5):
+        converse(script, idle=PATIENCE if half_close else timeout, half_close=timeout)
+    # The median: a busy machine may be late.
+    assert timeout * 0.95 < sorted(lasted)[2] < timeout * 1.5
+
+
+def test_a_byte_that_comes_together_with_the_deadline_counts() -> None:
+    async def main(loop: Loop) -> float:
+        client, near = tcp_pair()
+        backend, far = tcp_pair()
+        sides = side_of(loop, near), side_of(loop, far)
+
+        async def relay() -> float:
+            for side in sides:
+                side.watch()
+            relay = Relay(loop, *sides, Pipes(1), 0.4, PATIENCE)
+            assert await relay.run() == "idle-timeout"
+            relay.close()
+            return loop.now
+
+        ended: list[float] = []
+
+        async def keep_end() -> None:
+            ended.append(await relay())
+            task.wake()
+
+        task = loop.current
+        with client, backend:
+            loop.spawn(keep_end())
+            await loop.sleep(0.2)
+            client.sendall(b"1")
+            await loop.sleep(0.1)
+            # The loop stands still until after the deadline.
+            time.sleep(0.2)
+            client.sendall(b"2")
+            sent = time.monotonic()
+            while not ended:
+                await news()
+        return ended[0] - sent
+
+    assert run(main) > 0.35
+
+
+def test_what_comes_after_a_full_target_had_room_again_at_once_is_relayed() -> None:
+    def narrow_pair() -> tuple[socket.socket, socket.socket]:
+        near, far = tcp_pair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4608)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+        return near, far
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        for _ in range(2):
+            client.sendall(bytes(60_000))
+            left = 60_000
+            while left:
+                left -= len(backend.recv(left))
+        client.close()
+        assert backend.recv(1) == b""
+        backend.close()
+
+    assert converse(script, pair=narrow_pair)[0] == "client-closed"
+
+
 def test_a_reader_that_is_slow_but_reads_is_not_idle() -> None:
     size = 3_000_000
 
@@ -542,22 +623,58 @@ def test_each_side_gets_what_the_other_sent_and_then_its_end(
 # A single flow
 
 
+def test_what_comes_while_the_target_is_full_wakes_nobody_and_is_not_lost() -> None:
+    async def main(loop: Loop) -> None:
+        near, source = unix_pair()
+        target, far = unix_pair()
+        with near, far:
+            flow = Flow(side_of(loop, source), side_of(loop, target), Pipes(1))
+            flow.source.watch()
+            flow.target.watch()
+            sent = 0
+            while not flow.waiting:
+                sent += near.send(b"x" * 4096)
+                while not flow.source.ready & IN:
+                    await news()
+                while flow.pump():
+                    pass
+            flow.source.ready &= ~IN
+            for _ in range(5):
+                sent += near.send(b"x")
+                await loop.sleep(0.01)
+                assert not flow.source.ready & IN
+            received = 0
+            far.setblocking(False)
+            while received < sent:
+                with suppress(BlockingIOError):
+                    received += len(far.recv(1 << 20))
+                if flow.waiting or flow.source.ready & IN:
+                    flow.pump()
+                await loop.sleep(0.001)
+            flow.source.close()
+            flow.target.close()
+
+    run(main)
+
+
 def test_a_flow_stops_at_the_end_of_its_turn_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rspd.flow, "TURN", BUFFER_SIZE)
+    monkeypatch.setattr(rspd.pipes, "PIPE_SIZE", BUFFER_SIZE)
 
     async def main(loop: Loop) -> None:
         near, source = unix_pair()
         target, far = unix_pair()
         flow = Flow(side_of(loop, source), side_of(loop, target), Pipes(1))
-        near.sendall(b"x" * (2 * BUFFER_SIZE))
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * BUFFER_SIZE)
+        near.sendall(b"x" * (3 * BUFFER_SIZE))
         flow.source.watch()
         flow.target.watch()
         while not flow.source.ready & IN:
             await news()
         assert flow.pump()
-        assert flow.total == BUFFER_SIZE
-        flow.pump()
         assert flow.total == 2 * BUFFER_SIZE
+        flow.pump()
+        assert flow.total == 3 * BUFFER_SIZE
         near.close()
         far.close()
         flow.drop()
