@@ -39,10 +39,11 @@ class DialError(Exception):
 class Backend:
     """A configured backend. `fixed` is what its address stands for if no lookup is needed, else empty."""
 
-    __slots__ = ("address", "fixed")
+    __slots__ = ("address", "fixed", "name")
 
     def __init__(self, address: Address) -> None:
         self.address = address
+        self.name = str(address)
         known = literal(address)
         self.fixed = [known] if known else []
 
@@ -69,8 +70,10 @@ class Backends:
         deadline = loop.now + timeout
         reasons: list[str] = []
         cause: Cause = "backend-unreachable"
-        for index, backend in enumerate(order):
-            share = _share(loop.now, deadline, len(order) - index)
+        left = len(order)
+        for backend in order:
+            share = _share(loop.now, deadline, left)
+            left -= 1
             try:
                 found = backend.fixed or await self._look_up(backend.address, client, share)
             except OSError as error:
@@ -79,8 +82,10 @@ class Backends:
                 if client.aborted:
                     raise DialError("client-aborted", reasons) from None
                 continue
-            for position, where in enumerate(found):
-                until = _share(loop.now, share, len(found) - position)
+            addresses_left = len(found)
+            for where in found:
+                until = _share(loop.now, share, addresses_left)
+                addresses_left -= 1
                 try:
                     return backend, await self._connect(where, client, until)
                 except OSError as error:

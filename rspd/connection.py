@@ -9,7 +9,7 @@ from rspd.address import format_socket_address
 from rspd.backends import Backend, Backends, DialError
 from rspd.cause import Cause
 from rspd.config import ProxyConfig
-from rspd.log import quote
+from rspd.log import quote, write
 from rspd.loop import Cancelled, Loop
 from rspd.pipes import Pipes
 from rspd.relay import Relay
@@ -66,8 +66,8 @@ class Connection:
             self.client.keep_alive()
             backend.keep_alive()
         if log.isEnabledFor(logging.DEBUG):
-            client, address = format_socket_address(self.client_address), self.backend and self.backend.address
-            log.debug("connection opened client=%s backend=%s", client, address)
+            client, name = format_socket_address(self.client_address), self.backend and self.backend.name
+            log.debug("connection opened client=%s backend=%s", client, name)
         return Relay(self.loop, self.client, backend, self.pipes, config.idle_timeout, config.half_close_timeout)
 
     def _close(self) -> None:
@@ -80,14 +80,10 @@ class Connection:
         level = logging.WARNING if reason and cause != "client-aborted" else logging.INFO
         if log.isEnabledFor(level):
             sent, received = (self.relay.upload.total, self.relay.download.total) if self.relay else (0, 0)
-            log.log(
+            write(
                 level,
-                "connection closed client=%s backend=%s sent=%d received=%d seconds=%.3f cause=%s%s",
-                format_socket_address(self.client_address),
-                self.backend.address if self.backend else "-",
-                sent,
-                received,
-                self.loop.now - self.started,
-                cause,
-                f" reason={quote(reason)}" if reason else "",
+                f"connection closed client={format_socket_address(self.client_address)} "
+                f"backend={self.backend.name if self.backend else '-'} sent={sent} received={received} "
+                f"seconds={self.loop.now - self.started:.3f} cause={cause}"
+                + (f" reason={quote(reason)}" if reason else ""),
             )

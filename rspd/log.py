@@ -29,6 +29,8 @@ STDERR = 2
 
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
+LOGGER = logging.getLogger("rspd")  # its modules' loggers are below it
+
 
 def quote(text: str) -> str:
     """A value for `key=value`: in double quotes, control characters and quotes escaped."""
@@ -56,11 +58,20 @@ def set_up(level: str) -> None:
     # What no line shows need not be found out for each record (the logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
-    logger = logging.getLogger("rspd")
-    logger.propagate = False
-    if not logger.handlers:
-        logger.addHandler(StderrHandler())
-    logger.setLevel(LEVELS[level])
+    LOGGER.propagate = False
+    if not LOGGER.handlers:
+        LOGGER.addHandler(StderrHandler())
+    LOGGER.setLevel(LEVELS[level])
+
+
+def write(level: int, message: str) -> None:
+    """Log a line of an enabled level without a record of `logging`, whose making costs more than all else of a line.
+
+    For the lines that each connection has. Only rspd's own handler gets them.
+    """
+    for handler in LOGGER.handlers:
+        if isinstance(handler, StderrHandler):
+            handler.write(time.time(), level, message)
 
 
 class StderrHandler(logging.Handler):
@@ -72,6 +83,8 @@ class StderrHandler(logging.Handler):
         self._traceback = logging.Formatter()
         self._output = Output(STDERR, self._note_lost)
         self._syslog = self._output.datagrams
+        self._second = -1
+        self._when = ""  # that second, as lines for people and for syslog have it
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record."""
@@ -79,7 +92,11 @@ class StderrHandler(logging.Handler):
         if record.exc_info:
             message += "\n" + self._traceback.formatException(record.exc_info)
         for part in message.split("\n") if self._syslog else [message]:
-            self._output.write(self._lines(record.created, record.levelno, part))
+            self.write(record.created, record.levelno, part)
+
+    def write(self, created: float, level: int, message: str) -> None:
+        """Write a message of one line; or of several, unless they go to syslog."""
+        self._output.write(self._lines(created, level, message))
 
     def close(self) -> None:
         """Called when logging is shut down."""
@@ -90,13 +107,17 @@ class StderrHandler(logging.Handler):
         if self._journal:
             prefix = f"<{PRIORITIES[level]}>"
             text = prefix + message.replace("\n", "\n" + prefix)
-        elif self._syslog:
-            when = time.strftime("%b %e %H:%M:%S", time.localtime(created))
-            text = f"<{SYSLOG_DAEMON + PRIORITIES[level]}>{when} rspd[{os.getpid()}]: {message}"
         else:
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created))
-            text = f"{when}.{int(created % 1 * 1000):03} {logging.getLevelName(level):<7} {message}"
-        return text.encode(errors="backslashreplace") + b"\n"
+            second = int(created)
+            if second != self._second:
+                self._second = second
+                form = "%b %e %H:%M:%S" if self._syslog else "%Y-%m-%d %H:%M:%S"
+                self._when = time.strftime(form, time.localtime(created))
+            if self._syslog:
+                text = f"<{SYSLOG_DAEMON + PRIORITIES[level]}>{self._when} rspd[{os.getpid()}]: {message}"
+            else:
+                text = f"{self._when}.{int(created % 1 * 1000):03} {logging.getLevelName(level):<7} {message}"
+        return (text + "\n").encode(errors="backslashreplace")
 
     def _note_lost(self, count: int) -> bytes:
         return self._lines(time.time(), logging.WARNING, f"{count} lines of this log were lost, nobody read it")
@@ -142,19 +163,18 @@ class Output:
             self._sock.detach()
 
     def _put(self, data: bytes) -> bool:
-        rest = memoryview(self._cut + data)
-        size = len(rest)
+        rest = data = self._cut + data
         try:
             while rest:
                 rest = rest[self._send(rest) :]
         except OSError:
-            if len(rest) < size:
+            if len(rest) < len(data):
                 self._cut = b"\n"
             return False
         self._cut = b""
         return True
 
-    def _send(self, data: memoryview) -> int:
+    def _send(self, data: bytes) -> int:
         if self._sock:
             try:
                 return self._sock.send(data, SEND_FLAGS)
