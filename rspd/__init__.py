@@ -19,7 +19,7 @@ flow        one direction of a connection: copied or spliced
 side        one side of a connection: a socket and its readiness
 pipes       pipes for splice(2), shared by the flows
 loop        the epoll loop: tasks, readiness, timers, wake-up by signals and threads
-config      file and command line -> frozen dataclasses, all defaults
+config      file and command line -> named tuples, all defaults
 yamlfile    a YAML file as keys and values with their lines
 log         the log on stderr
 address     addresses: parsed, printed, resolved

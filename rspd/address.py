@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 FORMS = "PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"
 
@@ -15,8 +14,7 @@ PASSED = "fd://"
 UNIX_NAME_MAX = 107
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """Where to listen, or what to dial.
 
     Either `path` is set (a unix socket's path, or `@` and its name in the abstract namespace), or `passed` is (the
@@ -171,7 +169,9 @@ def format_socket_address(address: object) -> str:
     A unix client seldom has a name of its own; it is called `unix`.
     """
     if isinstance(address, tuple):
-        host, port = cast("tuple[str, int]", address[:2])
+        host, port = address[:2]
+        if ":" not in host:
+            return f"{host}:{port}"
         host = _unmapped(host)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if isinstance(address, bytes):

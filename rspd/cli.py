@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             complain(str(error))
         return error.exit_code
     except Exception:
-        set_up(Config.log_level)
+        set_up(Config._field_defaults["log_level"])
         log.exception("unexpected error, rspd ends; please report it")
         return os.EX_SOFTWARE
 

@@ -1,12 +1,11 @@
-"""The configuration: YAML and the command line's values -> frozen dataclasses. Every default lives here, once."""
+"""The configuration: YAML and the command line's values -> named tuples. Every default lives here, once."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from rspd.address import Address, parse_address
 from rspd.log import LEVELS
@@ -15,8 +14,7 @@ from rspd.yamlfile import ConfigError, Entry, Item, read_entries
 DEFAULT_FILE = "/etc/rspd.yaml"
 
 
-@dataclass(frozen=True)
-class ProxyConfig:
+class ProxyConfig(NamedTuple):
     """One proxy. Durations are in seconds, `inf` for off."""
 
     listen: tuple[Address, ...]  # may be empty where systemd passes sockets
@@ -30,8 +28,7 @@ class ProxyConfig:
     drain_timeout: float = 30.0
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """All of it."""
 
     proxy: ProxyConfig

@@ -139,10 +139,10 @@ def test_any_text_is_an_address_or_is_refused_by_quoting_it(text: str) -> None:
 
 
 @given(
-    st.builds(Address, port=PORTS)
-    | st.builds(Address, NAMES | NUMERIC, PORTS)
-    | st.builds(Address, path=st.builds(str.__add__, st.sampled_from("/@"), PATHS))
-    | st.builds(Address, passed=PASSED_NAMES)
+    PORTS.map(lambda port: Address(port=port))
+    | st.tuples(NAMES | NUMERIC, PORTS).map(lambda parts: Address(*parts))
+    | st.builds(str.__add__, st.sampled_from("/@"), PATHS).map(lambda path: Address(path=path))
+    | PASSED_NAMES.map(lambda name: Address(passed=name))
 )
 @settings(deadline=None, max_examples=50)
 def test_an_address_that_is_printed_and_read_again_is_the_same(address: Address) -> None:

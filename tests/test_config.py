@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import tempfile
 from collections.abc import Callable
@@ -111,9 +110,9 @@ def test_every_key_can_be_set(load: Load) -> None:
 
 def test_a_configuration_cannot_be_changed(load: Load) -> None:
     config = load(MINIMAL)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         config.log_level = "debug"  # type: ignore[misc]
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         config.proxy.backlog = 1  # type: ignore[misc]
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import fields
 from math import inf
 from pathlib import Path
 from typing import Any, get_args
@@ -26,7 +25,9 @@ RSPD_8, RSPD_YAML_5 = (path.read_text() for path in MAN_PAGES)
 
 
 def defaults() -> dict[str, Any]:
-    return {item.name: item.default for item in (*fields(ProxyConfig), *fields(Config)) if item.name != "proxy"}
+    names = (*ProxyConfig._fields, *Config._fields)
+    known = {**ProxyConfig._field_defaults, **Config._field_defaults}
+    return {name: known.get(name) for name in names if name != "proxy"}
 
 
 def table(heading: str) -> list[list[str]]:
