@@ -114,6 +114,9 @@ class Proxy:
                 # Who comes now waits in the backlog, in order.
                 self._pause()
                 await news()
+                # Often somebody does: then accepting saves asking epoll first.
+                for waited_for in self.listeners:
+                    waited_for.ready = IN
                 continue
             try:
                 if listener := self._next_ready():
@@ -157,10 +160,11 @@ class Proxy:
             watcher.wake()
 
     def _next_ready(self) -> Listener | None:
-        """A listener with a client waiting: the one after the last, so that a busy one does not starve the others."""
-        for position, listener in enumerate(self._rotation):
+        """A listener with a client waiting; asked last from then on, so that a busy one does not starve the others."""
+        for listener in self._rotation:
             if listener.ready:
-                self._rotation.rotate(-position - 1)
+                self._rotation.remove(listener)
+                self._rotation.append(listener)
                 return listener
         return None
 

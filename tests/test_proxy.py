@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import socket
@@ -15,7 +16,7 @@ from rspd.config import ProxyConfig
 from rspd.listener import Listener
 from rspd.loop import Loop
 from rspd.proxy import Proxy
-from tests.support import PATIENCE, Backend, echo, needs_large_pipes, run
+from tests.support import PATIENCE, Backend, echo, needs_large_pipes, reset, run
 from tests.test_pipes import no_descriptors
 
 
@@ -134,3 +135,48 @@ def test_clients_accepted_while_a_name_is_looked_up_leave_a_descriptor_for_its_l
                 await loop.sleep(0.01)
 
         run(main)
+
+
+@pytest.mark.parametrize("end", ["closed", "aborted", "refused"])
+def test_a_connection_leaves_nothing_to_the_garbage_collector(end: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as backend:
+        listen = Address(*server.getsockname())
+        backends = (Address(*backend.getsockname()),)
+        server.setblocking(False)
+        backend.settimeout(PATIENCE)
+        if end == "refused":
+            backend.close()
+
+        async def main(loop: Loop) -> list[object]:
+            own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
+            proxy = Proxy(loop, ProxyConfig((listen,), backends), [Listener(listen, own)], 2)
+            gc.collect()
+            gc.disable()
+            try:
+                for served in range(1, 4):
+                    client = socket.create_connection((listen.host, listen.port))
+                    while proxy.served < served:
+                        await loop.sleep(0.001)
+                    if end == "refused":
+                        client.close()
+                    else:
+                        peer, _ = backend.accept()
+                        client.sendall(b"request")
+                        while not select.select([peer], [], [], 0)[0]:
+                            await loop.sleep(0.001)
+                        reset(client) if end == "aborted" else client.close()
+                        peer.close()
+                    while proxy.open:
+                        await loop.sleep(0.001)
+                gc.set_debug(gc.DEBUG_SAVEALL)
+                gc.collect()
+                # Connections, relays and sides know their loop; other tests have left some too.
+                return [left for left in gc.garbage if getattr(left, "loop", None) is loop]
+            finally:
+                gc.set_debug(0)
+                gc.garbage.clear()
+                gc.enable()
+                proxy.stop_listening()
+                await proxy.drain(lambda: False)
+
+        assert run(main) == []
