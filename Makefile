@@ -3,7 +3,7 @@
 # make test-system   the package in booted machines, as root; SUITES='bookworm trixie'; REQUIRED=1 forbids skipping
 # make lint   ruff and mypy
 # make deb    the Debian package, into dist/; CHECK=no leaves its tests out
-# make bench  rspd and its peers side by side, for 15 minutes, into bench/results/; BENCH_OPTIONS='--quick', see bench/README.md
+# make bench  rspd and its peers side by side, for 15 to 20 minutes, into build/bench/; BENCH_OPTIONS='--quick', see bench/README.md
 
 PYTHON ?= python3
 FOLDER ?= .

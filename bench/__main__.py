@@ -39,6 +39,7 @@ from bench.works import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+DEBIAN_PYTHON = "/usr/bin/python3"  # what the package runs with
 
 
 def refuse(why: str) -> NoReturn:
@@ -51,29 +52,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: ended by SIGTERM"))
     if not options.report_only:
-        measure(options)
+        try:
+            measure(options)
+        except KeyboardInterrupt:
+            say("bench: ended by Ctrl-C; nothing written")
+            sys.exit(130)
     made = report.write(options.output)
-    if options.output.resolve() == RESULTS:
+    if options.publish:
         report.update_readme(made, peers.ROOT / "README.md")
-    say(f"written: {options.output}/results.md, results.svg, results.json")
+    say(f"written: {options.output}/results.md, results.svg, results.json{', README.md' * options.publish}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options. Ends the process if they are wrong."""
+    names = ", ".join(peer.name for peer in peers.contestants(sys.executable, None))
     parser = argparse.ArgumentParser(prog="python -m bench", description="rspd and its peers, measured side by side.")
     parser.add_argument("--rounds", type=int, help=f"of each work; {Sizes.rounds} if not given")
     parser.add_argument("--quick", action="store_true", help="little of everything: shows that it works, not how fast")
     parser.add_argument("--only", metavar="WORK,...", help=f"some of {', '.join(GROUPS)}")
-    parser.add_argument("--peers", metavar="NAME,...", help="some of the contestants")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter of rspd and asyncio")
+    parser.add_argument("--peers", metavar="NAME,...", help=f"some of {names}; rspd always takes part")
+    which = f"{DEBIAN_PYTHON} if not given and it can run rspd, otherwise the one that runs this"
+    parser.add_argument("--python", help=f"the interpreter of rspd and asyncio; {which}")
     parser.add_argument("--rspd", metavar="DIR", type=Path, help="another tree of rspd, as one more contestant")
-    where = "bench/results if not given; build/bench for a part of it"
-    parser.add_argument("--output", metavar="DIR", type=Path, help=where)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", metavar="DIR", type=Path, help="where the results go; build/bench if not given")
+    where.add_argument("--publish", action="store_true", help="into bench/results and the README's table instead")
     parser.add_argument("--report-only", action="store_true", help="make the tables and the picture again")
     options = parser.parse_args(arguments)
     if options.output is None:
-        part = options.quick or options.only or options.peers or options.rspd
-        options.output = peers.ROOT / "build" / "bench" if part and not options.report_only else RESULTS
+        options.output = RESULTS if options.publish else peers.ROOT / "build" / "bench"
+    parts = [name for name in ("quick", "peers", "rspd") if getattr(options, name)]
+    if options.publish and parts:
+        parser.error(f"--publish: expected a whole run, found --{parts[0]}; use --output")
+    if options.publish and options.only and not (RESULTS / "results.json").exists():
+        parser.error(f"--publish: expected {RESULTS}/results.json, to put a part into, found none; run without --only")
+    chosen = options.python or usual_python()
+    options.python = os.path.abspath(shutil.which(chosen) or chosen)  # contestants run in another folder
     options.groups = options.only.split(",") if options.only else list(GROUPS)
     if unknown := set(options.groups) - set(GROUPS):
         parser.error(f"--only: expected some of {', '.join(GROUPS)}, found {', '.join(sorted(unknown))}")
@@ -82,14 +96,39 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.rspd and not (options.rspd / "rspd" / "__init__.py").exists():
         parser.error(f"--rspd: expected a folder that has rspd/__init__.py, found {options.rspd}")
     options.all = peers.contestants(options.python, options.rspd and options.rspd.resolve())
-    names = [peer.name for peer in options.all]
-    wanted = options.peers.split(",") if options.peers else names
-    if unknown := set(wanted) - set(names):
-        parser.error(f"--peers: expected some of {', '.join(names)}, found {', '.join(sorted(unknown))}")
+    known = [peer.name for peer in options.all]
+    wanted = options.peers.split(",") if options.peers else known
+    if unknown := set(wanted) - set(known):
+        parser.error(f"--peers: expected some of {', '.join(known)}, found {', '.join(sorted(unknown))}")
     options.wanted = {*wanted, peers.RSPD, *([peers.OTHER] if options.rspd else [])}
     if options.report_only and not (options.output / "results.json").exists():
         parser.error(f"--report-only: expected {options.output}/results.json, found none; run without it first")
     return options
+
+
+def usual_python() -> str:
+    """Debian's interpreter if it can run rspd, otherwise the one that runs this."""
+    return sys.executable if peers.Rspd(peers.RSPD, python=DEBIAN_PYTHON).missing() else DEBIAN_PYTHON
+
+
+def check_output(folder: Path) -> None:
+    """Make the folder of the results. Ends the process if they cannot be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        refuse(f"expected a folder for the results that can be written, found {folder}: {error.strerror}; use --output")
+
+
+def check_descriptors(here: Sequence[Peer]) -> None:
+    """Ends the process if a contestant needs more descriptors than the hard limit allows."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    greedy = max(here, key=lambda peer: peer.least)
+    if greedy.least > hard:
+        found = f"expected a hard limit of {greedy.least:,} descriptors or more, found {hard:,} (ulimit -Hn)"
+        why = f"{greedy.name} needs them for {peers.CONNECTIONS:,} connections"
+        refuse(f"{found}: {why}; raise it as root with ulimit -n {greedy.least}, or LimitNOFILE={greedy.least}")
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -109,6 +148,8 @@ def measure(options: argparse.Namespace) -> None:
             say(f"bench: {missing}; going on without it")
         else:
             here.append(peer)
+    check_descriptors(here)
+    check_output(options.output)
     sizes = QUICK if options.quick else Sizes()
     sizes = replace(sizes, rounds=options.rounds or sizes.rounds)
     about = machine(here, options.python, options.quick)
@@ -124,8 +165,15 @@ def measure(options: argparse.Namespace) -> None:
         found = run(options.groups, here, options.python, program, folder, sizes, cpus)
     about["minutes"] = round((time.monotonic() - began) / 60, 1)
     about["rounds"] = sizes.rounds
-    options.output.mkdir(parents=True, exist_ok=True)
-    works = {key: results.as_json() for key, results in found.items()}
+    if options.publish and options.only:
+        whole = json.loads((options.output / "results.json").read_text())
+        again = f"Measured again, in a run of its own: {about['date']}, {sizes.rounds} rounds."
+        for results in found.values():
+            results.notes.append(again)
+        about, earlier = whole["about"], whole["works"]
+    else:
+        earlier = {}
+    works = {**earlier, **{key: results.as_json() for key, results in found.items()}}
     (options.output / "results.json").write_text(json.dumps({"about": about, "works": works}, indent=1) + "\n")
 
 
@@ -179,7 +227,6 @@ def machine(here: Sequence[Peer], python: str, quick: bool) -> dict[str, object]
             model = line.partition(":")[2].strip()
             break
     system = platform.freedesktop_os_release()["PRETTY_NAME"]
-    version = [python, "-c", "import platform; print(platform.python_version())"]
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "cpu": model,
@@ -187,11 +234,21 @@ def machine(here: Sequence[Peer], python: str, quick: bool) -> dict[str, object]
         "virtual": "hypervisor" in Path("/proc/cpuinfo").read_text(),
         "kernel": platform.release().partition("-")[0],
         "system": system,
-        "python": subprocess.run(version, capture_output=True, text=True, check=True).stdout.strip(),
+        "python": interpreter(python),
         "busy_before": round(busy(), 2),
         "quick": quick,
         "versions": {peer.name: peer.version() for peer in here if not isinstance(peer, peers.Direct)},
     }
+
+
+def interpreter(python: str) -> str:
+    """Its version, whose it is, and its path, within this tree if it is there."""
+    command = [python, "-c", "import platform; print(platform.python_version())"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    path = Path(python)
+    debian = platform.freedesktop_os_release()["ID"] == "debian" and path.resolve().parent == Path("/usr/bin")
+    shown = path.relative_to(peers.ROOT) if path.is_relative_to(peers.ROOT) else path
+    return f"{version} ({'' if debian else 'not '}Debian's, {shown})"
 
 
 def busy(seconds: float = 1.0) -> float:

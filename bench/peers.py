@@ -67,6 +67,7 @@ class Peer:
     work: float = 1.0  # the share of the full work that it is given, for the slow
     idle_max: int = 5000
     descriptors: int = 2  # that a connection takes
+    least: int = 0  # the hard limit of descriptors that it must have
 
     @property
     def path(self) -> str | None:
@@ -96,9 +97,12 @@ class Rspd(Peer):
     tree: Path = ROOT
     python: str = sys.executable
     connections: int = CONNECTIONS
+    least: int = 2 * CONNECTIONS + 25
 
     def missing(self) -> str | None:
         """The interpreter may lack rspd's libraries."""
+        if not shutil.which(self.python):
+            return f"expected an interpreter, found none: {self.python}"
         run = subprocess.run([self.python, "-c", "import daemon, sdnotify, yaml"], capture_output=True, check=False)
         advice = "apt install python3-daemon python3-sdnotify python3-yaml, or use make bench, which has an environment"
         return f"{self.python} cannot run rspd: {advice}" if run.returncode else None
@@ -125,6 +129,15 @@ class Nginx(Peer):
     """nginx with its stream module."""
 
     MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+
+    def missing(self) -> str | None:
+        """nginx, or its stream module, which may be built in."""
+        if not self.path or self.MODULE.exists():
+            return super().missing()
+        built = subprocess.run([self.path, "-V"], capture_output=True, text=True, check=False).stderr
+        return (
+            None if "--with-stream" in built.split() else "nginx has no stream module: apt install libnginx-mod-stream"
+        )
 
     def command(self, place: Place) -> list[str]:
         """Not a daemon; a master and its workers."""
@@ -218,7 +231,7 @@ def contestants(python: str, other: Path | None) -> list[Peer]:
     return [
         *found,
         Nginx(NGINX, "nginx", "nginx libnginx-mod-stream"),
-        HAProxy(HAPROXY, "haproxy", "haproxy"),
+        HAProxy(HAPROXY, "haproxy", "haproxy", least=15_014),
         SocketProxyd(SOCKET_PROXYD_NAME, SOCKET_PROXYD, "systemd", "--version", logs=False, passed=True, descriptors=6),
         Rinetd("rinetd", "rinetd", "rinetd"),
         Socat(SOCAT, "socat", "socat", "-V", work=0.5, idle_max=500),
@@ -261,14 +274,18 @@ class Running:
         """Raises PeerError if it has ended."""
         for process in self.processes:
             if process.poll() is not None:
-                raise PeerError(f"ended with {process.returncode}: {self.last_line()}")
+                raise PeerError(f"ended with {process.returncode}: {self.last_words()}")
 
-    def last_line(self) -> str:
-        """The end of what it wrote on stderr."""
+    def last_line(self) -> str | None:
+        """The end of what it wrote on stderr, None if it wrote nothing."""
         with suppress(OSError):
             lines = self.output.read_text(errors="replace").strip().splitlines()
-            return lines[-1][:200] if lines else "it wrote nothing"
-        return "it wrote nothing"
+            return lines[-1][:200] if lines else None
+        return None
+
+    def last_words(self) -> str:
+        """The same as a part of a message."""
+        return self.last_line() or "it wrote nothing"
 
 
 def environment(tree: Path = ROOT) -> dict[str, str]:
@@ -355,10 +372,10 @@ def first_answer(one: Running, began: float, patience: float = PATIENCE) -> floa
                 sock.sendall(b"ask".ljust(64))
                 if sock.recv(256, socket.MSG_WAITALL):
                     return time.monotonic() - began
-                raise PeerError(f"closed the first connection: {one.last_line()}")
+                raise PeerError(f"closed the first connection: {one.last_words()}")
         except ConnectionError:
             if time.monotonic() > began + patience:
-                raise PeerError(f"did not accept within {patience:.0f} s: {one.last_line()}") from None
+                raise PeerError(f"did not accept within {patience:.0f} s: {one.last_words()}") from None
             time.sleep(0.0002)
         except TimeoutError:
-            raise PeerError(f"did not answer within {patience:.0f} s: {one.last_line()}") from None
+            raise PeerError(f"did not answer within {patience:.0f} s: {one.last_words()}") from None

@@ -36,7 +36,7 @@ class Sizes:
     requests_one: int = 8000  # over one connection
     requests: int = 30_000
     bytes: int = 1_000_000_000
-    rate_seconds: float = 1.5
+    rate_seconds: float = 3.0
     idle: int = 5000
     beside_idle: int = 1000
     starts: int = 9
@@ -252,8 +252,12 @@ def run(
             try:
                 what()
             except PeerError as error:
-                say(f"  {name}: {error}")
-                results.failed[name] = str(error)
+                why = str(error)
+                last = alive[name][0].last_line() if name in alive else None
+                if last and last not in why:
+                    why += f"; its last line: {last}"
+                say(f"  {name}: {why}")
+                results.failed[name] = why
                 results.rounds.pop(name, None)
                 if name in alive:
                     alive.pop(name)[1].close()

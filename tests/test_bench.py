@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,9 +19,23 @@ from pathlib import Path
 import pytest
 
 from bench import counters, report, targets
-from bench.peers import DIRECT, NGINX, RSPD, PeerError, Rinetd, first_answer, running
+from bench.peers import (
+    DIRECT,
+    HAPROXY,
+    NGINX,
+    RSPD,
+    SOCKET_PROXYD_NAME,
+    AsyncioRelay,
+    Nginx,
+    PeerError,
+    Place,
+    Rinetd,
+    Running,
+    first_answer,
+    running,
+)
 from bench.works import QUICK as SIZES
-from bench.works import Figures, Results, ground
+from bench.works import Figures, Results, ground, run
 from tests.support import PATIENCE
 
 ROOT = Path(__file__).parent.parent
@@ -50,13 +65,15 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def bench(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def bench(
+    *arguments: str, environment: dict[str, str] | None = None, tree: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "bench", *arguments],
         capture_output=True,
         text=True,
         timeout=8 * PATIENCE,
-        cwd=ROOT,
+        cwd=tree,
         env=environment,
     )
 
@@ -111,10 +128,63 @@ def test_bench_refuses_to_run_on_one_processor() -> None:
 
 
 @needs_two_processors
+@needs_compiler
+def test_bench_refuses_before_it_measures_what_it_cannot_finish(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    end = bench("--quick", "--peers", "rspd", "--output", str(tmp_path / "file" / "results"))
+    assert end.returncode == 1
+    assert end.stderr.startswith("bench: expected a folder for the results that can be written, found ")
+    command = ["sh", "-c", 'ulimit -n 9000; exec "$@"', "sh", sys.executable, "-m", "bench", "--peers", "rspd"]
+    end = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
+    assert end.returncode == 1
+    assert "expected a hard limit of 12,025 descriptors or more, found 9,000 (ulimit -Hn)" in end.stderr
+    assert "LimitNOFILE=12025" in end.stderr
+
+
+@needs_two_processors
+@needs_compiler
+def test_ctrl_c_ends_bench_with_nothing_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "--peers", "rspd", "--only", "start", "--output", str(tmp_path)]
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        # What a shell runs in the background ignores Ctrl-C, and so would bench.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stderr
+        while line := process.stderr.readline():
+            if line == "start\n":
+                process.send_signal(signal.SIGINT)
+                break
+        assert process.stderr.read().endswith("bench: ended by Ctrl-C; nothing written\n")
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_two_processors
 def test_bench_says_how_to_get_the_compiler_that_is_missing(tmp_path: Path) -> None:
     end = bench("--quick", environment={**os.environ, "PATH": str(tmp_path)})
     assert end.returncode == 1
     assert end.stderr == "bench: the load is a C program, and there is no compiler: apt install gcc libc6-dev\n"
+
+
+@needs_compiler
+@needs_two_processors
+def test_a_work_that_is_measured_again_takes_its_old_place_in_what_is_published(tmp_path: Path) -> None:
+    for name in ("bench", "rspd"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    results = tmp_path / "bench" / "results" / "results.json"
+    before = json.loads(results.read_text())
+    end = bench("--publish", "--only", "start", "--rounds", "1", tree=tmp_path)
+    assert end.returncode == 0, end.stderr
+    after = json.loads(results.read_text())
+    assert after["about"] == before["about"]
+    assert [key for key in before["works"] if after["works"][key] != before["works"][key]] == ["start"]
+    assert list(after["works"]) == list(before["works"])
+    assert any("Measured again, in a run of its own" in note for note in after["works"]["start"]["notes"])
 
 
 @pytest.mark.parametrize(
@@ -123,6 +193,8 @@ def test_bench_says_how_to_get_the_compiler_that_is_missing(tmp_path: Path) -> N
         (["--peers", "rspd,ngnix"], "--peers: expected some of rspd, nginx, "),
         (["--only", "bulky"], "--only: expected some of bulk, connections, "),
         (["--rounds", "0"], "--rounds: expected 1 or more, found 0"),
+        (["--publish", "--quick"], "--publish: expected a whole run, found --quick; use --output"),
+        (["--publish", "--output", "x"], "not allowed with argument --publish"),
         (["--rspd", "/nowhere"], "--rspd: expected a folder that has rspd/__init__.py, found /nowhere"),
         (["--report-only", "--output", "/nowhere"], "--report-only: expected /nowhere/results.json, found none"),
     ],
@@ -223,6 +295,33 @@ def test_a_contestant_that_does_not_start_is_reported_with_its_last_words(load: 
                 first_answer(one, time.monotonic())
 
 
+@needs_compiler
+def test_a_contestant_that_fails_at_work_is_reported_with_its_last_line(load: Path, tmp_path: Path) -> None:
+    class Wordy(AsyncioRelay):
+        def command(self, place: Place) -> list[str]:
+            return ["sh", "-c", 'echo no such luck >&2; exec "$@"', "sh", *super().command(place)]
+
+    def fail(one: Running, share: float) -> Figures:
+        raise PeerError("expected 1, got 0")
+
+    cpus = os.sched_getaffinity(0)
+    with ground(load, tmp_path, cpus, cpus, SIZES) as place:
+        results = run(Results("new"), [Wordy("wordy")], place, False, fail, 1)
+    assert results.failed == {"wordy": "expected 1, got 0; its last line: no such luck"}
+
+
+@pytest.mark.parametrize(("built", "missing"), [("--with-stream --x", False), ("--with-stream=dynamic", True)])
+def test_nginx_counts_as_missing_without_its_stream_module(tmp_path: Path, built: str, missing: bool) -> None:
+    class Bare(Nginx):
+        MODULE = tmp_path / "module.so"
+
+    program = tmp_path / "nginx"
+    program.write_text(f"#!/bin/sh\necho 'configure arguments: {built}' >&2\n")
+    program.chmod(0o755)
+    advice = "nginx has no stream module: apt install libnginx-mod-stream"
+    assert Bare(NGINX, str(program)).missing() == (advice if missing else None)
+
+
 def figures(**values: float) -> list[Figures]:
     return [dict(values) for _ in range(3)]
 
@@ -253,10 +352,44 @@ def test_the_report_shows_who_failed_and_which_targets_are_missed() -> None:
     assert "| socat | failed: died |" in text
     assert "| no proxy | - | - | - | 9 |" in text
     assert "not quiet: 0.50 CPUs" in text
-    assert "Of 1 [targets](bench/results/results.md#targets) 0 are met, 1 missed." in report.summary(about, run)
+    assert "[targets](bench/results/results.md#targets)" in report.summary(about, run)
     assert "not quiet" in report.summary(about, run)
+    assert "not quiet: 0.50 CPUs" in report.picture(about, run)
     assert ">failed<" in report.picture(about, run)
     ElementTree.fromstring(report.picture(about, run))
+
+
+def test_a_target_that_is_missed_by_little_shows_so_much_of_the_figure_that_it_is_seen() -> None:
+    run = {"new-64": Results("new", "connection", {RSPD: figures(cpu=1.2004), NGINX: figures(cpu=1)})}
+    assert "rspd ÷ nginx | 1.2 | 1.2004 | **no** |" in "\n".join(report.targets_table(run))
+
+
+def test_an_aim_is_reached_or_not_but_never_missed() -> None:
+    for cpu, verdict in ((0.5, "aim reached"), (2, "aim not reached")):
+        run = {"new-1": Results("new", "connection", {RSPD: figures(cpu=cpu), HAPROXY: figures(cpu=1)})}
+        assert f"1 at a time: rspd ÷ HAProxy | 1 (aim) | {cpu:.2f} | {verdict} |" in "\n".join(
+            report.targets_table(run)
+        )
+
+
+@pytest.mark.parametrize(
+    ("floor", "verdict"), [(0.0025, "yes"), (0.003, "not measurable: without a proxy it is 3.00 ms")]
+)
+def test_latency_is_not_judged_where_it_is_there_without_a_proxy(floor: float, verdict: str) -> None:
+    rounds = {RSPD: figures(p99=0.005), NGINX: figures(p99=0.005), DIRECT: figures(p99=floor)}
+    text = "\n".join(report.targets_table({"rate": Results("rate", "request", rounds)}))
+    assert f"top rate: rspd ÷ nginx | 1.5 | 1.00 | {verdict} |" in text
+
+
+def test_bulk_is_judged_beside_all_good_peers_and_idle_connections_if_there_are_5000() -> None:
+    bulk = Results("down", "GB", {RSPD: figures(cpu=1), NGINX: figures(cpu=2), HAPROXY: figures(cpu=2)})
+    idle = Results("idle", "connection", {RSPD: figures(memory=1, growth=1, count=4999)})
+    run = {"down-1": bulk, "idle": idle}
+    assert [target.text for target in targets.TARGETS if target.measured(run) is not None] == []
+    bulk.rounds[SOCKET_PROXYD_NAME] = figures(cpu=4)
+    idle.rounds[RSPD] = figures(memory=1, growth=1, count=5000)
+    judged = [target.measured(run) for target in targets.TARGETS]
+    assert [value for value in judged if value is not None] == [0.5, 1, 1]
 
 
 def test_each_target_is_judged_by_figures_that_a_run_makes() -> None:
