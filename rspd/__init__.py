@@ -2,29 +2,30 @@
 
 The modules, from the top down; each imports only from those below it:
 
-cli         the command line: options over the configuration file, --check, exit codes
-service     one run: listeners, loop, signals, reload, drain, what systemd hears of it
-process     becoming a daemon: detaching, and where the log goes then
-pidfile     the pid file
-systemd     passed sockets, notifications, watchdog
-proxy       accepting clients, no more at once than allowed, and draining
-connection  one client: connect, relay, close, one log line
-backends    which backend is next, and dialling it
-resolver    names looked up off the loop
-adoption    which socket from systemd goes with which address
-shortage    running out of descriptors
-listener    listening sockets: bound or adopted, accepted from, closed
-relay       two flows between two sides, until both have ended
-flow        one direction of a connection: copied or spliced
-side        one side of a connection: a socket and its readiness
-pipes       pipes for splice(2), shared by the flows
-loop        the epoll loop: tasks, readiness, timers, wake-up by signals and threads
-config      file and command line -> named tuples, all defaults
-yamlfile    a YAML file as keys and values with their lines
-log         the log on stderr
-address     addresses: parsed, printed, resolved
-cause       why a connection ended
-errors      why rspd cannot run
+cli             the command line: options over the configuration file, --check, exit codes
+service         one run: proxies, loop, signals, reload, drain, what systemd hears of it
+process         becoming a daemon: detaching, and where the log goes then
+pidfile         the pid file
+systemd         passed sockets, notifications, watchdog
+proxy           accepting clients, no more at once than allowed, and draining
+connection      one client: who it is, connect, relay, close, one log line
+backends        the backends of a proxy: who they are, how each is, which is next
+resolver        names looked up off the loop
+adoption        which socket from systemd goes with which proxy and address
+shortage        running out of descriptors
+listener        listening sockets: bound or adopted, accepted from, closed
+relay           two flows between two sides, until both have ended
+flow            one direction of a connection: copied or spliced
+side            one side of a connection: a socket and its readiness
+pipes           pipes for splice(2), shared by the flows
+loop            the epoll loop: tasks, readiness, timers, wake-up by signals and threads
+config          file and command line -> named tuples, all keys and defaults
+yamlfile        a YAML file as keys and values with their lines
+log             the log on stderr
+networks        networks: which clients are in them, and what a client is known by
+address         addresses: parsed, printed, resolved
+cause           why a connection ended
+errors          why rspd cannot run
 """
 
 __version__ = "0.2.0"

@@ -163,6 +163,11 @@ def _unmapped(host: str) -> str:
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
+def host_of(address: object) -> str:
+    """The numeric host of a peer's address as accept(2) returns it; empty for a unix socket's."""
+    return str(address[0]) if isinstance(address, tuple) else ""
+
+
 def format_socket_address(address: object) -> str:
     """A peer's or a bound socket's address as accept(2) and getsockname(2) return it, for people.
 
