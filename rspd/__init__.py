@@ -14,6 +14,7 @@ resolver        names looked up off the loop
 adoption        which socket from systemd goes with which proxy and address
 shortage        running out of descriptors
 listener        listening sockets: bound or adopted, accepted from, closed
+balance         policies: which of several backends gets the next connection
 relay           two flows between two sides, until both have ended
 flow            one direction of a connection: copied or spliced
 side            one side of a connection: a socket and its readiness

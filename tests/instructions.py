@@ -27,11 +27,12 @@ def count_instructions(run: Callable[[], int]) -> tuple[int, int]:
 
     # Python 3.12 asks for it where tracing begins.
     sys._getframe().f_trace_opcodes = True
+    measuring_coverage = sys.gettrace()
     sys.settrace(trace)
     try:
         result = run()
     finally:
-        sys.settrace(None)
+        sys.settrace(measuring_coverage)
     return result, count
 
 
