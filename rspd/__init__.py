@@ -17,6 +17,7 @@ listener        listening sockets: bound or adopted, accepted from, closed
 balance         policies: which of several backends gets the next connection
 relay           two flows between two sides, until both have ended
 flow            one direction of a connection: copied or spliced
+proxy_protocol  who the client is, as one proxy tells the next
 side            one side of a connection: a socket and its readiness
 pipes           pipes for splice(2), shared by the flows
 loop            the epoll loop: tasks, readiness, timers, wake-up by signals and threads

@@ -70,6 +70,32 @@ class Side(Watch):
             self.ready &= ~IN
         return count
 
+    def peek(self, size: int) -> bytes | None:
+        """What there is, which stays to be read: `size` bytes at most, none when nothing more comes, None for not now.
+
+        `IN` is in `ready` after bytes or an end, whether epoll has told of them or not.
+        """
+        return self._receive(size, socket.MSG_PEEK)
+
+    def read(self, size: int) -> bytes | None:
+        """Read what there is: `size` bytes at most, none when nothing more comes, None for not now."""
+        data = self._receive(size, 0)
+        if data is not None and (not data or (len(data) < size and not self.ready & MORE_TO_READ)):
+            self.ready &= ~IN
+        return data
+
+    def _receive(self, size: int, flags: int) -> bytes | None:
+        try:
+            data = self.sock.recv(size, flags)
+        except BlockingIOError:
+            self.ready &= ~IN
+            return None
+        except OSError:
+            self.ready |= ERR
+            return b""
+        self.ready |= IN
+        return data
+
     def write(self, data: memoryview | bytes) -> int:
         """Write as much as fits: the number of bytes, 0 also where the connection broke."""
         try:

@@ -1,0 +1,912 @@
+"""rspd/proxy_protocol.py: headers encoded, parsed, received over real sockets, and exchanged with HAProxy and nginx."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import re
+import socket
+import struct
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import inf
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from rspd.loop import ERR, IN, Loop
+from rspd.pipes import Pipes
+from rspd.proxy_protocol import (
+    SIGNATURE,
+    V1_MAX,
+    Header,
+    HeaderError,
+    HostPort,
+    NoHeaderError,
+    _crc32c,
+    encode,
+    parse,
+    receive,
+)
+from rspd.relay import Relay
+from rspd.side import Side
+from tests.peers import haproxy, nginx
+from tests.support import PATIENCE, FakeClock, receive_all, reset, run, send_and_close, tcp_pair
+
+Pair = Callable[[], tuple[socket.socket, socket.socket]]
+
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
+
+NOBODY = Header(None, None)
+STARTS = (b"PROXY TCP4 ", b"PROXY TCP6 ", b"PROXY UNKNOWN ", b"PROXY UNKNOWN\r\n", SIGNATURE)
+CLIENT4, SERVER4 = ("192.0.2.1", 51724), ("198.51.100.2", 443)
+CLIENT6, SERVER6 = ("2001:db8::1", 51724), ("2001:db8::2", 443)
+LINE = b"PROXY TCP4 192.0.2.1 198.51.100.2 51724 443\r\n"
+
+versions = pytest.mark.parametrize("version", ["v1", "v2"])
+
+
+def v2(command: int = 0x21, kind: int = 0x11, block: bytes = b"", length: int | None = None) -> bytes:
+    """A version 2 header with these fields; `length` where it is not that of the block."""
+    return SIGNATURE + struct.pack("!BBH", command, kind, len(block) if length is None else length) + block
+
+
+def tlv(kind: int, value: bytes) -> bytes:
+    return struct.pack("!BH", kind, len(value)) + value
+
+
+BLOCK4 = bytes((192, 0, 2, 1, 198, 51, 100, 2)) + struct.pack("!HH", 51724, 443)
+BLOCK6 = bytes.fromhex("20010db800000000000000000000000120010db8000000000000000000000002") + BLOCK4[8:]
+LARGEST = v2(block=BLOCK4 + tlv(4, bytes(16384 - 16 - 12 - 3)))
+WHOLE = [
+    LINE,
+    b"PROXY TCP6 2001:db8::1 2001:db8::2 51724 443\r\n",
+    b"PROXY UNKNOWN\r\n",
+    b"PROXY UNKNOWN ffff::1 what it may be\r\n",
+    v2(block=BLOCK4),
+    v2(kind=0x21, block=BLOCK6),
+    v2(block=BLOCK4 + tlv(4, b"x" * 300)),
+    v2(0x20, 0),
+    v2(0x20, 0x77, b"ignored"),
+    v2(kind=0x31, block=bytes(216)),
+]
+
+
+def ports() -> st.SearchStrategy[int]:
+    return st.integers(0, 65535)
+
+
+def addresses() -> st.SearchStrategy[HostPort]:
+    mapped = st.ip_addresses(v=4).map(lambda host: ipaddress.IPv6Address(f"::ffff:{host}"))
+    return st.tuples((st.ip_addresses() | mapped).map(str), ports())
+
+
+def plain(address: HostPort) -> HostPort:
+    """IPv4-mapped IPv6 as IPv4, the rest in its canonical form, by other means than rspd's."""
+    host = ipaddress.ip_address(address[0])
+    if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped:
+        host = host.ipv4_mapped
+    # The C library writes the IPv4-compatible addresses (RFC 4291) with dots.
+    return socket.inet_ntop(socket.AF_INET if host.version == 4 else socket.AF_INET6, host.packed), address[1]
+
+
+# Encoded, parsed
+
+
+@versions
+@given(source=addresses(), destination=addresses(), rest=st.binary(max_size=40))
+def test_what_is_encoded_is_parsed_and_what_follows_is_no_part_of_it(
+    version: str, source: HostPort, destination: HostPort, rest: bytes
+) -> None:
+    header = encode(version, source, destination)
+    assert len(header) <= (V1_MAX if version == "v1" else 52)
+    assert parse(header + rest) == (Header(plain(source), plain(destination)), len(header))
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "line", "block"),
+    [
+        (CLIENT4, SERVER4, LINE, v2(block=BLOCK4)),
+        (CLIENT6, SERVER6, b"PROXY TCP6 2001:db8::1 2001:db8::2 51724 443\r\n", v2(kind=0x21, block=BLOCK6)),
+        (None, None, b"PROXY UNKNOWN\r\n", v2(0x20, 0)),
+        (None, SERVER4, b"PROXY UNKNOWN\r\n", v2(0x20, 0)),
+        (CLIENT4, None, b"PROXY UNKNOWN\r\n", v2(0x20, 0)),
+        (("::ffff:192.0.2.1", 51724), SERVER4, LINE, v2(block=BLOCK4)),
+        (
+            CLIENT4,
+            SERVER6,
+            b"PROXY TCP6 ::ffff:192.0.2.1 2001:db8::2 51724 443\r\n",
+            v2(kind=0x21, block=bytes.fromhex("00000000000000000000ffffc0000201") + BLOCK6[16:]),
+        ),
+    ],
+)
+def test_headers_are_as_the_specification_has_them(
+    source: HostPort | None, destination: HostPort | None, line: bytes, block: bytes
+) -> None:
+    assert encode("v1", source, destination) == line
+    assert encode("v2", source, destination) == block
+
+
+@pytest.mark.parametrize("header", WHOLE)
+def test_each_part_of_a_header_asks_for_more(header: bytes) -> None:
+    found = parse(header)
+    assert found
+    assert found[1] == len(header)
+    for size in range(len(header)):
+        assert parse(header[:size]) is None
+
+
+@pytest.mark.parametrize("header", [header for header in WHOLE if b"UNKNOWN " not in header])
+def test_a_header_that_begins_with_a_wrong_byte_is_refused(header: bytes) -> None:
+    for place in range(12 if header.startswith(SIGNATURE) else 11):
+        for wrong in {0, 10, 32, 255, header[place] ^ 1, header[place] ^ 32} - {header[place]}:
+            changed = header[:place] + bytes((wrong,)) + header[place + 1 :]
+            with pytest.raises(HeaderError):
+                parse(changed)
+            # A U for a T may still become UNKNOWN, and a 4 for a 6 has to wait for the addresses.
+            if not any(start.startswith(changed[: place + 1]) for start in STARTS):
+                with pytest.raises(HeaderError):
+                    parse(changed[: place + 1])
+
+
+@given(st.binary(max_size=200))
+@example(b"\r\n")
+@example(b"P")
+def test_bytes_that_are_no_header_are_refused_at_once(data: bytes) -> None:
+    if any(start.startswith(data[: len(start)]) for start in STARTS):
+        return
+    with pytest.raises(HeaderError, match=r"^expected a PROXY protocol header, found b"):
+        parse(data)
+
+
+@given(st.sampled_from([SIGNATURE, SIGNATURE + b"!", SIGNATURE + b"!\x11\x00", b"PROXY TCP4 ", LINE[:-8]]), st.binary())
+def test_whatever_follows_a_good_start_is_parsed_or_refused_but_never_a_crash(start: bytes, rest: bytes) -> None:
+    found, text = None, ""
+    try:
+        found = parse(start + rest)
+    except HeaderError as error:
+        text = str(error)
+    assert text.isprintable()
+    assert not text or re.match("expected .*, found ", text)
+    if found:
+        header, size = found
+        assert 15 <= size <= len(start + rest)
+        for version in ("v1", "v2"):
+            again = parse(encode(version, *header))
+            assert again
+            assert again[0] == header
+
+
+HOSTS = {
+    "TCP4": ["0.0.0.0", "255.255.255.255", "10.0.0.1"],
+    "TCP6": ["::", "::1", "1::", "0001:DB8::00ff", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::", "::ffff:1.2.3.4"],
+    "": [
+        *("256.0.0.1", "01.2.3.4", "1.2.3", "1.2.3.4.5", "1.2.3.", ".1.2.3", "00001::", "1:2:3:4:5:6:7", ":1", "1:"),
+        *("1:2:3:4:5:6:7:8:9", "1::2::3", ":::", "::1.2.3", "1.2.3.4::", "::g", "fe80::1%lo", "localhost"),
+    ],
+}
+NUMBERS = {
+    True: ["0", "1", "443", "65535"],
+    False: ["65536", "99999", "100000", "00", "01", "", "-1", "+1", "1.0", "0x1", "\u0661"],
+}
+
+
+def lines(family: str) -> st.SearchStrategy[tuple[str, list[str], list[str], str]]:
+    """The parts of a line of this family, each of which is good more often than not."""
+    good, other = st.sampled_from(HOSTS[family]), st.sampled_from([*HOSTS["TCP4"], *HOSTS["TCP6"], *HOSTS[""]])
+    host = st.one_of(good, good, good, other, st.text("01:.af", max_size=8))
+    number = st.one_of(*[st.sampled_from(NUMBERS[True])] * 3, st.sampled_from(NUMBERS[False]))
+    pairs = st.lists(host, min_size=2, max_size=2), st.lists(number, min_size=2, max_size=2)
+    return st.tuples(st.just(family), *pairs, st.sampled_from(["", "", "", " ", " x", "\r", "\0"]))
+
+
+@given(lines("TCP4") | lines("TCP6"))
+def test_a_line_is_parsed_if_its_addresses_and_ports_are_strictly_such(
+    parts: tuple[str, list[str], list[str], str],
+) -> None:
+    family, hosts, numbers, extra = parts
+    line = f"PROXY {family} {' '.join(hosts)} {' '.join(numbers)}{extra}\r\n".encode()
+    kind = ipaddress.IPv4Address if family == "TCP4" else ipaddress.IPv6Address
+    try:
+        expected = [str(kind(host)) for host in hosts if "%" not in host]
+    except ValueError:
+        expected = []
+    if len(expected) == 2 and set(numbers) <= set(NUMBERS[True]) and not extra:
+        source, destination = zip(expected, map(int, numbers), strict=True)
+        assert parse(line) == (Header(plain(source), plain(destination)), len(line))
+    else:
+        with pytest.raises(HeaderError):
+            parse(line)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"PROXY  TCP4 192.0.2.1 198.51.100.2 51724 443\r\n",
+        b"PROXY TCP4  192.0.2.1 198.51.100.2 51724 443\r\n",
+        b"PROXY TCP4 192.0.2.1  198.51.100.2 51724 443\r\n",
+        b"PROXY TCP4 192.0.2.1 198.51.100.2 51724 443 \r\n",
+        b"PROXY TCP4 192.0.2.1 198.51.100.2 51724\r\n",
+        b"PROXY TCP4\r\n",
+        b"PROXY TCP4 \r\n",
+        b"PROXY TCP5 ",
+        b"PROXY UDP4 ",
+        b"PROXY UNKNOWNS\r\n",
+        b"PROXY UNKNOWN\n",
+        b"PROXY UNKNOWN \n",
+        b"PROXY UNKNOWN \r\r\n",
+        b"PROXY UNKNOWN a\nb\r\n",
+        b"proxy tcp4 ",
+        LINE.replace(b"443", b"0443"),
+        LINE.replace(b"443", b"65536"),
+        LINE.replace(b"51724", b"051724"),
+        LINE.replace(b"192.0", b"192.00"),
+        LINE[:-2] + b"\r\r",
+        LINE[:-2] + b"\n",
+        LINE[:-2] + b"\r\r\n",
+        LINE[:-2] + b"\rG",
+        b"PROXY TCP4 192.0.2.1\tx",
+        b"PROXY TCP4 \xff",
+    ],
+)
+def test_a_malformed_line_is_refused(data: bytes) -> None:
+    with pytest.raises(HeaderError, match=r"^expected .*, found b"):
+        parse(data)
+
+
+def test_a_line_ends_within_107_bytes() -> None:
+    full = b"ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
+    longest = b"PROXY UNKNOWN %b %b 65535 65535\r\n" % (full, full)
+    assert len(longest) == V1_MAX
+    assert parse(longest + b"more") == (NOBODY, V1_MAX)
+    assert parse(longest[:-1]) is None
+    for line in (longest[:-2] + b"x\r\n", b"PROXY TCP6 " + b" " * 96, b"PROXY TCP4 " + b"1" * 500):
+        assert parse(line[: V1_MAX - 1]) is None
+        for size in (V1_MAX, len(line)):
+            with pytest.raises(HeaderError, match="CRLF within 107 bytes"):
+                parse(line[:size])
+
+
+def test_only_local_and_proxy_of_version_2_are_commands() -> None:
+    for command in range(256):
+        data = v2(command, block=BLOCK4)
+        if command in (0x20, 0x21):
+            assert parse(data) == (NOBODY if command == 0x20 else Header(CLIENT4, SERVER4), len(data))
+        else:
+            with pytest.raises(HeaderError, match=f"found {command:#04x}"):
+                parse(data[:13])
+
+
+def test_families_and_transports_that_are_not_assigned_are_refused_except_of_local() -> None:
+    blocks = {0x11: BLOCK4, 0x12: BLOCK4, 0x21: BLOCK6, 0x22: BLOCK6, 0x31: bytes(216), 0x32: bytes(216)}
+    found = {0x11: Header(CLIENT4, SERVER4), 0x21: Header(CLIENT6, SERVER6)}
+    for kind in range(256):
+        local = v2(0x20, kind, b"x")
+        assert parse(local) == (NOBODY, len(local))
+        data = v2(kind=kind, block=blocks.get(kind, b"x"))
+        if kind >> 4 > 3 or kind & 15 > 2:
+            with pytest.raises(HeaderError, match=f"found {kind:#04x}"):
+                parse(data[:14])
+        else:
+            assert parse(data) == (found.get(kind, NOBODY), len(data))
+
+
+@pytest.mark.parametrize(("kind", "size"), [(0x11, 12), (0x12, 12), (0x21, 36), (0x22, 36), (0x31, 216), (0x32, 216)])
+def test_addresses_that_do_not_fit_into_the_header_are_refused(kind: int, size: int) -> None:
+    assert parse(v2(kind=kind, block=bytes(size)))
+    with pytest.raises(HeaderError, match=f"expected {size} bytes of addresses, found {size - 1}"):
+        parse(v2(kind=kind, length=size - 1))
+
+
+@pytest.mark.parametrize("kind", [0x00, 0x01, 0x10, 0x20, 0x30])
+def test_nothing_is_read_into_the_bytes_of_an_unspecified_connection(kind: int) -> None:
+    data = v2(kind=kind, block=b"\xff" * 5)
+    assert parse(data + b"more") == (NOBODY, len(data))
+
+
+@given(st.lists(st.tuples(st.integers(0, 255).filter(lambda kind: kind != 3), st.binary(max_size=30)), max_size=5))
+def test_tlvs_are_passed_over(tlvs: list[tuple[int, bytes]]) -> None:
+    block = BLOCK4 + b"".join(tlv(*one) for one in tlvs)
+    assert parse(v2(block=block) + b"more") == (Header(CLIENT4, SERVER4), 16 + len(block))
+
+
+@pytest.mark.parametrize("kind", [0x11, 0x12, 0x31])
+@pytest.mark.parametrize("cut", [b"\x04", b"\x04\x00", b"\x04\x00\x01", b"\x04\xff\xff" + bytes(60)])
+def test_a_tlv_that_overruns_the_header_is_refused(kind: int, cut: bytes) -> None:
+    block = bytes(216) if kind == 0x31 else BLOCK4
+    whole = v2(kind=kind, block=block + tlv(5, b"id") + cut)
+    with pytest.raises(HeaderError, match="expected TLVs within the PROXY protocol header"):
+        parse(whole + bytes(100))
+
+
+def checked(before: bytes = b"", after: bytes = b"") -> bytes:
+    """A header with a right checksum, and where that is."""
+    block = BLOCK4 + before + tlv(3, bytes(4)) + after
+    value = 16 + 12 + len(before) + 3
+    header = v2(block=block)
+    return header[:value] + _crc32c(header).to_bytes(4, "big") + header[value + 4 :]
+
+
+def test_the_checksum_is_that_of_the_rfc() -> None:
+    assert _crc32c(b"123456789") == 0xE3069283
+    assert _crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+
+
+@pytest.mark.parametrize("before", [b"", tlv(4, b"padding")])
+@pytest.mark.parametrize("after", [b"", tlv(0xEA, b"\x01vpce")])
+def test_a_checksum_is_verified(before: bytes, after: bytes) -> None:
+    header = checked(before, after)
+    assert parse(header + b"more") == (Header(CLIENT4, SERVER4), len(header))
+    for place in range(16, 28):
+        wrong = header[:place] + bytes((header[place] ^ 4,)) + header[place + 1 :]
+        with pytest.raises(HeaderError, match=r"expected CRC32C 0x[0-9a-f]{8} of .*, found 0x[0-9a-f]{8}"):
+            parse(wrong)
+
+
+def test_a_checksum_of_another_length_is_refused() -> None:
+    with pytest.raises(HeaderError, match="expected a CRC32C of 4 bytes, found 3"):
+        parse(v2(block=BLOCK4 + tlv(3, b"abc")))
+
+
+def test_a_header_that_is_too_large_is_refused_once_its_length_is_known() -> None:
+    assert parse(LARGEST) == (Header(CLIENT4, SERVER4), 16384)
+    for command in (0x20, 0x21):
+        with pytest.raises(HeaderError, match="at most 16384 bytes, found one of 16385"):
+            parse(v2(command, length=16384 - 15))
+        with pytest.raises(HeaderError, match="found one of 65551"):
+            parse(v2(command, length=65535))
+
+
+# Received
+
+
+def unix_pair() -> tuple[socket.socket, socket.socket]:
+    near, far = socket.socketpair()
+    near.settimeout(PATIENCE)
+    return near, far
+
+
+def small_pair() -> tuple[socket.socket, socket.socket]:
+    """The receiving end has the smallest buffer there is."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        near = socket.create_connection(listener.getsockname(), timeout=PATIENCE)
+        far, _ = listener.accept()
+    return near, far
+
+
+class CountingSide(Side):
+    """Counts how often somebody looks at it."""
+
+    __slots__ = ("looks",)
+
+    def __init__(self, loop: Loop, sock: socket.SocketType) -> None:
+        super().__init__(loop, sock)
+        self.looks = 0
+
+    def peek(self, size: int) -> bytes | None:
+        self.looks += 1
+        return super().peek(size)
+
+
+class Receiver:
+    """A client, and a task that receives its header; `outcome` is what came of it."""
+
+    def __init__(self, loop: Loop, pair: Pair = tcp_pair) -> None:
+        self.loop = loop
+        self.peer, far = pair()
+        own = socket.SocketType(far.family, far.type, 0, far.detach())
+        own.setblocking(False)
+        self.side = CountingSide(loop, own)
+        self.outcome: Header | Exception | None = None
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.side.close()
+        self.peer.close()
+
+    def start(self, deadline: float = inf) -> None:
+        async def receive_header() -> None:
+            self.side.watch()
+            try:
+                self.outcome = await receive(self.loop, self.side, deadline)
+            except Exception as error:
+                self.outcome = error
+
+        self.loop.spawn(receive_header())
+
+    async def settle(self, turns: int = 10) -> None:
+        for _ in range(turns):
+            await self.loop.yield_turn()
+
+    async def taken(self) -> None:
+        """Wait until nothing is left to read, or something has come of it."""
+        while self.unread() and self.outcome is None:
+            await self.loop.yield_turn()
+
+    async def result(self) -> Header | Exception:
+        while self.outcome is None:
+            await self.loop.yield_turn()
+        return self.outcome
+
+    async def arrived(self, size: int) -> None:
+        while self.unread() < size:
+            await self.loop.yield_turn()
+
+    def unread(self) -> int:
+        return int(struct.unpack("i", fcntl.ioctl(self.side.fd, termios.FIONREAD, bytes(4)))[0])
+
+
+pairs = pytest.mark.parametrize("pair", [tcp_pair, unix_pair])
+headers = pytest.mark.parametrize("header", WHOLE)
+
+
+def known(header: bytes) -> Header:
+    found = parse(header)
+    assert found
+    return found[0]
+
+
+@pairs
+@headers
+@pytest.mark.parametrize("early", [True, False], ids=["there before", "there later"])
+def test_a_header_is_taken_and_what_follows_is_left(pair: Pair, header: bytes, early: bool) -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop, pair) as receiver:
+            if not early:
+                receiver.start()
+                await receiver.settle()
+                assert receiver.outcome is None
+            receiver.peer.sendall(header + b"question")
+            if early:
+                await receiver.arrived(len(header) + 8)
+                receiver.start()
+            assert await receiver.result() == known(header)
+            assert receiver.side.ready & IN
+            assert receiver.side.read(100) == b"question"
+
+    run(main)
+
+
+@pairs
+@headers
+def test_a_header_that_comes_byte_by_byte_is_received_without_spinning(pair: Pair, header: bytes) -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop, pair) as receiver:
+            receiver.start()
+            for place in range(len(header)):
+                receiver.peer.sendall(header[place : place + 1])
+                await receiver.arrived(0)
+                await receiver.taken()
+            assert await receiver.result() == known(header)
+            # Each byte is found, and then its absence; the first look may have been before the first byte.
+            assert receiver.side.looks <= 2 * len(header) + 1
+
+    run(main)
+
+
+@headers
+def test_nobody_looks_again_before_more_of_the_header_comes(header: bytes) -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop) as receiver:
+            receiver.start()
+            receiver.peer.sendall(header[:-1])
+            await receiver.taken()
+            await receiver.settle()
+            looks = receiver.side.looks
+            await receiver.settle(100)
+            assert receiver.side.looks == looks
+            receiver.peer.sendall(header[-1:])
+            assert await receiver.result() == known(header)
+
+    run(main)
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(WHOLE), st.data())
+def test_a_stream_that_is_cut_anywhere_has_the_same_header(header: bytes, data: st.DataObject) -> None:
+    stream = header + b"question"
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=4).map(sorted))
+    parts = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+
+    async def main(loop: Loop) -> None:
+        with Receiver(loop) as receiver:
+            receiver.start()
+            for part in parts:
+                receiver.peer.sendall(part)
+                await receiver.settle(3)
+            assert await receiver.result() == known(header)
+            await receiver.arrived(8)
+            assert receiver.side.read(100) == b"question"
+
+    run(main)
+
+
+@headers
+def test_the_end_of_the_stream_within_a_header_is_an_error(header: bytes) -> None:
+    async def main(loop: Loop) -> None:
+        for size in {0, 1, 5, 12, 13, 15, 16, 27, len(header) // 2, len(header) - 1}:
+            if size >= len(header):
+                continue
+            with Receiver(loop) as receiver:
+                receiver.peer.sendall(header[:size])
+                receiver.peer.shutdown(socket.SHUT_WR)
+                receiver.start()
+                error = await receiver.result()
+                assert isinstance(error, HeaderError)
+                assert isinstance(error, NoHeaderError) is (size == 0)
+                after = f" after {header[:size][:16]!r}" if size else ""
+                assert re.fullmatch(f"expected .*, found the end of the stream{re.escape(after)}", str(error))
+
+    run(main)
+
+
+@pairs
+def test_the_end_of_the_stream_is_noticed_while_the_header_is_waited_for(pair: Pair) -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop, pair) as receiver:
+            receiver.start()
+            receiver.peer.sendall(LINE[:20])
+            await receiver.taken()
+            await receiver.settle()
+            assert receiver.outcome is None
+            receiver.peer.shutdown(socket.SHUT_WR)
+            assert isinstance(await receiver.result(), HeaderError)
+
+    run(main)
+
+
+@pytest.mark.parametrize("data", [b"G", b"GET / HTTP/1.1\r\nHost: x\r\n", LINE.replace(b"443", b"77777"), b"\r\n\r\nx"])
+def test_what_is_no_header_is_refused_at_once(data: bytes) -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop) as receiver:
+            receiver.start()
+            receiver.peer.sendall(data)
+            assert isinstance(await receiver.result(), HeaderError)
+
+    run(main)
+
+
+@pytest.mark.parametrize("size", [0, 1, 20, len(LINE) - 1])
+@pytest.mark.parametrize("waiting", [True, False])
+def test_an_abort_within_the_header_is_told(size: int, waiting: bool) -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop) as receiver:
+            if waiting:
+                receiver.start()
+            receiver.peer.sendall(LINE[:size])
+            if waiting:
+                await receiver.taken()
+                await receiver.settle()
+            reset(receiver.peer)
+            if not waiting:
+                receiver.start()
+            assert isinstance(await receiver.result(), ConnectionAbortedError)
+            assert receiver.side.aborted
+
+    run(main)
+
+
+def test_a_header_before_an_abort_is_received_and_so_is_what_follows() -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop) as receiver:
+            receiver.peer.sendall(LINE + b"last words")
+            reset(receiver.peer)
+            receiver.start()
+            assert await receiver.result() == Header(CLIENT4, SERVER4)
+            assert receiver.side.read(10) == b"last words"
+            while not receiver.side.ready & ERR:
+                await loop.yield_turn()
+
+    run(main)
+
+
+@pytest.mark.parametrize("begun", [b"", b"P", LINE[:-1], v2(block=BLOCK4)[:20]])
+def test_a_header_that_is_late_is_given_up_even_if_bytes_keep_coming(begun: bytes) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with Receiver(loop) as receiver:
+            receiver.start(loop.now + 5)
+            for place in range(len(begun)):
+                receiver.peer.sendall(begun[place : place + 1])
+                await receiver.taken()
+                await receiver.settle(2)
+                clock.advance(4.9 / len(begun))
+            await receiver.settle()
+            assert receiver.outcome is None
+            clock.advance(5.0)
+            error = await receiver.result()
+            assert isinstance(error, TimeoutError)
+            assert str(error) == f"expected a PROXY protocol header in time, found {begun[:16]!r}"
+
+    run(main, clock)
+
+
+def test_a_header_that_is_there_at_the_deadline_is_in_time() -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop) as receiver:
+            receiver.peer.sendall(LINE)
+            await receiver.arrived(len(LINE))
+            receiver.start(loop.now)
+            assert await receiver.result() == Header(CLIENT4, SERVER4)
+
+    run(main)
+
+
+def test_a_header_may_be_larger_than_the_buffer_of_the_socket() -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop, small_pair) as receiver:
+            assert receiver.side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < len(LARGEST) // 2
+            thread = threading.Thread(target=receiver.peer.sendall, args=(LARGEST + b"question",))
+            thread.start()
+            receiver.start()
+            assert await receiver.result() == Header(CLIENT4, SERVER4)
+            thread.join(PATIENCE)
+            await receiver.arrived(8)
+            assert receiver.side.read(100) == b"question"
+
+    run(main)
+
+
+def test_a_large_header_is_read_in_large_parts() -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop, unix_pair) as receiver:
+            receiver.peer.sendall(LARGEST + b"question")
+            receiver.start()
+            assert receiver.outcome == Header(CLIENT4, SERVER4)
+            assert receiver.side.looks == 2
+            assert receiver.side.read(100) == b"question"
+
+    run(main)
+
+
+def test_urgent_data_in_a_header_is_passed_over_like_anywhere() -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop) as receiver:
+            receiver.start()
+            receiver.peer.sendall(LINE[:20])
+            receiver.peer.send(b"!", socket.MSG_OOB)
+            receiver.peer.sendall(LINE[20:] + b"question")
+            assert await receiver.result() == Header(CLIENT4, SERVER4)
+            await receiver.arrived(8)
+            assert receiver.side.read(100) == b"question"
+
+    run(main)
+
+
+@pairs
+@versions
+@pytest.mark.parametrize("early", [True, False], ids=["there before", "there later"])
+@pytest.mark.parametrize("data", [b"", b"question", b"question" * 20_000])
+def test_a_relay_finds_the_data_and_the_end_that_came_with_the_header(
+    pair: Pair, version: str, early: bool, data: bytes
+) -> None:
+    header = encode(version, CLIENT6, SERVER6)
+
+    async def main(loop: Loop) -> None:
+        with Receiver(loop, pair) as receiver:
+            backend, far = pair()
+            far.setblocking(False)
+            sender = threading.Thread(target=send_and_close, args=(receiver.peer, header + data))
+            got: list[bytes] = []
+            reader = threading.Thread(target=lambda: got.append(receive_all(backend)))
+            side = Side(loop, socket.SocketType(far.family, far.type, 0, far.detach()))
+            if early:
+                sender.start()
+                await receiver.arrived(len(header) + min(len(data), 8))
+            receiver.side.watch()
+            side.watch()
+            if not early:
+                sender.start()
+            assert await receive(loop, receiver.side, loop.now + PATIENCE) == Header(CLIENT6, SERVER6)
+            pool = Pipes()
+            relay = Relay(loop, receiver.side, side, pool, PATIENCE, PATIENCE)
+            reader.start()
+            backend.shutdown(socket.SHUT_WR)
+            try:
+                assert await relay.run() in ("client-closed", "backend-closed")
+            finally:
+                relay.close()
+                pool.close()
+            sender.join(PATIENCE)
+            reader.join(PATIENCE)
+            backend.close()
+            assert got == [data]
+
+    run(main)
+
+
+# Exchanged with others
+
+
+def local(family: int) -> str:
+    """The loopback address; skips where there is none."""
+    host = "127.0.0.1" if family == socket.AF_INET else "::1"
+    try:
+        socket.create_server((host, 0), family=socket.AddressFamily(family)).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+    return host
+
+
+@contextmanager
+def backend() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        yield listener
+
+
+def accepted(listener: socket.socket) -> tuple[Header, bytes]:
+    """The header of the next connection, and all that follows it."""
+    sock, _ = listener.accept()
+    with sock:
+        sock.settimeout(PATIENCE)
+        data = receive_all(sock)
+    found = parse(data)
+    assert found, data
+    return found[0], data[found[1] :]
+
+
+def say(host: str, port: int, data: bytes) -> HostPort:
+    """Connect, send this, end the stream; the address it came from."""
+    with socket.create_connection((host, port), PATIENCE) as sock:
+        sock.sendall(data)
+        name = sock.getsockname()
+        sock.shutdown(socket.SHUT_WR)
+        receive_all(sock)
+        return name[0], name[1]
+
+
+families = pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])
+
+
+def exchange(listener: socket.socket, host: str, port: int) -> None:
+    """What the backend finds is who connected, to where, and what he said."""
+    found: list[tuple[Header, bytes]] = []
+    thread = threading.Thread(target=lambda: found.append(accepted(listener)))
+    thread.start()
+    client = say(host, port, b"question")
+    thread.join(PATIENCE)
+    assert found == [(Header(client, (host, port)), b"question")]
+
+
+@families
+@pytest.mark.parametrize("option", ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options crc32c,unique-id"])
+def test_what_haproxy_sends_is_parsed(family: int, option: str) -> None:
+    host = local(family)
+    with backend() as listener:
+        config = f"""
+listen test
+    mode tcp
+    unique-id-format %{{+X}}o\\ %ci:%cp_%Ts
+    bind {host}:@PORT@
+    server backend 127.0.0.1:{listener.getsockname()[1]} {option}
+"""
+        with haproxy(config, host) as port:
+            exchange(listener, host, port)
+
+
+@pytest.mark.parametrize("option", ["send-proxy", "send-proxy-v2"])
+def test_what_haproxy_sends_for_a_unix_client_is_parsed(tmp_path: Path, option: str) -> None:
+    with backend() as listener:
+        config = f"""
+listen test
+    mode tcp
+    bind 127.0.0.1:@PORT@
+    bind {tmp_path}/socket
+    server backend 127.0.0.1:{listener.getsockname()[1]} {option}
+"""
+        with haproxy(config), socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/socket")
+            client.sendall(b"question")
+            client.shutdown(socket.SHUT_WR)
+            assert accepted(listener) == (NOBODY, b"question")
+
+
+@pytest.mark.parametrize("option", ["send-proxy", "send-proxy-v2"])
+def test_a_health_check_of_haproxy_is_parsed(option: str) -> None:
+    with backend() as listener:
+        config = f"""
+listen test
+    mode tcp
+    bind 127.0.0.1:@PORT@
+    server backend 127.0.0.1:{listener.getsockname()[1]} {option} check inter 100ms
+"""
+        with haproxy(config):
+            sock, address = listener.accept()
+            with sock:
+                # Not up to the end of the stream: the check ends in RST.
+                found = parse(sock.recv(V1_MAX))
+            assert found
+            assert found[0] == (NOBODY if option == "send-proxy-v2" else Header(address, listener.getsockname()))
+
+
+@families
+def test_what_nginx_sends_is_parsed(family: int) -> None:
+    host = local(family)
+    where = f"[{host}]" if ":" in host else host
+    with backend() as listener:
+        target = f"127.0.0.1:{listener.getsockname()[1]}"
+        config = f"stream {{ server {{ listen {where}:@PORT@; proxy_pass {target}; proxy_protocol on; }} }}"
+        with nginx(config, host) as port:
+            exchange(listener, host, port)
+
+
+@pytest.fixture(scope="module")
+def accepting_haproxy() -> Iterator[int]:
+    config = """
+listen test
+    mode http
+    bind 127.0.0.1:@PORT@ accept-proxy
+    http-request return status 200 content-type text/plain lf-string "%[src] %[src_port] %[dst] %[dst_port]"
+"""
+    with haproxy(config) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def accepting_nginx() -> Iterator[int]:
+    names = " ".join(f"$proxy_protocol_{name}" for name in ("addr", "port", "server_addr", "server_port"))
+    with nginx(f'stream {{ server {{ listen 127.0.0.1:@PORT@ proxy_protocol; return "{names}"; }} }}') as port:
+        yield port
+
+
+def ask(port: int, data: bytes) -> tuple[str, HostPort]:
+    """What is answered to this, and the address it came from."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as sock:
+        sock.sendall(data)
+        name = sock.getsockname()
+        return receive_all(sock).decode().rpartition("\r\n\r\n")[2], (name[0], name[1])
+
+
+def told(source: HostPort, destination: HostPort) -> str:
+    hosts = [
+        host if ":" in host or ":" not in source[0] + destination[0] else f"::ffff:{host}"
+        for host in (source[0], destination[0])
+    ]
+    return f"{hosts[0]} {source[1]} {hosts[1]} {destination[1]}"
+
+
+relayed = pytest.mark.parametrize(
+    ("source", "destination"),
+    [(CLIENT4, SERVER4), (CLIENT6, SERVER6), (CLIENT4, SERVER6), (CLIENT6, SERVER4), (("0.0.0.0", 1), ("::", 65535))],
+)
+
+
+@versions
+@relayed
+def test_haproxy_accepts_what_is_encoded(
+    accepting_haproxy: int, version: str, source: HostPort, destination: HostPort
+) -> None:
+    header = encode(version, source, destination)
+    assert ask(accepting_haproxy, header + b"GET / HTTP/1.0\r\n\r\n")[0] == told(source, destination)
+
+
+@versions
+def test_haproxy_takes_the_addresses_of_the_connection_where_none_are_encoded(
+    accepting_haproxy: int, version: str
+) -> None:
+    answer, own = ask(accepting_haproxy, encode(version, None, None) + b"GET / HTTP/1.0\r\n\r\n")
+    assert answer == told(own, ("127.0.0.1", accepting_haproxy))
+
+
+@versions
+@relayed
+def test_nginx_accepts_what_is_encoded(
+    accepting_nginx: int, version: str, source: HostPort, destination: HostPort
+) -> None:
+    assert ask(accepting_nginx, encode(version, source, destination))[0] == told(source, destination)
+
+
+@versions
+def test_nginx_accepts_that_no_addresses_are_encoded(accepting_nginx: int, version: str) -> None:
+    assert ask(accepting_nginx, encode(version, None, None))[0] == "   "
