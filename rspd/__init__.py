@@ -20,6 +20,7 @@ flow            one direction of a connection: copied or spliced
 proxy_protocol  who the client is, as one proxy tells the next
 side            one side of a connection: a socket and its readiness
 pipes           pipes for splice(2), shared by the flows
+access          who may come, and what is said of those who may not
 loop            the epoll loop: tasks, readiness, timers, wake-up by signals and threads
 config          file and command line -> named tuples, all keys and defaults
 yamlfile        a YAML file as keys and values with their lines
