@@ -3,6 +3,7 @@
 The modules, from the top down; each imports only from those below it:
 
 cli             the command line: options over the configuration file, --check, exit codes
+description     what a configuration makes rspd do, in words
 service         one run: proxies, loop, signals, reload, drain, what systemd hears of it
 process         becoming a daemon: detaching, and where the log goes then
 pidfile         the pid file
@@ -23,6 +24,8 @@ pipes           pipes for splice(2), shared by the flows
 access          who may come, and what is said of those who may not
 loop            the epoll loop: tasks, readiness, timers, wake-up by signals and threads
 config          file and command line -> named tuples, all keys and defaults
+schema          a file's entries read by tables of keys, with all that is wrong
+values          single values: durations, numbers, switches, words
 yamlfile        a YAML file as keys and values with their lines
 log             the log on stderr
 networks        networks: which clients are in them, and what a client is known by

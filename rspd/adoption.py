@@ -26,7 +26,8 @@ def addresses_to_bind(config: ProxyConfig, adopted: Sequence[Listener]) -> list[
     if named:
         unnamed = [name for name in passed if name not in named]
         errors += [f"socket {name!r} from systemd: not in listen; add fd://{name}, or stop it" for name in unnamed]
-    errors += own_listeners([listener.address for listener in adopted], config.backends)
+    backends = [backend.address for backend in config.backends]
+    errors += own_listeners([listener.address for listener in adopted], backends)
     if errors:
         raise ConfigError(errors)
     return [address for address in config.listen if not address.passed] if named or not passed else []

@@ -13,6 +13,10 @@ Cause = Literal[
     "backend-unreachable",  # no way to the backend's host
     "backend-unknown",  # the backend's name has no address
     "connect-timeout",  # no backend was reached within connect_timeout
+    "backend-down",  # its backend went down and on_down is abort; or all of them are, by their checks
+    "queue-timeout",  # no backend was to be had within queue_timeout
+    "bad-header",  # no PROXY protocol header where accept_proxy expects one
+    "header-timeout",  # none of it, or not all, within accept_proxy_timeout
     "drain-timeout",  # still open when drain_timeout had passed, or at the second signal to end
     "error",  # an unexpected error, logged with its traceback
 ]

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from rspd import __version__
 from rspd.address import parse_address
-from rspd.config import DEFAULT_FILE, PARSERS, Config, load_config, parse_backend
+from rspd.config import DEFAULT_FILE, GENERAL_KEYS, PROXY_KEYS, BackendConfig, Config, load_config, parse_backend
 from rspd.errors import StartError
 from rspd.log import complain, set_up
 from rspd.pidfile import PidFile
@@ -53,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if path is None and not {"listen", "backends"} & overrides.keys():
             path = DEFAULT_FILE
         if options.check:
+            from rspd.description import describe  # for this only
+
             config = _load_first(path, overrides, sockets=True)
-            print(f"{path or 'command line'}: valid; {describe(config)}")
+            print(f"{path or 'command line'}: valid", *describe(config), sep="\n")
             return 0
         sockets = take_sockets()
         config = _load_first(path, overrides, sockets=bool(sockets))
@@ -68,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 starter.release(0)
 
         if not options.foreground and not started_by_systemd():
-            starter = detach([sock.fileno() for _, sock in sockets], 2 * config.proxy.max_connections)
+            connections = sum(proxy.max_connections for proxy in config.proxies)
+            starter = detach([sock.fileno() for _, sock in sockets], 2 * connections)
         set_up(config.log_level)
         with PidFile(options.pid_file) if options.pid_file else nullcontext():
             run(config, load if path else None, sockets, notifier, on_ready)
@@ -98,15 +101,6 @@ def _load_first(path: str | None, overrides: dict[str, Any], sockets: bool) -> C
         raise StartError(f"{path}: cannot be read: {error.strerror}; {advice}", code, error.errno or 0) from None
 
 
-def describe(config: Config) -> str:
-    """What a configuration makes rspd do, in words."""
-    proxy = config.proxy
-    count = "one connection" if proxy.max_connections == 1 else f"{proxy.max_connections} connections"
-    listen = ", ".join(map(str, proxy.listen)) or "what a socket unit passes (there is no listen)"
-    shared = " (port shared, reuse_port)" if proxy.reuse_port else ""
-    return f"listening on {listen}{shared}, relaying to {', '.join(map(str, proxy.backends))}, {count} at a time"
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with the exit code of sysexits(3)."""
 
@@ -131,12 +125,22 @@ def _parser() -> argparse.ArgumentParser:
     add("-c", "--config", metavar="FILE", help="the configuration file")
     add("-l", "--listen", metavar="ADDRESS", action="append", type=_checked(parse_address), help="listen there")
     add("-b", "--backend", metavar="ADDRESS", action="append", type=_checked(parse_backend), help="relay to there")
-    add("--max-connections", metavar="N", type=_checked(PARSERS["max_connections"]), help="serve N clients at once")
-    add("--log-level", metavar="LEVEL", type=_checked(PARSERS["log_level"]), help="debug, info, warning or error")
+    add(
+        "--max-connections",
+        metavar="N",
+        type=_checked(PROXY_KEYS["max_connections"].parse),
+        help="serve N clients at once",
+    )
+    add(
+        "--log-level",
+        metavar="LEVEL",
+        type=_checked(GENERAL_KEYS["log_level"].parse),
+        help="debug, info, warning or error",
+    )
     add(
         "--exit-idle-time",
         metavar="DURATION",
-        type=_checked(PARSERS["exit_idle_time"]),
+        type=_checked(GENERAL_KEYS["exit_idle_time"].parse),
         help="end when idle for so long",
     )
     add("--foreground", action="store_true", help="stay in the foreground")
@@ -183,7 +187,7 @@ def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
             parser.error(str(error))
     values = {
         "listen": tuple(dict.fromkeys(listen)) if listen else None,
-        "backends": tuple(dict.fromkeys(backends)) if backends else None,
+        "backends": tuple(BackendConfig(address) for address in dict.fromkeys(backends)) if backends else None,
         "max_connections": options.max_connections,
         "log_level": options.log_level,
         "exit_idle_time": options.exit_idle_time,

@@ -3,22 +3,66 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import Any, NamedTuple
 
 from rspd.address import Address, parse_address
 from rspd.log import LEVELS
-from rspd.yamlfile import ConfigError, Entry, Item, read_entries
+from rspd.networks import Network, parse_network
+from rspd.schema import Many, Report, Scalar, Settings, Table, read_keys
+from rspd.values import (
+    OFF,
+    number_or,
+    one_of,
+    one_of_or_off,
+    parse_bytes,
+    parse_duration,
+    parse_finite_duration,
+    parse_host,
+    parse_http_path,
+    parse_status,
+    parse_switch,
+    parse_wait,
+    whole_number,
+)
+from rspd.yamlfile import ConfigError, Value, read_entries
 
 DEFAULT_FILE = "/etc/rspd.yaml"
 
 
+class BackendConfig(NamedTuple):
+    """One backend of a proxy, and what it gets of the connections."""
+
+    address: Address
+    weight: int = 1
+    backup: bool = False  # gets connections only while no other is up
+    max_connections: float = inf  # at once; further ones wait, or go elsewhere
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+
+class HealthConfig(NamedTuple):
+    """How backends are checked: by connecting, and by an answer to `http` or `send`. Durations are in seconds."""
+
+    interval: float = 5.0
+    timeout: float = 2.0  # of one check, connecting included
+    rise: int = 2  # good checks in a row until a backend is up
+    fall: int = 3  # bad ones until it is down
+    http: str = ""  # the path to GET
+    host: str = ""  # the Host header; else the backend's address
+    status: tuple[tuple[int, int], ...] = ((200, 399),)  # the good ones, from and to
+    send: bytes = b""  # what to send first
+    expect: bytes = b""  # what the answer has to contain
+
+
 class ProxyConfig(NamedTuple):
-    """One proxy. Durations are in seconds, `inf` for off."""
+    """One proxy. Durations are in seconds; `inf` is off, or no limit."""
 
     listen: tuple[Address, ...]  # may be empty where systemd passes sockets
-    backends: tuple[Address, ...]
+    backends: tuple[BackendConfig, ...]
+    name: str = ""  # empty where the file has one proxy, without a name
     max_connections: int = 1
     backlog: int = 128
     reuse_port: bool = False  # of TCP listeners of our own
@@ -26,85 +70,170 @@ class ProxyConfig(NamedTuple):
     idle_timeout: float = 60.0
     half_close_timeout: float = 30.0
     drain_timeout: float = 30.0
+    balance: str = "round-robin"  # one of BALANCES
+    resolve: str = "one"  # one: a name is one backend; each: each address of it is one
+    resolve_interval: float = 10.0  # how often names are looked up again; finite
+    retries: float = inf  # further backends tried for a client; inf: all
+    max_fails: int = 1  # within fail_timeout, until a backend is out
+    fail_timeout: float = 10.0  # finite
+    queue_timeout: float = 0.0  # how long clients wait while no backend is up; finite, 0: not at all
+    health: HealthConfig | None = None
+    on_down: str = "keep"  # keep, or abort: what becomes of the connections of a backend that went down
+    send_proxy: str = ""  # v1, v2, or empty for off
+    accept_proxy: tuple[Network, ...] = ()  # the peers that send a PROXY header
+    accept_proxy_timeout: float = 5.0  # finite
+    allow: tuple[Network, ...] = ()  # empty: everybody
+    deny: tuple[Network, ...] = ()
+    max_connections_per_client: float = inf
 
 
 class Config(NamedTuple):
     """All of it."""
 
-    proxy: ProxyConfig
+    proxies: tuple[ProxyConfig, ...]
     log_level: str = "info"
     exit_idle_time: float = inf
 
-
-# Values
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of `500ms`, `5s`, `2m`, `1h`, a bare number of seconds, or `off`. Raises ValueError."""
-    if text.lower() in ("off", "no", "false"):  # YAML's ways to write it
-        return inf
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|)", text, re.ASCII)
-    seconds = float(match[1]) * {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}[match[2]] if match else 0
-    if not seconds:
-        raise ValueError(f"expected a duration above 0, as 500ms, 5s, 2m or 1h, or off, found {text!r}")
-    return seconds
+    @property
+    def proxy(self) -> ProxyConfig:
+        """The first proxy, where there is but one."""
+        return self.proxies[0]
 
 
-def parse_switch(text: str) -> bool:
-    """True or False, in YAML's ways to write it. Raises ValueError."""
-    word = text.lower()
-    if word in ("true", "yes", "on"):
-        return True
-    if word in ("false", "no", "off"):
-        return False
-    raise ValueError(f"expected true or false, found {text!r}")
+# Keys
 
+BALANCES = ("round-robin", "least-connections", "random", "source")
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """A parser of whole numbers within bounds, which raises ValueError for anything else."""
+CONNECTIONS_MAX = 1_000_000
 
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
-            raise ValueError(f"expected a whole number from {low} to {high}, found {text!r}")
-        return int(text)
-
-    return parse
-
-
-def parse_log_level(text: str) -> str:
-    """A key of LEVELS. Raises ValueError."""
-    if text not in LEVELS:
-        raise ValueError(f"expected one of {', '.join(LEVELS)}, found {text!r}")
-    return text
+DIALLED = "HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
 
 
 def parse_backend(text: str) -> Address:
     """An address that can be dialled. Raises ValueError."""
-    forms = "HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
-    address = parse_address(text, forms)
+    address = parse_address(text, DIALLED)
     if not address.path and not (address.host and address.port):
-        raise ValueError(f"expected {forms}, found {text!r}")
+        raise ValueError(f"expected {DIALLED}, found {text!r}")
     return address
 
 
-PARSERS: Mapping[str, Callable[[str], Any]] = {
-    "listen": parse_address,
-    "backends": parse_backend,
-    "max_connections": whole_number(1, 1_000_000),
-    # listen(2) takes what net.core.somaxconn allows; an int is what it takes at all.
-    "backlog": whole_number(1, 2**31 - 1),
-    "reuse_port": parse_switch,
-    "connect_timeout": parse_duration,
-    "idle_timeout": parse_duration,
-    "half_close_timeout": parse_duration,
-    "drain_timeout": parse_duration,
-    "log_level": parse_log_level,
-    "exit_idle_time": parse_duration,
+def _parse_no_health(text: str) -> None:
+    if text.lower() not in OFF:
+        raise ValueError(f"expected a mapping, as {{http: /health}} or {{}}, or off, found {text!r}")
+
+
+def _check_health(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in ("send", "expect") if "http" in settings else ("host", "status"):
+        if key in settings:
+            with_http = "cannot stand beside http" if "http" in settings else "needs http beside it"
+            yield key, with_http
+
+
+BACKEND_KEYS: Mapping[str, Scalar] = {
+    "address": Scalar(parse_backend),
+    "weight": Scalar(whole_number(1, 1000)),
+    "backup": Scalar(parse_switch),
+    "max_connections": Scalar(number_or("off", 1, CONNECTIONS_MAX)),
 }
 
-LISTS = ("listen", "backends")
+HEALTH_KEYS: Mapping[str, Scalar] = {
+    "interval": Scalar(parse_finite_duration),
+    "timeout": Scalar(parse_finite_duration),
+    "rise": Scalar(whole_number(1, 100)),
+    "fall": Scalar(whole_number(1, 100)),
+    "http": Scalar(parse_http_path),
+    "host": Scalar(parse_host),
+    "status": Many(Scalar(parse_status, "a status"), "status", separator=","),
+    "send": Scalar(parse_bytes),
+    "expect": Scalar(parse_bytes),
+}
 
-SPELLINGS = {"backend": "backends"}
+_BACKEND = Table(
+    BACKEND_KEYS,
+    BackendConfig,
+    lambda text: BackendConfig(parse_backend(text)),
+    "an address or a mapping",
+    required={"address": DIALLED},
+)
+_NETWORK = Scalar(parse_network, "a network")
+
+PROXY_KEYS: Mapping[str, Scalar] = {
+    "listen": Many(Scalar(parse_address, "an address"), "address"),
+    "backends": Many(_BACKEND, "backend"),
+    "max_connections": Scalar(whole_number(1, CONNECTIONS_MAX)),
+    # listen(2) takes what net.core.somaxconn allows; an int is what it takes at all.
+    "backlog": Scalar(whole_number(1, 2**31 - 1)),
+    "reuse_port": Scalar(parse_switch),
+    "connect_timeout": Scalar(parse_duration),
+    "idle_timeout": Scalar(parse_duration),
+    "half_close_timeout": Scalar(parse_duration),
+    "drain_timeout": Scalar(parse_duration),
+    "balance": Scalar(one_of(BALANCES)),
+    "resolve": Scalar(one_of(("one", "each"))),
+    "resolve_interval": Scalar(parse_finite_duration),
+    "retries": Scalar(number_or("all", 0, 1000)),
+    "max_fails": Scalar(whole_number(1, 1000)),
+    "fail_timeout": Scalar(parse_finite_duration),
+    "queue_timeout": Scalar(parse_wait),
+    "health": Table(HEALTH_KEYS, HealthConfig, _parse_no_health, "a mapping or off", check=_check_health),
+    "on_down": Scalar(one_of(("keep", "abort"))),
+    "send_proxy": Scalar(one_of_or_off("v1", "v2")),
+    "accept_proxy": Many(_NETWORK, "network", none=OFF),
+    "accept_proxy_timeout": Scalar(parse_finite_duration),
+    "allow": Many(_NETWORK, "network", none=("all",)),
+    "deny": Many(_NETWORK, "network", none=OFF),
+    "max_connections_per_client": Scalar(number_or("off", 1, CONNECTIONS_MAX)),
+}
+
+GENERAL_KEYS: Mapping[str, Scalar] = {
+    "log_level": Scalar(one_of(LEVELS)),
+    "exit_idle_time": Scalar(parse_duration),
+}
+
+# What the top of the file has to say of all, and a proxy of itself alone.
+_ABOVE = dict.fromkeys(GENERAL_KEYS, "belongs to the top of the file, it is for all proxies")
+_OWN = ("listen", "backends")
+
+
+class _Draft(NamedTuple):
+    """A proxy of the file as it is read."""
+
+    name: str
+    line: int | None
+    settings: Settings
+
+    @property
+    def key(self) -> str:
+        return f"proxies.{self.name}" if self.name else ""
+
+    def path(self, key: str) -> str:
+        return f"{self.key}.{key}" if self.name else key
+
+
+class _Proxies(Scalar):
+    """Names, each with the keys of a proxy."""
+
+    def read(self, value: Value, key: str, report: Report, expected: str = "") -> list[_Draft] | None:
+        if value.entries is None or not value.entries:
+            found = value.kind if value.entries is None else "none"
+            report.add(value.line, key, f"expected names, each with the keys of a proxy, found {found}")
+            return None
+        drafts: dict[str, _Draft] = {}
+        for line, name, proxy in value.entries:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+                what = "expected a name of up to 64 letters, digits, _, . and -"
+                report.add(line, key, f"{what}, found {name!r}")
+            elif name in drafts:
+                report.add(line, f"{key}.{name}", f"given a second time, first in line {drafts[name].line}")
+            elif proxy.entries is None:
+                report.add(proxy.line, f"{key}.{name}", f"expected the keys of a proxy, found {proxy.kind}")
+            else:
+                settings = read_keys(PROXY_KEYS, proxy.entries, f"{key}.{name}.", report, _ABOVE)
+                drafts[name] = _Draft(name, line, settings)
+        return list(drafts.values())
+
+
+_TOP_KEYS = {**PROXY_KEYS, **GENERAL_KEYS, "proxies": _Proxies(str)}
 
 
 def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool = False) -> Config:
@@ -115,84 +244,76 @@ def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool =
     options: parsed values by the names of the fields of Config and ProxyConfig.
     Raises ConfigError with all that is wrong, or OSError if the file cannot be read.
     """
-    errors: list[str] = []
-    settings: dict[str, Any] = {}
-    given = set(options)
+    report = Report(path or "command line")
+    top = Settings({}, {})
     if path is not None:
-        entries = read_entries(path)
-        given.update(SPELLINGS.get(entry.key, entry.key) for entry in entries)
-        settings = parse_entries(path, entries, errors)
-    settings.update(options)
-    source = path or "command line"
-    for key, name, what in (("listen", "listen", "listen on"), ("backends", "backend", "relay to")):
-        if key == "listen" and sockets:
-            settings.setdefault(key, ())
-        elif key not in given:
-            errors.append(f"{source}: {name}: missing, expected an address to {what}")
-    if not errors:
-        errors += (f"{source}: {what}" for what in contradictions(settings["listen"], settings["backends"]))
-    if errors:
-        raise ConfigError(errors)
-    general = {name: settings.pop(name) for name in ("log_level", "exit_idle_time") if name in settings}
-    return Config(ProxyConfig(**settings), **general)
+        top = read_keys(_TOP_KEYS, read_entries(path), "", report)
+    given = {name: value for name, value in options.items() if name in PROXY_KEYS}
+    general = {name: value for name, value in {**top.values, **options}.items() if name in GENERAL_KEYS}
+    defaults = {name: value for name, value in top.values.items() if name in PROXY_KEYS}
+    drafts = [_Draft("", None, Settings({}, top.seen))]
+    if proxies := top.seen.get("proxies"):
+        drafts = top.values["proxies"] or []
+        for entry in (top.seen[name] for name in _OWN if name in top.seen):
+            report.add(entry.line, entry.key, "belongs to one proxy, move it into each below proxies")
+        if any(name in given for name in _OWN):
+            what = "each has its addresses here; leave out those on the command line, or change the file"
+            report.add(proxies.line, proxies.key, what)
+    for draft in drafts:
+        for name, short, what in (("listen", "listen", "listen on"), ("backends", "backend", "relay to")):
+            if name not in draft.settings.seen and name not in given and not (sockets and name == "listen"):
+                report.add(draft.line, draft.path(short), f"missing, expected an address to {what}")
+    if not report:
+        made = [
+            ProxyConfig(**{"listen": (), **defaults, **draft.settings.values, **given, "name": draft.name})
+            for draft in drafts
+        ]
+        for draft, proxy in zip(drafts, made, strict=True):
+            _check_proxy(draft, proxy, report)
+        _check_together(drafts, made, report)
+    if report:
+        raise ConfigError(report.errors)
+    return Config(tuple(made), **general)
 
 
-def parse_entries(path: str, entries: Sequence[Entry], errors: list[str]) -> dict[str, Any]:
-    """The settings that a file's keys make, by the names of the fields; adds what is wrong with them to `errors`."""
-    settings: dict[str, Any] = {}
-    seen: dict[str, Entry] = {}
-    for entry in entries:
-        place = f"{path}:{entry.line}: {entry.key}"
-        name = SPELLINGS.get(entry.key, entry.key)
-        if name not in PARSERS:
-            errors.append(f"{place}: unknown key, {_suggest(entry.key)}")
-        elif name in seen:
-            errors.append(f"{place}: given a second time, first as {seen[name].key} in line {seen[name].line}")
-        elif entry.is_list and name not in LISTS:
-            errors.append(f"{place}: expected one value, found a list")
-        elif isinstance(entry.value, str):
-            expected = (
-                ("an address" if entry.is_list else "an address or a list of them") if name in LISTS else "one value"
-            )
-            errors.append(f"{place}: expected {expected}, found {entry.value}")
-        elif not entry.value:
-            errors.append(f"{place}: expected at least one address, found an empty list")
-        else:
-            values = _parse_items(path, entry, PARSERS[name], errors)
-            settings[name] = tuple(values) if name in LISTS else values[0] if values else None
-        seen.setdefault(name, entry)
-    return settings
+def _check_proxy(draft: _Draft, proxy: ProxyConfig, report: Report) -> None:
+    if all(backend.backup for backend in proxy.backends):
+        entry = draft.settings.seen["backends"]
+        report.add(entry.line, draft.path(entry.key), "expected one that is no backup, found none")
+    for what in contradictions(proxy.listen, [backend.address for backend in proxy.backends]):
+        report.add(draft.line, draft.key, what)
 
 
-def _parse_items(path: str, entry: Entry, parse: Callable[[str], Any], errors: list[str]) -> list[Any]:
-    values: list[Any] = []
-    for item in entry.value:
-        assert isinstance(item, Item)
-        place = f"{path}:{item.line}: {entry.key}"
-        try:
-            value = parse(item.text)
-        except ValueError as error:
-            errors.append(f"{place}: {error}")
-            continue
-        if value in values:
-            errors.append(f"{place}: {value} is listed twice")
-        values.append(value)
-    return values
+def _check_together(drafts: Sequence[_Draft], proxies: Sequence[ProxyConfig], report: Report) -> None:
+    """What proxies take from each other."""
+    for index, (draft, proxy) in enumerate(zip(drafts, proxies, strict=True)):
+        for address in proxy.listen:
+            others = ((other, taken) for other in proxies[:index] for taken in other.listen)
+            for other, taken in others:
+                if covers(taken, address) or covers(address, taken):
+                    entry = draft.settings.seen["listen"]
+                    what = f"{address} cannot be bound twice, {other.name} listens on {taken}"
+                    report.add(entry.line, draft.path(entry.key), what)
+                    break
 
 
-def _suggest(key: str) -> str:
-    import difflib  # slow to import, and for this message only
-
-    keys = sorted({*PARSERS, *SPELLINGS} - set(SPELLINGS.values()))
-    close = difflib.get_close_matches(key, keys, 1)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(keys)}"
+def covers(address: Address, other: Address) -> bool:
+    """Whether who listens on an address has another one, too."""
+    if address == other:
+        return True
+    if address.path or address.passed or address.port != other.port or not address.port or other.path or other.passed:
+        return False
+    v4 = other.host == "localhost" or other.host.replace(".", "").isdigit()
+    v6 = other.host == "localhost" or ":" in other.host
+    return {"": True, "0.0.0.0": v4, "::": v6}.get(address.host, False)
 
 
 def contradictions(listen: Sequence[Address], backends: Sequence[Address]) -> Iterator[str]:
     """What is wrong between addresses: one that another covers, or a backend that is the proxy itself."""
     for address in listen:
-        if address.port and not address.path and address != Address(port=address.port) in listen:
-            yield f"listen {address.port} covers {address} too, which cannot be bound twice"
+        for other in listen:
+            if address != other and covers(address, other):
+                yield f"listen {address} covers {other} too, which cannot be bound twice"
     yield from own_listeners(listen, backends)
 
 

@@ -43,7 +43,7 @@ class Proxy:
         self.resolver = Resolver(loop)
         self.shortage = Shortage(loop)
         self.pipes = Pipes(pipes)
-        self.backends = Backends(loop, config.backends, self.resolver, self.shortage)
+        self.backends = Backends(loop, [backend.address for backend in config.backends], self.resolver, self.shortage)
         self._connections: set[Task] = set()
         self._accepting = False
         self._watched: list[Listener] = []
@@ -76,7 +76,8 @@ class Proxy:
         self.listeners = replace_listeners(self.listeners, listen, config.backlog, config.reuse_port)
         self._rotation = deque(self.listeners)
         if config.backends != self.config.backends:
-            self.backends = Backends(self.loop, config.backends, self.resolver, self.shortage)
+            addresses = [backend.address for backend in config.backends]
+            self.backends = Backends(self.loop, addresses, self.resolver, self.shortage)
         self.config = config
         self.pipes.resize(pipes)
 

@@ -1,4 +1,4 @@
-"""A YAML file as keys and values with their lines, uninterpreted."""
+"""A YAML file as keys and values with their lines, uninterpreted, to any depth."""
 
 from __future__ import annotations
 
@@ -17,20 +17,47 @@ class ConfigError(Exception):
         self.errors = errors
 
 
-class Item(NamedTuple):
-    """A scalar as it is written, and the line it stands on."""
+class Value(NamedTuple):
+    """A value of the file: a scalar, a list or a mapping. One of `text`, `items` and `entries` is not None."""
 
-    line: int
-    text: str
+    node: yaml.Node  # looked into as far as it is asked for: by its aliases, a file can hold more than memory does
+
+    @property
+    def line(self) -> int:
+        """Where it begins."""
+        return int(self.node.start_mark.line) + 1
+
+    @property
+    def text(self) -> str | None:
+        """A scalar as it is written."""
+        return str(self.node.value) if isinstance(self.node, yaml.ScalarNode) else None
+
+    @property
+    def items(self) -> list[Value] | None:
+        """What a list has."""
+        return [Value(item) for item in self.node.value] if isinstance(self.node, yaml.SequenceNode) else None
+
+    @property
+    def entries(self) -> list[Entry] | None:
+        """What a mapping has, in the file's order."""
+        if not isinstance(self.node, yaml.MappingNode):
+            return None
+        return [Entry(Value(key).line, _name(Value(key)), Value(value)) for key, value in self.node.value]
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words; a scalar is quoted."""
+        if self.text is not None:
+            return repr(self.text)
+        return "a mapping" if isinstance(self.node, yaml.MappingNode) else "a list"
 
 
 class Entry(NamedTuple):
-    """A key of the file, its line, and its value: the items of it, or what it is in place of one or several."""
+    """A key, its line, and its value."""
 
     line: int
     key: str
-    value: list[Item] | str
-    is_list: bool = False
+    value: Value
 
 
 def read_entries(path: str) -> list[Entry]:
@@ -50,32 +77,13 @@ def read_entries(path: str) -> list[Entry]:
     if root is None or (isinstance(root, yaml.ScalarNode) and not root.value and not root.style):
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError([f"{path}:{_line(root)}: expected lines of KEY: VALUE, found {_kind(root)}"])
-    return [_entry(key, value) for key, value in root.value]
+        raise ConfigError([f"{path}:{Value(root).line}: expected lines of KEY: VALUE, found {Value(root).kind}"])
+    return Value(root).entries or []
 
 
-def _entry(key: yaml.Node, value: yaml.Node) -> Entry:
-    name = key.value if isinstance(key, yaml.ScalarNode) else f"({_kind(key)})"
-    if not name or not name.isprintable():
-        name = ascii(name)
-    if isinstance(value, yaml.ScalarNode):
-        return Entry(_line(key), name, [Item(_line(value), value.value)])
-    if isinstance(value, yaml.SequenceNode):
-        wrong = [item for item in value.value if not isinstance(item, yaml.ScalarNode)]
-        if wrong:
-            return Entry(_line(wrong[0]), name, _kind(wrong[0]), True)
-        return Entry(_line(key), name, [Item(_line(item), item.value) for item in value.value], True)
-    return Entry(_line(key), name, _kind(value))
-
-
-def _line(node: yaml.Node) -> int:
-    return int(node.start_mark.line) + 1
-
-
-def _kind(node: yaml.Node) -> str:
-    if isinstance(node, yaml.ScalarNode):
-        return repr(node.value)
-    return "a mapping" if isinstance(node, yaml.MappingNode) else "a list"
+def _name(key: Value) -> str:
+    name = f"({key.kind})" if key.text is None else key.text
+    return name if name and name.isprintable() else ascii(name)
 
 
 def _describe_yaml_error(path: str, text: bytes, error: yaml.YAMLError) -> str:
@@ -92,7 +100,7 @@ def _describe_yaml_error(path: str, text: bytes, error: yaml.YAMLError) -> str:
     problem = error.problem
     if isinstance(error, yaml.composer.ComposerError) and error.context:
         problem = f"{error.context}, {problem}"
-    if re.search(r"[:-]\s+[\[@]", "".join(text.decode(errors="replace").splitlines()[line : line + 1])):
-        # The two forms of an address that mean something else to YAML.
-        problem = f"{problem}; an address that starts with [ or @ needs quotes"
+    if re.search(r"[:-]\s+[\[@]|[\[,]\s*:", "".join(text.decode(errors="replace").splitlines()[line : line + 1])):
+        # The forms of an address that mean something else to YAML.
+        problem = f"{problem}; an address that starts with [, @ or : needs quotes"
     return f"{path}:{line + 1}: not valid YAML: {problem}"

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from rspd.address import Address
 from rspd.config import (
     DEFAULT_FILE,
+    BackendConfig,
     Config,
     ProxyConfig,
     load_config,
     parse_backend,
-    parse_duration,
-    parse_log_level,
-    whole_number,
 )
+from rspd.log import LEVELS
+from rspd.values import one_of, parse_duration, whole_number
 from rspd.yamlfile import ConfigError
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
@@ -31,9 +31,16 @@ DIAL = "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
 NUMBER = "expected a whole number from 1 to"
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h, or off"
 KEYS = (
-    "backend, backlog, connect_timeout, drain_timeout, exit_idle_time, half_close_timeout, idle_timeout, listen, "
-    "log_level, max_connections, reuse_port"
+    "accept_proxy, accept_proxy_timeout, allow, backend, backlog, balance, connect_timeout, deny, drain_timeout, "
+    "exit_idle_time, fail_timeout, half_close_timeout, health, idle_timeout, listen, log_level, max_connections, "
+    "max_connections_per_client, max_fails, on_down, proxies, queue_timeout, resolve, resolve_interval, retries, "
+    "reuse_port, send_proxy"
 )
+
+
+def relayed_to(*addresses: Address) -> tuple[BackendConfig, ...]:
+    return tuple(map(BackendConfig, addresses))
+
 
 Load = Callable[..., Config]
 Errors = Callable[..., list[str]]
@@ -67,16 +74,18 @@ def errors(tmp_path: Path, load: Load) -> Errors:
 def test_two_lines_are_a_configuration_and_the_rest_is_defaults(load: Load) -> None:
     config = load(MINIMAL)
     assert config == Config(
-        ProxyConfig(
-            listen=(Address(port=8080),),
-            backends=(Address("127.0.0.1", 8000),),
-            max_connections=1,
-            backlog=128,
-            reuse_port=False,
-            connect_timeout=5.0,
-            idle_timeout=60.0,
-            half_close_timeout=30.0,
-            drain_timeout=30.0,
+        (
+            ProxyConfig(
+                listen=(Address(port=8080),),
+                backends=relayed_to(Address("127.0.0.1", 8000)),
+                max_connections=1,
+                backlog=128,
+                reuse_port=False,
+                connect_timeout=5.0,
+                idle_timeout=60.0,
+                half_close_timeout=30.0,
+                drain_timeout=30.0,
+            ),
         ),
         log_level="info",
         exit_idle_time=inf,
@@ -92,16 +101,23 @@ def test_every_key_can_be_set(load: Load) -> None:
         "drain_timeout: 1.5h\nlog_level: debug\nexit_idle_time: 5m\n"
     )
     assert config == Config(
-        ProxyConfig(
-            listen=(Address(port=8080), Address("::1", 8081), Address(path="/run/rspd.sock"), Address(path="@rspd")),
-            backends=(Address("a", 1), Address("::1", 2), Address(path="/run/b"), Address(path="@c")),
-            max_connections=100,
-            backlog=4096,
-            reuse_port=True,
-            connect_timeout=0.5,
-            idle_timeout=inf,
-            half_close_timeout=120.0,
-            drain_timeout=5400.0,
+        (
+            ProxyConfig(
+                listen=(
+                    Address(port=8080),
+                    Address("::1", 8081),
+                    Address(path="/run/rspd.sock"),
+                    Address(path="@rspd"),
+                ),
+                backends=relayed_to(Address("a", 1), Address("::1", 2), Address(path="/run/b"), Address(path="@c")),
+                max_connections=100,
+                backlog=4096,
+                reuse_port=True,
+                connect_timeout=0.5,
+                idle_timeout=inf,
+                half_close_timeout=120.0,
+                drain_timeout=5400.0,
+            ),
         ),
         log_level="debug",
         exit_idle_time=300.0,
@@ -118,8 +134,8 @@ def test_a_configuration_cannot_be_changed(load: Load) -> None:
 
 @pytest.mark.parametrize("key", ["backend", "backends"])
 def test_one_backend_or_several_go_under_either_spelling(load: Load, key: str) -> None:
-    assert load(f"listen: 1\n{key}: a:1").proxy.backends == (Address("a", 1),)
-    assert load(f"listen: 1\n{key}: [b:2, a:1]").proxy.backends == (Address("b", 2), Address("a", 1))
+    assert load(f"listen: 1\n{key}: a:1").proxy.backends == relayed_to(Address("a", 1))
+    assert load(f"listen: 1\n{key}: [b:2, a:1]").proxy.backends == relayed_to(Address("b", 2), Address("a", 1))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +160,7 @@ def test_yamls_own_ideas_of_a_duration_do_not_get_in_the_way(load: Load, line: s
 @pytest.mark.parametrize("address", ["12:30", "1_0:80", "1e3:80", "0x1f:80", "on:80", "null:80"])
 def test_a_host_that_yaml_takes_for_something_else_stays_a_host(load: Load, address: str) -> None:
     host, _, port = address.rpartition(":")
-    assert load(f"listen: 1\nbackend: {address}").proxy.backends == (Address(host, int(port)),)
+    assert load(f"listen: 1\nbackend: {address}").proxy.backends == relayed_to(Address(host, int(port)))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +246,6 @@ def test_an_alias_is_what_its_anchor_names(load: Load) -> None:
         ("Listen: 80", "Listen: unknown key, did you mean listen?"),
         ("timeout: 5s", "timeout: unknown key, did you mean idle_timeout?"),
         ("colour: red", f"colour: unknown key, expected one of {KEYS}"),
-        ("proxies: {a: {}}", f"proxies: unknown key, expected one of {KEYS}"),
         ("<<: {backlog: 1}", f"<<: unknown key, expected one of {KEYS}"),
         ("1: 2", f"1: unknown key, expected one of {KEYS}"),
         ("listen: 81", "listen: given a second time, first as listen in line 1"),
@@ -364,6 +379,10 @@ def test_a_file_of_another_kind_is_told_what_it_should_be(errors: Errors, conten
         ("listen: @rspd", 1),
         ("backend: a:1\nlisten:\n- 80\n- @rspd\n", 4),
         ("listen: [80, @rspd]", 1),
+        ("listen: 80\nbackend: a:1\nallow: [::/0]", 3),
+        ("listen: 80\nbackend: a:1\nallow: [10.0.0.0/8, ::1]", 3),
+        ("listen: [80, [::1]:80]", 1),
+        ("listen: 80\nbackend: a:1\nallow:\n  [10.0.0.0/8, ::/0]", 4),
     ],
 )
 def test_an_address_that_yaml_takes_for_something_else_needs_quotes_and_is_told_so(
@@ -371,7 +390,7 @@ def test_an_address_that_yaml_takes_for_something_else_needs_quotes_and_is_told_
 ) -> None:
     (error,) = errors(content)
     assert error.startswith(f"FILE:{line}: not valid YAML: ")
-    assert error.endswith("; an address that starts with [ or @ needs quotes")
+    assert error.endswith("; an address that starts with [, @ or : needs quotes")
 
 
 @pytest.mark.parametrize(
@@ -493,15 +512,15 @@ def test_a_file_that_cannot_be_read_is_an_oserror(tmp_path: Path, name: str, kin
 
 def test_the_command_line_wins_over_the_file(load: Load) -> None:
     content = "listen: 80\nbackend: a:1\nmax_connections: 5\nlog_level: error\nbacklog: 7"
-    options = {"listen": (Address(port=81),), "backends": (Address("b", 2),), "max_connections": 6}
+    options = {"listen": (Address(port=81),), "backends": relayed_to(Address("b", 2)), "max_connections": 6}
     config = load(f"{content}\nexit_idle_time: 1s", **options, log_level="debug", exit_idle_time=2.0)
-    proxy = ProxyConfig((Address(port=81),), (Address("b", 2),), max_connections=6, backlog=7)
-    assert config == Config(proxy, "debug", 2.0)
+    proxy = ProxyConfig((Address(port=81),), relayed_to(Address("b", 2)), max_connections=6, backlog=7)
+    assert config == Config((proxy,), "debug", 2.0)
 
 
 def test_the_command_line_supplies_what_the_file_lacks(load: Load) -> None:
     assert load("backend: a:1", listen=(Address(port=81),)).proxy.listen == (Address(port=81),)
-    assert load("listen: 80", backends=(Address("b", 2),)).proxy.backends == (Address("b", 2),)
+    assert load("listen: 80", backends=relayed_to(Address("b", 2))).proxy.backends == relayed_to(Address("b", 2))
 
 
 def test_an_error_of_the_file_is_one_even_where_the_command_line_wins(errors: Errors) -> None:
@@ -510,8 +529,8 @@ def test_an_error_of_the_file_is_one_even_where_the_command_line_wins(errors: Er
 
 
 def test_without_a_file_the_command_line_is_the_configuration() -> None:
-    proxy = ProxyConfig(listen=(Address(port=80),), backends=(Address("a", 1),))
-    assert load_config(None, {"listen": proxy.listen, "backends": proxy.backends}) == Config(proxy)
+    proxy = ProxyConfig(listen=(Address(port=80),), backends=relayed_to(Address("a", 1)))
+    assert load_config(None, {"listen": proxy.listen, "backends": proxy.backends}) == Config((proxy,))
 
 
 def test_what_the_command_line_lacks_is_told() -> None:
@@ -521,7 +540,7 @@ def test_what_the_command_line_lacks_is_told() -> None:
 
 
 def test_where_systemd_passes_sockets_there_need_be_no_address_to_listen_on(tmp_path: Path) -> None:
-    backends = (Address("a", 1),)
+    backends = relayed_to(Address("a", 1))
     assert load_config(None, {"backends": backends}, sockets=True).proxy == ProxyConfig((), backends)
     file = tmp_path / "rspd.yaml"
     file.write_text("backend: a:1\n")
@@ -534,7 +553,7 @@ def test_where_systemd_passes_sockets_a_given_address_stays_and_a_backend_is_mis
     with pytest.raises(ConfigError) as caught:
         load_config(str(file), {}, sockets=True)
     assert caught.value.errors == [f"{file}: backend: missing, expected an address to relay to"]
-    config = load_config(str(file), {"backends": (Address("a", 1),)}, sockets=True)
+    config = load_config(str(file), {"backends": relayed_to(Address("a", 1))}, sockets=True)
     assert config.proxy.listen == (Address(port=80),)
 
 
@@ -627,6 +646,7 @@ def test_a_whole_number_is_taken_within_its_bounds(number: int, low: int, width:
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_a_log_level_is_one_of_four(level: str) -> None:
+    parse_log_level = one_of(LEVELS)
     assert parse_log_level(level) == level
     with pytest.raises(ValueError, match=f"expected one of debug, info, warning, error, found '{level.upper()}'"):
         parse_log_level(level.upper())

@@ -1,0 +1,176 @@
+"""A file's entries read by tables: which keys there are, what each takes, and all that is wrong, each with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
+from typing import Any, NamedTuple
+
+from rspd.yamlfile import Entry, Value
+
+# Other ways to write a key.
+SPELLINGS = {"backend": "backends"}
+
+
+class Report:
+    """What is wrong with a file."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source  # the file's name, or what is in its place
+        self._errors: list[tuple[float, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._errors)
+
+    def add(self, line: int | None, key: str, what: str) -> None:
+        """Take an error down. line: None where there is none. key: dotted from the top, empty for all of it."""
+        place = self.source if line is None else f"{self.source}:{line}"
+        self._errors.append((inf if line is None else line, ": ".join(part for part in (place, key, what) if part)))
+
+    @property
+    def errors(self) -> list[str]:
+        """A line for each, in the file's order; those without a line come last."""
+        return [text for _, text in sorted(self._errors, key=lambda error: error[0])]
+
+
+class Scalar:
+    """A key with one value, which `parse` reads, or raises ValueError. `expected` is said where there is no scalar."""
+
+    def __init__(self, parse: Callable[[str], Any], expected: str = "one value") -> None:
+        self.parse = parse
+        self.expected = expected
+
+    def read(self, value: Value, key: str, report: Report, expected: str = "") -> Any:
+        """What the value means; None, and an error in the report, if it is wrong. key: its dotted name."""
+        if value.text is None:
+            report.add(value.line, key, f"expected {expected or self.expected}, found {value.kind}")
+            return None
+        try:
+            return self.parse(value.text)
+        except ValueError as error:
+            report.add(value.line, key, str(error))
+            return None
+
+
+class Table(Scalar):
+    """A key with a mapping of further ones, from whose values `make` makes its own; or with a scalar, as above.
+
+    required: keys that have to be there, and what they should have.
+    check: yields keys and what is wrong between their values.
+    """
+
+    def __init__(
+        self,
+        keys: Mapping[str, Scalar],
+        make: Callable[..., Any],
+        parse: Callable[[str], Any],
+        expected: str,
+        required: Mapping[str, str] | None = None,
+        check: Callable[[Mapping[str, Any]], Iterator[tuple[str, str]]] | None = None,
+    ) -> None:
+        super().__init__(parse, expected)
+        self.keys = keys
+        self._make = make
+        self._required = required or {}
+        self._check = check
+
+    def read(self, value: Value, key: str, report: Report, expected: str = "") -> Any:
+        """The same for a mapping."""
+        entries = value.entries
+        if entries is None:
+            return super().read(value, key, report, expected)
+        before = len(report)
+        settings = read_keys(self.keys, entries, f"{key}.", report)
+        for name, what in self._required.items():
+            if name not in settings.seen:
+                report.add(value.line, f"{key}.{name}", f"missing, expected {what}")
+        if self._check and len(report) == before:
+            for name, what in self._check(settings.values):
+                report.add(settings.seen[name].line, f"{key}.{name}", what)
+        return self._make(**settings.values) if len(report) == before else None
+
+
+class Many(Scalar):
+    """A key with one or a list of what `item` reads, into a tuple.
+
+    noun: what an item is.
+    none: words for an empty one; without them, there has to be an item.
+    separator: between several items in one scalar.
+    """
+
+    def __init__(self, item: Scalar, noun: str, none: Sequence[str] = (), separator: str | None = None) -> None:
+        super().__init__(self._parse, f"{item.expected} or a list of them")
+        self.item = item
+        self._none = none
+        self._separator = separator
+        self._least = f"at least one {noun}" + (f", or {none[0]}" if none else "")
+
+    def read(self, value: Value, key: str, report: Report, expected: str = "") -> Any:
+        """The same for a list."""
+        if value.items is None:
+            if value.entries is None:
+                return super().read(value, key, report)
+            return (self.item.read(value, key, report, self.expected),)
+        if not value.items:
+            report.add(value.line, key, f"expected {self._least}, found an empty list")
+        found: dict[str, Any] = {}
+        for item in value.items:
+            before = len(report)
+            meaning = self.item.read(item, key, report)
+            if len(report) == before:
+                if str(meaning) in found:
+                    report.add(item.line, key, f"{meaning} is listed twice")
+                found[str(meaning)] = meaning
+        return tuple(found.values())
+
+    def _parse(self, text: str) -> tuple[Any, ...]:
+        if text.lower() in self._none:
+            return ()
+        texts = [part.strip() for part in text.split(self._separator)] if self._separator else [text]
+        return tuple(map(self.item.parse, texts))
+
+
+class Settings(NamedTuple):
+    """What the keys of a mapping mean, None where one is wrong, and the entry of each, by the full name."""
+
+    values: dict[str, Any]
+    seen: dict[str, Entry]
+
+
+def read_keys(
+    keys: Mapping[str, Scalar],
+    entries: Sequence[Entry],
+    prefix: str,
+    report: Report,
+    elsewhere: Mapping[str, str] | None = None,
+) -> Settings:
+    """The settings that entries make by a table of keys.
+
+    prefix: what goes before a key in an error, with its dot.
+    elsewhere: keys that stand somewhere else, and where.
+    """
+    settings = Settings({}, {})
+    seen = settings.seen
+    for entry in entries:
+        place = prefix + entry.key
+        name = SPELLINGS.get(entry.key, entry.key)
+        if elsewhere and name in elsewhere:
+            report.add(entry.line, place, elsewhere[name])
+        elif name not in keys:
+            report.add(entry.line, place, f"unknown key, {_suggest(entry.key, keys)}")
+        elif name in seen:
+            first = seen[name]
+            report.add(entry.line, place, f"given a second time, first as {first.key} in line {first.line}")
+        else:
+            settings.values[name] = keys[name].read(entry.value, place, report)
+        seen.setdefault(name, entry)
+    return settings
+
+
+def _suggest(key: str, keys: Mapping[str, Scalar]) -> str:
+    import difflib  # slow to import, and for this message only
+
+    spelled = {full: short for short, full in SPELLINGS.items()}
+    known = sorted(spelled.get(name, name) for name in keys)
+    close = difflib.get_close_matches(key, [*known, *(name for name in keys if name in spelled)], 1)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"

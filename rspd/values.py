@@ -1,0 +1,154 @@
+"""Single values of the configuration: durations, numbers, switches, words, ranges. All raise ValueError kindly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from math import inf
+from typing import NamedTuple
+
+DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h"
+
+# Seconds: what is done again and again, at a shorter interval, would do nothing else.
+SHORTEST = 0.01
+
+# YAML's ways to write it.
+OFF = ("off", "no", "false")
+
+
+def _seconds(text: str) -> float:
+    """Seconds of `500ms`, `5s`, `2m`, `1h` or a bare number of seconds; 0 for anything else."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|)", text, re.ASCII)
+    return float(match[1]) * {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}[match[2]] if match else 0
+
+
+def parse_duration(text: str) -> float:
+    """Seconds, `inf` for `off`."""
+    if text.lower() in OFF:
+        return inf
+    seconds = _seconds(text)
+    if not seconds:
+        raise ValueError(f"{DURATION}, or off, found {text!r}")
+    return seconds
+
+
+def parse_finite_duration(text: str) -> float:
+    """Seconds, no fewer than SHORTEST; there is no `off`."""
+    seconds = _seconds(text)
+    if not seconds:
+        raise ValueError(f"{DURATION}, found {text!r}")
+    if seconds < SHORTEST:
+        raise ValueError(f"expected at least {1000 * SHORTEST:g}ms, found {text!r}")
+    return seconds
+
+
+def parse_wait(text: str) -> float:
+    """Seconds, 0 for `off`."""
+    if text.lower() in OFF or re.fullmatch(r"0+(\.0+)?(ms|s|m|h|)", text, re.ASCII):
+        return 0.0
+    seconds = _seconds(text)
+    if not seconds:
+        raise ValueError(f"expected a duration, as 500ms, 5s, 2m or 1h, or off, found {text!r}")
+    return seconds
+
+
+def parse_switch(text: str) -> bool:
+    """True or False."""
+    word = text.lower()
+    if word in ("true", "yes", "on"):
+        return True
+    if word in OFF:
+        return False
+    raise ValueError(f"expected true or false, found {text!r}")
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers within bounds."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
+            raise ValueError(f"expected a whole number from {low} to {high}, found {text!r}")
+        return int(text)
+
+    return parse
+
+
+def number_or(word: str, low: int, high: int) -> Callable[[str], float]:
+    """A parser of whole numbers within bounds, where a word, `off` or `all`, stands for no bound: `inf`."""
+    number = whole_number(low, high)
+
+    def parse(text: str) -> float:
+        if text.lower() in (OFF if word in OFF else (word,)):
+            return inf
+        try:
+            return number(text)
+        except ValueError:
+            raise ValueError(f"expected a whole number from {low} to {high}, or {word}, found {text!r}") from None
+
+    return parse
+
+
+def one_of(words: Iterable[str]) -> Callable[[str], str]:
+    """A parser of certain words."""
+    known = tuple(words)
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"expected one of {', '.join(known)}, found {text!r}")
+        return text
+
+    return parse
+
+
+def one_of_or_off(*words: str) -> Callable[[str], str]:
+    """A parser of certain words, and of `off` for none: ""."""
+    known = one_of((*words, "off"))
+
+    def parse(text: str) -> str:
+        return "" if text.lower() in OFF else known(text)
+
+    return parse
+
+
+class StatusRange(NamedTuple):
+    """HTTP statuses from `first` to `last`."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
+
+
+def parse_status(text: str) -> StatusRange:
+    """HTTP statuses, as `200` or `200-299`."""
+    match = re.fullmatch(r"([1-5]\d\d)(?:-([1-5]\d\d))?", text, re.ASCII)
+    found = StatusRange(int(match[1]), int(match[2] or match[1])) if match else None
+    if not found or found.first > found.last:
+        raise ValueError(f"expected statuses from 100 to 599, as 200 or 200-299, found {text!r}")
+    return found
+
+
+def parse_bytes(text: str) -> bytes:
+    r"""Bytes, each a character of the same number, as `"PING\r\n"` or `"\x00"` in double quotes."""
+    try:
+        data = text.encode("latin-1")
+    except UnicodeError:
+        data = b""
+    if not data:
+        raise ValueError(f'expected text or bytes, as "PING\\r\\n" or "\\x00\\xff" in double quotes, found {text!r}')
+    return data
+
+
+def parse_http_path(text: str) -> str:
+    """A path with or without a query, as it goes into a request."""
+    if not re.fullmatch(r"/[!-~]*", text):
+        raise ValueError(f"expected a path that begins with /, without spaces, as /health, found {text!r}")
+    return text
+
+
+def parse_host(text: str) -> str:
+    """A value of the Host header."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError(f"expected a host, as www.example.org, found {text!r}")
+    return text
