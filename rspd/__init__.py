@@ -11,7 +11,11 @@ systemd         passed sockets, notifications, watchdog
 proxy           accepting clients, no more at once than allowed, and draining
 connection      one client: who it is, connect, relay, close, one log line
 backends        the backends of a proxy: who they are, how each is, which is next
+health          whether a backend is well
+names           host names looked up again and again
+dialling        connecting to a backend's addresses
 resolver        names looked up off the loop
+descriptors     room for the descriptors that a configuration needs
 adoption        which socket from systemd goes with which proxy and address
 shortage        running out of descriptors
 listener        listening sockets: bound or adopted, accepted from, closed

@@ -1,0 +1,145 @@
+"""Connecting to a backend's addresses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from math import inf
+
+from rspd.address import SocketAddress
+from rspd.cause import Cause
+from rspd.loop import ERR, HUP, OUT, Loop, news
+from rspd.shortage import SHORT, Shortage
+from rspd.side import Side
+
+# Seconds between two attempts at a unix socket whose backlog is full, doubled each time up to the second figure:
+# connect(2) says EAGAIN, and no event tells when there is room.
+FIRST_RETRY, LAST_RETRY = 0.01, 0.1
+
+# From here on, by the kernel's rules, a port may be picked for the near end of an outgoing connection.
+UNPRIVILEGED_PORTS = 1024
+
+REFUSED = frozenset({errno.ECONNREFUSED, errno.ENOENT})
+
+# What is amiss on this side, and says nothing of the backend: descriptors, memory, ports of our own.
+OUR_FAULT = SHORT | {errno.EADDRNOTAVAIL}
+
+STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+
+
+async def connect(
+    loop: Loop, shortage: Shortage, where: SocketAddress, deadline: float, client: Side | None = None
+) -> Side:
+    """Connect to an address: the side, watched by the running task, and the caller's to close.
+
+    client: when it aborts, dialling ends; None where nobody waits for it.
+    Raises TimeoutError at the deadline, or OSError (connect(2)).
+    """
+    family, address = where
+    while True:
+        try:
+            sock = socket.SocketType(family, STREAM, 0)
+            break
+        except OSError as error:
+            if error.errno not in SHORT or loop.now >= deadline or (client and client.aborted):
+                raise
+            await shortage.wait(error)
+    side = Side(loop, sock)
+    try:
+        retry = FIRST_RETRY
+        while (code := sock.connect_ex(address)) == errno.EAGAIN:
+            _check_time(loop, client, deadline)
+            await loop.sleep(min(retry, deadline - loop.now))
+            retry = min(2 * retry, LAST_RETRY)
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+        side.watch()
+        loop.current.wake_at(deadline)
+        await news()
+        while not side.ready & (OUT | ERR | HUP):
+            _check_time(loop, client, deadline)
+            await news()
+        if side.ready & ERR:
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            # After these it was connected, and has aborted since: what it sent before is for the relay to pass on.
+            if code not in (errno.ECONNRESET, errno.EPIPE):
+                raise OSError(code, os.strerror(code))
+        elif family != socket.AF_UNIX:
+            _configure(sock, address)
+        return side
+    except BaseException:
+        side.close()
+        raise
+
+
+class UnreachableError(OSError):
+    """No address of a backend was reached. `reasons` has each address with its reason; `last` is the last error."""
+
+    def __init__(self, reasons: list[str], last: OSError) -> None:
+        super().__init__(last.errno, "; ".join(reasons))
+        self.reasons = reasons
+        self.last = last
+
+
+async def connect_to_one_of(
+    loop: Loop, shortage: Shortage, addresses: list[SocketAddress], deadline: float, client: Side | None = None
+) -> Side:
+    """Connect to the first of these addresses that answers, as `connect` does; each gets a share of the time.
+
+    addresses: the one that was reached is moved to the front, so that a family that is dead costs time once only.
+    Raises UnreachableError.
+    """
+    reasons: list[str] = []
+    errors: list[OSError] = []
+    for where in tuple(addresses):
+        try:
+            side = await connect(loop, shortage, where, share(loop.now, deadline, len(addresses) - len(errors)), client)
+        except OSError as error:
+            reasons.append(f"{where}: {why(error)}")
+            errors.append(error)
+            if client and client.aborted:
+                break
+        else:
+            addresses.remove(where)
+            addresses.insert(0, where)
+            return side
+    raise UnreachableError(reasons, errors[-1])
+
+
+def share(now: float, deadline: float, attempts: float) -> float:
+    """Until when the next of so many attempts may last, for all to have the same time."""
+    return deadline if attempts == 1 or deadline == inf else now + (deadline - now) / attempts
+
+
+def cause_of(error: OSError) -> Cause:
+    """Why there is no connection, after an error of this module or of a lookup."""
+    if isinstance(error, UnreachableError):
+        error = error.last
+    if isinstance(error, TimeoutError) and error.errno is None:
+        return "connect-timeout"
+    if isinstance(error, socket.gaierror):
+        return "backend-unknown"
+    return "backend-refused" if error.errno in REFUSED else "backend-unreachable"
+
+
+def why(error: OSError) -> str:
+    """The reason that an error gives, for people."""
+    return error.strerror or str(error)
+
+
+def _configure(sock: socket.SocketType, address: tuple[str, int]) -> None:
+    # The kernel lets a socket connect to itself when it picks the very port it dials and nobody listens there.
+    if address[1] >= UNPRIVILEGED_PORTS:
+        near = sock.getsockname()
+        if near[1] == address[1] and near == sock.getpeername():
+            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    # A relayed message is not to wait for the acknowledgement of the last (Nagle's algorithm, tcp(7)).
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _check_time(loop: Loop, client: Side | None, deadline: float) -> None:
+    if loop.now >= deadline:
+        raise TimeoutError("no answer within the connect timeout")
+    if client and client.aborted:
+        raise ConnectionAbortedError(errno.ECONNABORTED, "the client is gone")
