@@ -10,7 +10,9 @@ pidfile         the pid file
 systemd         passed sockets, notifications, watchdog
 proxy           accepting clients, no more at once than allowed, and draining
 connection      one client: who it is, connect, relay, close, one log line
+dialler         a client's way to a backend: attempts, and the queue of those for whom there is none
 backends        the backends of a proxy: who they are, how each is, which is next
+backend         what is known of one backend
 health          whether a backend is well
 names           host names looked up again and again
 dialling        connecting to a backend's addresses

@@ -1,47 +1,70 @@
-"""Which of the sockets that systemd passed goes with which address in `listen`."""
+"""Which of the sockets that systemd passed goes with which proxy, and with which address in its `listen`."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rspd.address import Address
-from rspd.config import ProxyConfig, own_listeners
+from rspd.config import Config, own_listeners
 from rspd.listener import Listener
 from rspd.yamlfile import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-def addresses_to_bind(config: ProxyConfig, adopted: Sequence[Listener]) -> list[Address]:
-    """The addresses of `listen` that are left to bind besides the adopted listeners.
+class Part(NamedTuple):
+    """What a proxy listens on: the sockets from systemd that it takes, and the addresses that are left to bind."""
 
-    Where `listen` names some of those (`fd://NAME`), it has to name all; where it names none, they take its place.
-    Raises ConfigError if they do not fit.
+    adopted: list[Listener]
+    addresses: list[Address]
+
+
+def assign(config: Config, adopted: Sequence[Listener]) -> dict[str, Part]:
+    """What each proxy listens on, by the proxies' names.
+
+    A proxy takes the sockets that its `listen` names (`fd://NAME`). Where it names none, it takes those that have
+    its own name, and a lone proxy all of them, in place of what `listen` says.
+    Raises ConfigError if some socket is nobody's, or somebody has nothing to listen on.
     """
     passed = _names(adopted)
-    named = [address.passed for address in config.listen if address.passed]
     what = f"passed are {', '.join(passed)}" if passed else "none was passed; is its socket unit active?"
-    errors = [f"listen fd://{name}: no such socket from systemd, {what}" for name in named if name not in passed]
-    if named:
-        unnamed = [name for name in passed if name not in named]
-        errors += [f"socket {name!r} from systemd: not in listen; add fd://{name}, or stop it" for name in unnamed]
-    backends = [backend.address for backend in config.backends]
-    errors += own_listeners([listener.address for listener in adopted], backends)
+    errors: list[str] = []
+    parts: dict[str, Part] = {}
+    named_somewhere = {address.passed for proxy in config.proxies for address in proxy.listen}
+    for proxy in config.proxies:
+        named = [address.passed for address in proxy.listen if address.passed]
+        place = f"proxies.{proxy.name}.listen" if proxy.name else "listen"
+        errors += [f"{place} fd://{name}: no such socket from systemd, {what}" for name in named if name not in passed]
+        taken = named or (passed if len(config.proxies) == 1 else {proxy.name} - named_somewhere)
+        own = [listener for listener in adopted if listener.passed in taken]
+        bound = [] if own and not named else [address for address in proxy.listen if not address.passed]
+        if not own and not bound and not named:
+            errors.append(f"{place}: missing, expected an address, or a socket from systemd named {proxy.name}")
+        addresses = [listener.address for listener in own]
+        errors += own_listeners(addresses, [backend.address for backend in proxy.backends])
+        parts[proxy.name] = Part(own, bound)
+    for name in passed:
+        if not any(listener.passed == name for part in parts.values() for listener in part.adopted):
+            several = "" if len(config.proxies) == 1 else ", or call it as a proxy (FileDescriptorName=)"
+            errors.append(f"socket {name!r} from systemd: not in listen; add fd://{name}{several}, or stop it")
     if errors:
         raise ConfigError(errors)
-    return [address for address in config.listen if not address.passed] if named or not passed else []
+    return parts
 
 
-def log_replaced(config: ProxyConfig, adopted: Sequence[Listener]) -> None:
-    """Log which addresses of `listen` the adopted listeners took the place of, and do not listen on."""
-    if not adopted or any(address.passed for address in config.listen):
-        return
-    covered = {listener.address for listener in adopted}
-    for address in config.listen:
-        if address not in covered:
-            names = ", ".join(_names(adopted))
-            log.info("not listening on %s, systemd passed sockets in place of listen: %s", address, names)
+def log_replaced(config: Config, parts: dict[str, Part]) -> None:
+    """Log which addresses of `listen` sockets from systemd took the place of, and nobody listens on."""
+    for proxy in config.proxies:
+        part = parts[proxy.name]
+        if not part.adopted or any(address.passed for address in proxy.listen):
+            continue
+        covered = {listener.address for listener in part.adopted}
+        names = ", ".join(_names(part.adopted))
+        for address in proxy.listen:
+            if address not in covered:
+                log.info("not listening on %s, systemd passed sockets in place of listen: %s", address, names)
 
 
 def _names(adopted: Sequence[Listener]) -> list[str]:

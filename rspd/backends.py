@@ -1,176 +1,410 @@
-"""Which backend is next, and dialling it."""
+"""The backends of a proxy: who they are, how each is, and which is next."""
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
-from collections.abc import Sequence
-from itertools import cycle
+import logging
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from math import inf
+from typing import Any
 
-from rspd.address import Address, SocketAddress, literal
-from rspd.cause import Cause
-from rspd.loop import ERR, HUP, OUT, Loop, news
+from rspd.address import Address, SocketAddress, host_of, literal
+from rspd.backend import Backend
+from rspd.balance import POLICIES, Policy
+from rspd.config import BackendConfig, ProxyConfig
+from rspd.dialling import connect, connect_to_one_of, why
+from rspd.health import Checker
+from rspd.log import quote
+from rspd.loop import Loop, Task
+from rspd.names import Name
+from rspd.networks import client_key
+from rspd.proxy_protocol import encode
 from rspd.resolver import Resolver
-from rspd.shortage import SHORT, Shortage
+from rspd.shortage import Shortage
 from rspd.side import Side
 
-# Seconds between two attempts at a unix socket whose backlog is full, doubled each time up to the second figure:
-# connect(2) says EAGAIN, and no event tells when there is room.
-FIRST_RETRY, LAST_RETRY = 0.01, 0.1
+# How many backends that are down are tried for one client.
+LAST_RESORTS = 10
 
-# From here on, by the kernel's rules, a port may be picked for the near end of an outgoing connection.
-UNPRIVILEGED_PORTS = 1024
+# Of so many backends, a line of the log says why they are down.
+REASONS_MAX = 3
 
-STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-
-REFUSED = frozenset({errno.ECONNREFUSED, errno.ENOENT})
-
-
-class DialError(Exception):
-    """No backend was reached. `cause` is the last attempt's; the text has the reason of each."""
-
-    def __init__(self, cause: Cause, reasons: Sequence[str]) -> None:
-        super().__init__("; ".join(reasons))
-        self.cause = cause
-
-
-class Backend:
-    """A configured backend. `fixed` is what its address stands for if no lookup is needed, else empty."""
-
-    __slots__ = ("address", "fixed", "name")
-
-    def __init__(self, address: Address) -> None:
-        self.address = address
-        self.name = str(address)
-        known = literal(address)
-        self.fixed = [known] if known else []
+log = logging.getLogger(__name__)
 
 
 class Backends:
-    """The backends of a proxy, dialled in turn."""
+    """The backends of a proxy, as far as they are configured and their names are known. Owns what checks them.
 
-    def __init__(self, loop: Loop, addresses: Sequence[Address], resolver: Resolver, shortage: Shortage) -> None:
+    config: by which they go.
+    members: each, by its name, in the order of the configuration.
+    only: the one that there is, while there is nothing to choose.
+    on_room: called when a backend may get connections, or may soon; to be set by who waits for that.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        config: ProxyConfig,
+        resolver: Resolver,
+        shortage: Shortage,
+        on_down: Callable[[Backend], object] = lambda _: None,
+        on_change: Callable[[], object] = lambda: None,
+    ) -> None:
+        """on_down: called when a backend goes down, after those that wait have been given another.
+
+        on_change: called when `describe` may say something else.
+        """
         self._loop = loop
-        backends = [Backend(address) for address in addresses]
-        self._orders = cycle([backends[first:] + backends[:first] for first in range(len(backends))])
         self._resolver = resolver
         self._shortage = shortage
+        self._on_down = on_down
+        self._on_change = on_change
+        self._tag = f" proxy={config.name}" if config.name else ""
+        self._names: dict[Address, Name] = {}
+        self.members: dict[str, Backend] = {}
+        self._left: dict[str, Backend] = {}  # were members, and may have connections that count if they return
+        self.config = config
+        self._policies = _policies(config)
+        self._up = [0, 0]  # how many are, of either kind
+        self._out: list[Backend] = []  # of service because they failed, those to be tried first at the front
+        self.only: Backend | None = None
+        self.on_room: Callable[[], object] = lambda: None
+        self._learning: set[Task] = set()  # who waits until there is any member
+        self._stopped = False
+        self.apply(config)
 
-    async def dial(self, client: Side, timeout: float) -> tuple[Backend, Side]:
-        """Connect to the next backend that can be reached: which it is, and its side, watched by the running task.
+    # For the proxy
 
-        client: when it aborts, dialling ends.
-        timeout: seconds for all attempts together; each gets an even share of what is left.
-        Raises DialError.
+    def apply(self, config: ProxyConfig) -> None:
+        """Go by another configuration: backends that stay keep their state, those that go their connections."""
+        if config.balance != self.config.balance:
+            self._policies = _policies(config)
+            for backend in self.members.values():
+                backend.eligible = False
+        self.config = config
+        for backend in self._out:
+            backend.out_until = min(backend.out_until, self._loop.now + config.fail_timeout)
+        wanted = [backend.address for backend in config.backends if not literal(backend.address)]
+        for address in [address for address in self._names if address not in wanted]:
+            self._names.pop(address).stop()
+        for address in wanted:
+            if address not in self._names:
+                self._names[address] = Name(
+                    self._loop,
+                    self._resolver,
+                    self._shortage,
+                    address,
+                    config.resolve_interval,
+                    (len(self._names) + 1) / len(wanted),
+                    self._tag,
+                    self._set_members,
+                )
+            self._names[address].look_every(config.resolve_interval)
+        self._set_members()
+
+    def stop(self) -> None:
+        """Check nobody and look nothing up any more. Connections go on, and may still be released."""
+        self._stopped = True
+        for name in self._names.values():
+            name.stop()
+        for backend in self.members.values():
+            backend.stop_checking()
+
+    def describe(self) -> str:
+        """Which backends there are, and how they are, for people."""
+        members = list(self.members.values())
+        down = [f"{backend.name} down: {backend.why_down}" for backend in members if not backend.up]
+        if not members:
+            return "no backend known yet"
+        if len(members) == 1:
+            return f"backend {down[0] if down else members[0].name}"
+        which = f" ({_first(down)})" if down else ""
+        return f"{len(members) - len(down)} of {len(members)} backends up{which}"
+
+    # For whoever dials
+
+    @property
+    def next_trial(self) -> float:
+        """When the next of those that failed is to be tried, by the loop's time; inf if there is none."""
+        return self._out[0].out_until if self._out else inf
+
+    @property
+    def any_up(self) -> bool:
+        """Whether some backend is in service."""
+        return any(self._up)
+
+    def choose(self, address: object, tried: Collection[Backend]) -> Backend | None:
+        """A backend that may get a connection now, and was not tried for this client; None if there is none.
+
+        address: the client's, as accept(2) returns it.
         """
-        loop = self._loop
-        order = next(self._orders)
-        deadline = loop.now + timeout
+        if self._out and self._out[0].out_until <= self._loop.now and (backend := self._due_for_trial(tried)):
+            return backend
+        if not tried and self.any_up:
+            policy = self._policies[not self._up[0]]
+            return policy.pick(client_key(host_of(address)) if policy.by_client else "")
+        return self._choose_in_trouble(client_key(host_of(address)), tried)
+
+    def _due_for_trial(self, tried: Collection[Backend]) -> Backend | None:
+        """A backend that has been out for its time, and that one client is to try; spares last, and only if needed."""
+        due = [backend for backend in self._out if backend.out_until <= self._loop.now and not backend.full]
+        # One that this client has tried without a verdict stays due, for the next.
+        left = [backend for backend in due if backend not in tried]
+        for backend in sorted(left, key=lambda backend: backend.backup):
+            self._put_out(backend)  # for the others, while this client tries it, or since nobody is to try it now
+            if backend.healthy and not (backend.backup and self._up[0]):
+                return backend
+        return None
+
+    def _choose_in_trouble(self, who: str, tried: Collection[Backend]) -> Backend | None:
+        for backup in (False, True):
+            if found := self._policies[backup].pick_other(who, tried):
+                return found
+            kind = [backend for backend in self.members.values() if backend.backup is backup]
+            if any(backend.up and backend not in tried for backend in kind):
+                break  # full: they are to be waited for, and are no case for the spares
+        if self.any_up or (self.config.queue_timeout and not tried) or len(tried) >= LAST_RESORTS:
+            return None  # to be waited for, or left to the next client
+        return self.last_resort(tried)
+
+    def last_resort(self, tried: Collection[Backend]) -> Backend | None:
+        """Of those that failed, the one that was tried longest ago; spares last."""
+        left = [backend for backend in self._out if backend.healthy and not backend.full and backend not in tried]
+        backend = min(left, key=lambda backend: backend.backup, default=None)
+        if backend:
+            self._put_out(backend)  # the next client tries another: this one may be silent for long
+        return backend
+
+    def update(self, backend: Backend) -> None:
+        """Let the policy know whether a backend may get connections."""
+        eligible = backend.member and backend.up and not backend.full
+        if eligible is not backend.eligible:
+            backend.eligible = eligible
+            if eligible:
+                backend.policy.add(backend)
+            else:
+                backend.policy.remove(backend)
+        if len(self.members) == 1:
+            (only,) = self.members.values()
+            self.only = only if only.eligible and only.limit == inf else None
+        else:
+            self.only = None
+        self.on_room()
+
+    def release(self, backend: Backend) -> None:
+        """A connection to this backend has ended."""
+        backend.open -= 1
+        policy = backend.policy
+        if policy.counting:
+            policy.ended(backend)
+        if backend.open + 1 == backend.limit:
+            self.update(backend)
+
+    async def reach(self, backend: Backend, deadline: float, client: Side | None) -> Side:
+        """Connect to a backend that may have several addresses, or none yet. Raises OSError (see dialling)."""
+        if len(backend.addresses) == 1:
+            return await connect(self._loop, self._shortage, backend.addresses[0], deadline, client)
+        # Who waits for the answer may wait longer than the backend is configured: then nobody tells the backend of it.
+        addresses = backend.addresses or await self._names[backend.address].first_answer(
+            deadline, lambda: client is not None and client.aborted
+        )
+        return await connect_to_one_of(self._loop, self._shortage, addresses, deadline, client)
+
+    def failed(self, backend: Backend, error: OSError) -> None:
+        """A connection to a backend was not to be had."""
+        if not backend.member:
+            return
+        if name := self._names.get(backend.address):
+            name.refresh()
+        was_up = backend.up
+        if not backend.out_until:
+            now = self._loop.now
+            failures = backend.failures
+            failures.append(now)
+            while failures[0] < now - self.config.fail_timeout:
+                failures.popleft()
+            if len(failures) < self.config.max_fails:
+                return
+        self._put_out(backend)
+        if backend.checker:
+            backend.checker.doubt()  # good checks bring it back, maybe sooner than `fail_timeout`
+        if was_up:
+            self._gone_down(backend, why(error))
+            if not self.config.health:
+                self._on_down(backend)
+
+    def no_verdict(self, backend: Backend, out_until: float) -> None:
+        """An attempt to reach a backend came to no verdict: if it was a trial, it is the next client's.
+
+        out_until: the backend's, when the attempt began. If it is another by now, somebody else has tried.
+        """
+        if out_until and backend.out_until == out_until:  # then it is a member
+            self._out.remove(backend)
+            self._out.insert(0, backend)
+            backend.out_until = self._loop.now
+
+    def reached(self, backend: Backend) -> None:
+        """A backend that was out of service can be connected to."""
+        backend.out_until = 0.0
+        backend.failures.clear()
+        if backend in self._out:
+            self._out.remove(backend)
+        if backend.healthy:
+            self._come_up(backend)
+
+    def situation(self) -> str:
+        """Why there is no backend to dial."""
+        if self.any_up:
+            return "every backend has its max_connections"
+        down = [f"{backend.name} is down: {backend.why_down}" for backend in self.members.values()]
+        return _first(down) or "no backend is known"
+
+    async def learn_names(self, client: Side, deadline: float) -> list[str]:
+        """Wait until some backend is known by its name; the reasons why none is, none of them if one is."""
         reasons: list[str] = []
-        cause: Cause = "backend-unreachable"
-        left = len(order)
-        for backend in order:
-            share = _share(loop.now, deadline, left)
-            left -= 1
-            try:
-                found = backend.fixed or await self._look_up(backend.address, client, share)
-            except OSError as error:
-                cause = _cause(error)
-                reasons.append(f"{backend.address}: {error.strerror or error}")
-                if client.aborted:
-                    raise DialError("client-aborted", reasons) from None
-                continue
-            addresses_left = len(found)
-            for where in found:
-                until = _share(loop.now, share, addresses_left)
-                addresses_left -= 1
-                try:
-                    return backend, await self._connect(where, client, until)
-                except OSError as error:
-                    cause = _cause(error)
-                    reasons.append(f"{where}: {error.strerror or error}")
-                if client.aborted:
-                    raise DialError("client-aborted", reasons)
-        raise DialError(cause, reasons)
-
-    async def _look_up(self, address: Address, client: Side, deadline: float) -> list[SocketAddress]:
-        while True:
-            try:
-                return await self._resolver.look_up(address, deadline, lambda: client.aborted)
-            except OSError as error:
-                # Without descriptors the resolver finds no files, servers or modules, and may say anything: that a name
-                # is unknown, or an errno left over from something else (EBUSY).
-                short = error.errno in SHORT or self._shortage.active
-                if not short or self._loop.now >= deadline or client.aborted:
-                    raise
-                await self._shortage.wait(error)
-
-    async def _connect(self, where: SocketAddress, client: Side, deadline: float) -> Side:
-        """One attempt at one socket address. Raises TimeoutError at the deadline, or OSError (connect(2))."""
-        loop = self._loop
-        family, address = where
-        while True:
-            try:
-                sock = socket.SocketType(family, STREAM, 0)
-                break
-            except OSError as error:
-                if error.errno not in SHORT or loop.now >= deadline or client.aborted:
-                    raise
-                await self._shortage.wait(error)
-        side = Side(loop, sock)
+        task = self._loop.current
+        self._learning.add(task)
         try:
-            retry = FIRST_RETRY
-            while (code := sock.connect_ex(address)) == errno.EAGAIN:
-                _check_time(loop, client, deadline)
-                await loop.sleep(min(retry, deadline - loop.now))
-                retry = min(2 * retry, LAST_RETRY)
-            if code not in (0, errno.EINPROGRESS):
-                raise OSError(code, os.strerror(code))
-            side.watch()
-            loop.current.wake_at(deadline)
-            await news()
-            while not side.ready & (OUT | ERR | HUP):
-                _check_time(loop, client, deadline)
-                await news()
-            if side.ready & ERR:
-                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                # After these it was connected, and has aborted since: what it sent before is for the relay to pass on.
-                if code not in (errno.ECONNRESET, errno.EPIPE):
-                    raise OSError(code, os.strerror(code))
-            elif family != socket.AF_UNIX:
-                _configure(sock, address)
-            return side
-        except BaseException:
-            side.close()
-            raise
+            for name in list(self._names.values()):
+                try:
+                    await name.first_answer(deadline, lambda: client.aborted or bool(self.members))
+                except OSError as error:
+                    reasons.append(f"{name.address}: {why(error)}")
+                if self.members:
+                    return []
+                if client.aborted:
+                    break
+        finally:
+            self._learning.discard(task)
+        return reasons
+
+    # What is known of each
+
+    def _put_out(self, backend: Backend) -> None:
+        """Out of service for `fail_timeout` from now on."""
+        backend.out_until = self._loop.now + self.config.fail_timeout
+        if backend in self._out:
+            self._out.remove(backend)
+        self._out.append(backend)
+
+    def _checked(self, backend: Backend, healthy: bool, reason: str) -> None:
+        """A check has another verdict."""
+        was_up = backend.up
+        backend.healthy = healthy
+        if healthy and not was_up:
+            self.reached(backend)
+        elif not healthy:
+            if was_up:
+                self._gone_down(backend, reason)
+            # One failure to connect is no reason to cut what is open, where checks tell better.
+            self._on_down(backend)
+
+    def _gone_down(self, backend: Backend, reason: str) -> None:
+        backend.down_since = self._loop.now
+        backend.why_down = reason
+        self._count_up()
+        self.update(backend)
+        log.warning("backend down%s backend=%s reason=%s", self._tag, backend.name, quote(reason))
+
+    def _come_up(self, backend: Backend) -> None:
+        self._count_up()
+        self.update(backend)
+        seconds = self._loop.now - backend.down_since
+        log.info("backend up%s backend=%s seconds=%.3f", self._tag, backend.name, seconds)
+
+    def _count_up(self) -> None:
+        self._up = [0, 0]
+        for backend in self.members.values():
+            self._up[backend.backup] += backend.up
+        self._on_change()
+
+    # Who they are
+
+    def _set_members(self) -> None:
+        """Have the members that configuration and names make; those that stay keep their state."""
+        members: dict[str, Backend] = {}
+        self._left = {name: backend for name, backend in self._left.items() if backend.open}
+        for config in self.config.backends:
+            for name, addresses in self._resolved(config):
+                if name in members:
+                    continue  # two names stand for it
+                backend = self.members.pop(name, None) or self._left.pop(name, None) or Backend(config, name)
+                backend.addresses = addresses
+                if backend.config != config and backend.eligible:
+                    backend.policy.remove(backend)
+                    backend.eligible = False
+                backend.configure(config)
+                backend.policy = self._policies[config.backup]
+                members[name] = backend
+        leaving, self.members = self.members, members
+        for backend in leaving.values():
+            self._leave(backend)
+        self._left.update(leaving)
+        for number, backend in enumerate(members.values(), 1):
+            backend.member = True
+            self._check(backend, number / len(members))
+        self._count_up()
+        for backend in members.values():
+            self.update(backend)
+        for task in self._learning:
+            task.wake()
+
+    def _resolved(self, config: BackendConfig) -> list[tuple[str, list[SocketAddress]]]:
+        """The backends that one of the configuration stands for: the name and the addresses of each."""
+        known = literal(config.address)
+        if known:
+            return [(str(config.address), [known])]
+        found = self._names[config.address].addresses
+        if self.config.resolve == "each":
+            return [(str(where), [where]) for where in found]
+        return [(str(config.address), found)]
+
+    def _leave(self, backend: Backend) -> None:
+        backend.member = False
+        backend.stop_checking()
+        if backend in self._out:
+            self._out.remove(backend)
+            backend.out_until = 0.0
+        log.info("backend taken out%s backend=%s connections=%d", self._tag, backend.name, backend.open)
+        backend.failures.clear()
+        backend.healthy = True  # until it is known better, should it return
+        self.update(backend)
+
+    # Checking them
+
+    def _check(self, backend: Backend, part: float) -> None:
+        """Have a backend checked as the configuration says.
+
+        part: of the interval, before its second check: so that not all are checked at once.
+        """
+        config = self.config.health
+        preface = encode(self.config.send_proxy, None, None) if self.config.send_proxy else b""
+        if (config, preface) == backend.checked_by or self._stopped:
+            return
+        backend.stop_checking()
+        backend.checked_by = (config, preface)
+        if config is None:
+            if not backend.healthy:
+                self._checked(backend, True, "")
+            return
+
+        def reach(deadline: float) -> Coroutine[Any, Any, Side]:
+            return self.reach(backend, deadline, None)
+
+        def report(healthy: bool, reason: str) -> None:
+            self._checked(backend, healthy, reason)
+
+        backend.checker = Checker(
+            self._loop, config, reach, str(backend.address), preface, config.interval * part, report
+        )
 
 
-def _configure(sock: socket.SocketType, address: tuple[str, int]) -> None:
-    # The kernel lets a socket connect to itself when it picks the very port it dials and nobody listens there.
-    if address[1] >= UNPRIVILEGED_PORTS:
-        near = sock.getsockname()
-        if near[1] == address[1] and near == sock.getpeername():
-            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-    # A relayed message is not to wait for the acknowledgement of the last (Nagle's algorithm, tcp(7)).
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def _first(reasons: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = [f"and {len(reasons) - REASONS_MAX} more"] if len(reasons) > REASONS_MAX else []
+    return "; ".join([*reasons[:REASONS_MAX], *more])
 
 
-def _share(now: float, deadline: float, attempts: int) -> float:
-    return deadline if attempts == 1 or deadline == inf else now + (deadline - now) / attempts
-
-
-def _check_time(loop: Loop, client: Side, deadline: float) -> None:
-    if loop.now >= deadline:
-        raise TimeoutError("no answer within the connect timeout")
-    if client.aborted:
-        raise ConnectionAbortedError(errno.ECONNABORTED, "the client is gone")
-
-
-def _cause(error: OSError) -> Cause:
-    if isinstance(error, TimeoutError) and error.errno is None:
-        return "connect-timeout"
-    if isinstance(error, socket.gaierror):
-        return "backend-unknown"
-    return "backend-refused" if error.errno in REFUSED else "backend-unreachable"
+def _policies(config: ProxyConfig) -> tuple[Policy[Backend], Policy[Backend]]:
+    """Who chooses among the backends, and among the spares."""
+    policy = POLICIES[config.balance]
+    return policy(), policy()

@@ -3,87 +3,201 @@
 from __future__ import annotations
 
 import logging
-from math import inf
+from typing import NamedTuple
 
-from rspd.address import format_socket_address
-from rspd.backends import Backend, Backends, DialError
+from rspd.access import Access, Refusals
+from rspd.address import format_socket_address, host_of
+from rspd.backend import Backend
+from rspd.backends import Backends
 from rspd.cause import Cause
 from rspd.config import ProxyConfig
+from rspd.dialler import DialError, Dialler
 from rspd.log import quote, write
-from rspd.loop import Cancelled, Loop
+from rspd.loop import Cancelled, Loop, Task
+from rspd.networks import Networks
 from rspd.pipes import Pipes
+from rspd.proxy_protocol import HeaderError, HostPort, NoHeaderError, encode, receive
 from rspd.relay import Relay
 from rspd.side import Side
 
 log = logging.getLogger(__name__)
 
 
+class Terms(NamedTuple):
+    """What the connections of a proxy have in common, from one reload to the next.
+
+    keep_alive: whether the kernel is to find out which peers are gone.
+    guarded: whether anything is asked of a client before it is served.
+    trusted: whose word on who the client is counts (accept_proxy).
+    tag: names the proxy in the log, with a space before it, or is empty.
+    """
+
+    loop: Loop
+    config: ProxyConfig
+    backends: Backends
+    dialler: Dialler
+    pipes: Pipes
+    keep_alive: bool
+    guarded: bool
+    trusted: Networks
+    access: Access
+    refusals: Refusals
+    tag: str = ""
+
+
+# Why a client that has not got to a backend gets RST: it was not to come, or did not say who it is.
+UNSERVED = frozenset({None, "bad-header", "header-timeout"})
+
+
+class RefusedError(Exception):
+    """The client is not served; the text says why. The cause is None if the log has been told."""
+
+    def __init__(self, cause: Cause | None, reason: str) -> None:
+        super().__init__(reason)
+        self.cause = cause
+
+
 class Connection:
     """A client being served. Owns the client's side and, once dialled, the backend's.
 
-    config: in force when the client was accepted; a later reload does not change it.
+    terms: in force when the client was accepted; a later reload does not change them.
     """
 
-    __slots__ = ("backend", "backends", "client", "client_address", "config", "loop", "pipes", "relay", "started")
+    __slots__ = (
+        "admitted",
+        "backend",
+        "client",
+        "client_address",
+        "cut_for",
+        "destination",
+        "peer",
+        "relay",
+        "started",
+        "task",
+        "terms",
+    )
 
-    def __init__(
-        self, loop: Loop, config: ProxyConfig, backends: Backends, pipes: Pipes, client: Side, client_address: object
-    ) -> None:
-        self.loop = loop
-        self.config = config
-        self.backends = backends
-        self.pipes = pipes
+    task: Task  # the one that handles it, set by who spawned that
+    cut_for: Cause  # set by `cut`
+
+    def __init__(self, terms: Terms, client: Side, client_address: object) -> None:
+        self.terms = terms
         self.client = client
         self.client_address = client_address
         self.backend: Backend | None = None
         self.relay: Relay | None = None
-        self.started = loop.now
+        self.started = terms.loop.now
+        self.peer: object = None  # who told the client's address, if another did
+        self.destination: HostPort | None = None  # where the client connected to, if that was told too
+        self.admitted: str | None = None  # as whom the client is counted
 
     async def handle(self) -> None:
         """Serve the client to its end, whatever happens."""
-        cause: Cause = "error"
+        terms = self.terms
+        cause: Cause | None = "error"
         reason = ""
         try:
             self.client.watch()
+            if terms.guarded:
+                await self._admit()
             # A client that says nothing is served too: the backend may be the one to speak first.
-            self.backend, side = await self.backends.dial(self.client, self.config.connect_timeout)
-            self.relay = self._open(side)
-            cause = await self.relay.run()
-        except DialError as error:
+            self.backend, side = await terms.dialler.dial(self.client, self.client_address)
+            cause = await self._open(side).run()
+        except (DialError, RefusedError) as error:
             cause, reason = error.cause, str(error)
         except Cancelled:
-            cause = "drain-timeout"
+            cause = self.cut_for
         except Exception:
             log.exception("unexpected error, this connection ends; please report it")
         finally:
-            self._close()
-            self._log_end(cause, reason)
+            self._close(cause)
+            if cause:
+                self._log_end(cause, reason)
+
+    def cut(self, cause: Cause) -> None:
+        """End the connection here and now, and say why in the log."""
+        self.cut_for = cause
+        self.task.cancel()
+
+    def counts_as(self) -> str | None:
+        """As which host the client counts among the connections of its own; None while it is not known who it is."""
+        if self.admitted is None and not self.terms.guarded:
+            self.admitted = host_of(self.client_address)
+        return self.admitted
+
+    async def _admit(self) -> None:
+        """Find out who the client is, and whether it may come. Raises RefusedError."""
+        terms = self.terms
+        host = host_of(self.client_address)
+        if host in terms.trusted:
+            try:
+                header = await receive(terms.loop, self.client, terms.loop.now + terms.config.accept_proxy_timeout)
+            except NoHeaderError:
+                raise RefusedError("client-closed", "") from None  # somebody only looked whether the port is open
+            except HeaderError as error:
+                raise RefusedError("bad-header", str(error)) from None
+            except TimeoutError as error:
+                raise RefusedError("header-timeout", str(error)) from None
+            except ConnectionAbortedError as error:
+                raise RefusedError("client-aborted", str(error.strerror)) from None
+            self.destination = header.destination
+            if header.source:
+                self.peer, self.client_address = self.client_address, header.source
+                host = header.source[0]
+        if reason := terms.access.refusal(host):
+            terms.refusals.note(format_socket_address(self.client_address) + self._via(), reason)
+            raise RefusedError(None, reason)
+        terms.access.enter(host)
+        self.admitted = host
 
     def _open(self, backend: Side) -> Relay:
-        config = self.config
-        if inf in (config.idle_timeout, config.half_close_timeout):
+        terms = self.terms
+        config = terms.config
+        relay = Relay(terms.loop, self.client, backend, terms.pipes, config.idle_timeout, config.half_close_timeout)
+        self.relay = relay  # owns the backend's side from here on
+        if terms.keep_alive:
             # Nothing else would ever find out that a peer is gone.
             self.client.keep_alive()
             backend.keep_alive()
+        if config.send_proxy:
+            relay.upload.put_first(self._header())
         if log.isEnabledFor(logging.DEBUG):
             client, name = format_socket_address(self.client_address), self.backend and self.backend.name
-            log.debug("connection opened client=%s backend=%s", client, name)
-        return Relay(self.loop, self.client, backend, self.pipes, config.idle_timeout, config.half_close_timeout)
+            log.debug("connection opened client=%s%s backend=%s", client, terms.tag, name)
+        return relay
 
-    def _close(self) -> None:
-        if self.relay:
+    def _header(self) -> bytes:
+        """What tells the backend who the client is."""
+        source = self.client_address
+        destination = self.destination or self.client.sock.getsockname()
+        if isinstance(source, tuple) and isinstance(destination, tuple):
+            return encode(self.terms.config.send_proxy, source[:2], destination[:2])
+        return encode(self.terms.config.send_proxy, None, None)
+
+    def _close(self, cause: Cause | None) -> None:
+        if self.relay and self.backend:
             self.relay.close()
+            self.terms.backends.release(self.backend)
+        elif cause in UNSERVED:
+            self.client.abort()
         else:
             self.client.close()
+        if self.admitted is not None:
+            self.terms.access.leave(self.admitted)
+
+    def _via(self) -> str:
+        return "" if self.peer is None else f" via={format_socket_address(self.peer)}"
 
     def _log_end(self, cause: Cause, reason: str) -> None:
         level = logging.WARNING if reason and cause != "client-aborted" else logging.INFO
         if log.isEnabledFor(level):
             sent, received = (self.relay.upload.total, self.relay.download.total) if self.relay else (0, 0)
+            sent = sent if sent > 0 else 0  # below, as long as the backend has not got the header
+            via = "" if self.peer is None else self._via()
             write(
                 level,
-                f"connection closed client={format_socket_address(self.client_address)} "
+                f"connection closed client={format_socket_address(self.client_address)}{via}{self.terms.tag} "
                 f"backend={self.backend.name if self.backend else '-'} sent={sent} received={received} "
-                f"seconds={self.loop.now - self.started:.3f} cause={cause}"
+                f"seconds={self.terms.loop.now - self.started:.3f} cause={cause}"
                 + (f" reason={quote(reason)}" if reason else ""),
             )

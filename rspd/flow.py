@@ -101,6 +101,12 @@ class Flow:
                 source.heed(IN | PRI)
         return more
 
+    def put_first(self, data: bytes) -> None:
+        """Have the target get bytes of our own ahead of those from the source; they do not count in `total`."""
+        self.held = memoryview(data)
+        self.waiting = True
+        self.total = -len(data)
+
     def end(self) -> None:
         """Pass the end of the stream on. Only for a finished flow: it must not overtake data."""
         self.target.end()

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from rspd.address import Address, SocketAddress, bound_address, format_socket_address
 from rspd.loop import Watch
@@ -164,12 +165,15 @@ def open_listeners(
     return listeners
 
 
-def replace_listeners(
-    old: Sequence[Listener],
-    wanted: Mapping[Address, Sequence[SocketAddress]],
-    backlog: int,
-    reuse_port: bool = False,
-) -> list[Listener]:
+class Binding(NamedTuple):
+    """How a configured address is to be listened on: what it stands for, and the options of its proxy."""
+
+    where: Sequence[SocketAddress]
+    backlog: int
+    reuse_port: bool = False
+
+
+def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]) -> list[Listener]:
     """Listeners for the wanted addresses: of the old ones those that stay; the others are closed.
 
     Those from systemd stay in any case: what is closed of them could not be had again.
@@ -180,9 +184,9 @@ def replace_listeners(
     staying = [listener for listener in bound if listener.address in wanted]
     leaving = [listener for listener in bound if listener.address not in wanted]
     known = {listener.address for listener in bound}
-    coming = {address: where for address, where in wanted.items() if address not in known}
+    coming = {address: binding for address, binding in wanted.items() if address not in known}
     try:
-        opened = _open_all(coming, backlog, reuse_port)
+        opened = _open_all(coming)
     except ListenError as error:
         ports = {address.port for address in coming}
         in_the_way = [listener for listener in leaving if listener.address.port in ports - {0}]
@@ -192,7 +196,7 @@ def replace_listeners(
         for listener in in_the_way:
             listener.rest()
         try:
-            opened = _open_all(coming, backlog, reuse_port)
+            opened = _open_all(coming)
         except ListenError:
             for listener in in_the_way:
                 listener.listen(listener.backlog)
@@ -200,17 +204,18 @@ def replace_listeners(
     for listener in leaving:
         listener.close()
     for listener in staying:
-        listener.listen(backlog)
-        if reuse_port:
+        binding = wanted[listener.address]
+        listener.listen(binding.backlog)
+        if binding.reuse_port:
             listener.share_port()
     return adopted + staying + opened
 
 
-def _open_all(addresses: Mapping[Address, Sequence[SocketAddress]], backlog: int, reuse_port: bool) -> list[Listener]:
+def _open_all(bindings: Mapping[Address, Binding]) -> list[Listener]:
     opened: list[Listener] = []
     try:
-        for address, where in addresses.items():
-            opened += open_listeners(address, where, backlog, reuse_port)
+        for address, binding in bindings.items():
+            opened += open_listeners(address, binding.where, binding.backlog, binding.reuse_port)
     except ListenError:
         for listener in opened:
             listener.close()

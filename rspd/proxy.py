@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import inf
+from typing import NamedTuple
 
-from rspd.address import Address, SocketAddress
+from rspd.access import Access, Refusals
+from rspd.backend import Backend
 from rspd.backends import Backends
 from rspd.config import ProxyConfig
-from rspd.connection import Connection
-from rspd.listener import CLIENT_GONE, Listener, replace_listeners
+from rspd.connection import Connection, Terms
+from rspd.dialler import Dialler
+from rspd.listener import CLIENT_GONE, Listener
 from rspd.loop import EXCLUSIVE, IN, Loop, Task, news
+from rspd.networks import Networks
 from rspd.pipes import Pipes
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
@@ -28,31 +32,69 @@ LOOK_AGAIN = 1.0
 log = logging.getLogger(__name__)
 
 
-class Proxy:
-    """A proxy at work. Owns its listeners, its connections and its pipes.
+class Common(NamedTuple):
+    """What the proxies of a process share.
 
-    served: how many clients have been accepted so far.
-    watchers: tasks to wake whenever a connection begins or ends.
+    watchers: tasks to wake whenever a connection begins or ends, or a backend goes down or comes up.
     """
 
-    def __init__(self, loop: Loop, config: ProxyConfig, listeners: Sequence[Listener], pipes: int) -> None:
-        self.loop = loop
-        self.config = config
-        self.listeners = list(listeners)
-        self.served = 0
-        self.resolver = Resolver(loop)
-        self.shortage = Shortage(loop)
-        self.pipes = Pipes(pipes)
-        self.backends = Backends(loop, [backend.address for backend in config.backends], self.resolver, self.shortage)
-        self._connections: set[Task] = set()
+    loop: Loop
+    resolver: Resolver
+    shortage: Shortage
+    pipes: Pipes
+    watchers: set[Task]
+
+
+class Proxy:
+    """A proxy at work. Owns its listeners and its connections, and what checks its backends."""
+
+    def __init__(self, common: Common, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
+        self.loop = common.loop
+        self.listeners: list[Listener] = []
+        self._accepted = 0
+        self.shortage = common.shortage
+        self.pipes = common.pipes
+        self.watchers = common.watchers
+        self.tag = f" proxy={config.name}" if config.name else ""
+        self.backends = Backends(
+            common.loop, config, common.resolver, common.shortage, self._backend_down, self._changed
+        )
+        self._dialler = Dialler(common.loop, self.backends, common.shortage)
+        self._access = Access((), (), inf)
+        self._refusals = Refusals(common.loop, self.tag)
+        self._connections: dict[Task, Connection] = {}
         self._accepting = False
+        self._leaving = False
         self._watched: list[Listener] = []
         self._look_again = inf  # when to, while accepting
+        self._last_end = common.loop.now
+        self._set(config, listeners)
+        self._acceptor = common.loop.spawn(self._serve())
+
+    def _set(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
+        self.config = config
+        self.listeners = list(listeners)
         self._rotation = deque(self.listeners)
-        self.watchers: set[Task] = set()
-        self._last_end = loop.now
-        self.shortage.keep_spare()
-        self._acceptor = loop.spawn(self._serve())
+        present = [host for connection in self._connections.values() if (host := connection.counts_as()) is not None]
+        self._access.apply(config.allow, config.deny, config.max_connections_per_client, present)
+        self._terms = Terms(
+            loop=self.loop,
+            config=config,
+            backends=self.backends,
+            dialler=self._dialler,
+            pipes=self.pipes,
+            keep_alive=inf in (config.idle_timeout, config.half_close_timeout),
+            guarded=self._access.needed or bool(config.accept_proxy),
+            trusted=Networks(config.accept_proxy),
+            access=self._access,
+            refusals=self._refusals,
+            tag=self.tag,
+        )
+
+    @property
+    def served(self) -> int:
+        """How many clients have been accepted so far, and not refused."""
+        return self._accepted - self._refusals.count
 
     @property
     def open(self) -> int:
@@ -64,22 +106,15 @@ class Proxy:
         """For how many seconds there has been no connection."""
         return 0.0 if self._connections else self.loop.now - self._last_end
 
-    def apply(self, config: ProxyConfig, listen: Mapping[Address, Sequence[SocketAddress]], pipes: int) -> None:
-        """Serve by a new configuration from now on. Open connections go on by the one they began with.
-
-        listen: what the addresses to listen on stand for; new ones are opened, those not among them closed.
-        pipes: how many there may be.
-        Raises ListenError, with nothing changed.
-        """
+    def pause(self) -> None:
+        """Accept nobody, and watch no listener, in this turn of the loop: they are about to change hands."""
         self._pause()
         self._acceptor.wake()
-        self.listeners = replace_listeners(self.listeners, listen, config.backlog, config.reuse_port)
-        self._rotation = deque(self.listeners)
-        if config.backends != self.config.backends:
-            addresses = [backend.address for backend in config.backends]
-            self.backends = Backends(self.loop, addresses, self.resolver, self.shortage)
-        self.config = config
-        self.pipes.resize(pipes)
+
+    def apply(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
+        """Serve by a new configuration, after `pause`. Open connections go on by the one they began with."""
+        self.backends.apply(config)
+        self._set(config, listeners)
 
     def stop_listening(self) -> None:
         """Accept nobody any more. Who waits in the backlog is reset by the kernel, or waits on for systemd's next."""
@@ -89,6 +124,10 @@ class Proxy:
             listener.close()
         self.listeners.clear()
         self._rotation.clear()
+        self._refusals.close()
+        self._leaving = True
+        if not self._connections:
+            self.backends.stop()
 
     async def drain(self, hurry: Callable[[], bool]) -> None:
         """Wait for the open connections to end; abort those still open after `drain_timeout`, or when in a hurry.
@@ -101,13 +140,12 @@ class Proxy:
         task.wake_at(deadline)
         while self._connections and self.loop.now < deadline and not hurry():
             await news()
-        for connection in self._connections:
-            connection.cancel()
+        for connection in self._connections.values():
+            connection.cut("drain-timeout")
         while self._connections:
             await news()
+        self.watchers.discard(task)
         await self.loop.yield_turn()  # to let the acceptor end
-        self.pipes.close()
-        self.shortage.give_up_spare()
 
     async def _serve(self) -> None:
         while True:
@@ -143,22 +181,32 @@ class Proxy:
         if self.shortage.spare < 0:
             self.shortage.keep_spare()
         sock, address = listener.accept()
-        self.served += 1
-        connection = Connection(self.loop, self.config, self.backends, self.pipes, Side(self.loop, sock), address)
-        task = self.loop.spawn(connection.handle(), self._connection_ended)
+        self._accepted += 1
+        connection = Connection(self._terms, Side(self.loop, sock), address)
+        connection.task = task = self.loop.spawn(connection.handle(), self._connection_ended)
         if not task.done:
-            self._connections.add(task)
-        for watcher in self.watchers:
-            watcher.wake()
+            self._connections[task] = connection
+        self._changed()
 
     def _connection_ended(self, task: Task) -> None:
-        self._connections.discard(task)
+        self._connections.pop(task, None)
         self.shortage.relieve()
         if not self._accepting:
             self._acceptor.wake()
         self._last_end = self.loop.now
+        if self._leaving and not self._connections:
+            self.backends.stop()  # till now, clients may have waited for one of them
+        self._changed()
+
+    def _changed(self) -> None:
         for watcher in self.watchers:
             watcher.wake()
+
+    def _backend_down(self, backend: Backend) -> None:
+        if self.config.on_down == "abort":
+            for connection in self._connections.values():
+                if connection.backend is backend:
+                    connection.cut("backend-down")
 
     def _next_ready(self) -> Listener | None:
         """A listener with a client waiting; asked last from then on, so that a busy one does not starve the others."""

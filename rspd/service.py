@@ -6,21 +6,23 @@ import errno
 import gc
 import logging
 import os
-import resource
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
 from rspd import log as log_setup
 from rspd.address import Address, SocketAddress, resolve
-from rspd.adoption import addresses_to_bind, log_replaced
+from rspd.adoption import Part, assign, log_replaced
 from rspd.config import Config, ProxyConfig
+from rspd.descriptors import reserve_descriptors
 from rspd.errors import StartError
-from rspd.listener import ListenError, adopt_listener, replace_listeners
+from rspd.listener import Binding, Listener, ListenError, adopt_listener, replace_listeners
 from rspd.log import quote
 from rspd.loop import Loop, news
-from rspd.pipes import PIPES_MAX
-from rspd.proxy import Proxy
+from rspd.pipes import Pipes
+from rspd.proxy import Common, Proxy
+from rspd.resolver import Resolver
+from rspd.shortage import Shortage
 from rspd.systemd import Notifier, PassedSocket
 from rspd.yamlfile import ConfigError
 
@@ -30,10 +32,6 @@ EXIT_CODES = {
     errno.EMFILE: os.EX_OSERR,
     errno.ENFILE: os.EX_OSERR,
 }
-
-# Descriptors besides the connections': standard ones, loop, log, systemd, pid file, name lookups, the file at a
-# reload, some to spare.
-OWN_DESCRIPTORS = 24
 
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
@@ -69,9 +67,14 @@ def run(
     """
     adopted = [adopt_listener(name, sock) for name, sock in sockets]
     try:
-        where = {address: _resolve(address) for address in addresses_to_bind(config.proxy, adopted)}
-        pipes = reserve_descriptors(config.proxy, len(adopted) + sum(map(len, where.values())))
-        listeners = replace_listeners(adopted, where, config.proxy.backlog, config.proxy.reuse_port)
+        parts = assign(config, adopted)
+        bindings = {
+            address: Binding(_resolve(address), proxy.backlog, proxy.reuse_port)
+            for proxy in config.proxies
+            for address in parts[proxy.name].addresses
+        }
+        pipes = reserve_descriptors(config, len(adopted) + _count(bindings))
+        listeners = replace_listeners(adopted, bindings)
     except ListenError as error:
         code = error.errno or 0
         raise StartError(str(error), EXIT_CODES.get(code, os.EX_UNAVAILABLE), code) from None
@@ -81,53 +84,53 @@ def run(
     gc.freeze()
     gc.set_threshold(GARBAGE)
     with Loop() as loop:
-        proxy = Proxy(loop, config.proxy, listeners, pipes)
-        loop.run(Service(loop, config, proxy, load, notifier).run(on_ready))
+        common = Common(loop, Resolver(loop), Shortage(loop), Pipes(pipes), set())
+        common.shortage.keep_spare()
+        proxies = {
+            proxy.name: Proxy(common, proxy, _listeners_of(parts[proxy.name], listeners)) for proxy in config.proxies
+        }
+        loop.run(Service(common, config, proxies, adopted, load, notifier).run(on_ready))
 
 
-def reserve_descriptors(config: ProxyConfig, listeners: int) -> int:
-    """Make room for the connections, if need be by raising the soft limit to the hard one.
+def _count(bindings: Mapping[Address, Binding]) -> int:
+    return sum(len(binding.where) for binding in bindings.values())
 
-    Returns how many pipes there is room for. Raises StartError if there is none for the connections.
-    """
-    own = OWN_DESCRIPTORS + listeners
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * config.max_connections + own
-    if needed > hard:
-        fitting = (hard - own) // 2
-        advice = f"lower it to {fitting} or raise" if fitting > 0 else "raise"
-        raise StartError(
-            f"max_connections {config.max_connections} needs {needed} descriptors, and the limit is {hard}: "
-            f"{advice} the limit (LimitNOFILE= in the unit, ulimit -Hn in a shell)",
-            os.EX_OSERR,
-            errno.EMFILE,
-        )
-    if needed + 2 * PIPES_MAX > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return min(PIPES_MAX, (soft - needed) // 2)
+
+def _listeners_of(part: Part, listeners: Sequence[Listener]) -> list[Listener]:
+    bound = [listener for listener in listeners if listener.passed is None and listener.address in part.addresses]
+    return part.adopted + bound
 
 
 class Service:
-    """The daemon at work: one proxy, what signals ask of it, and what systemd hears."""
+    """The daemon at work: its proxies, what signals ask of them, and what systemd hears."""
 
     def __init__(
-        self, loop: Loop, config: Config, proxy: Proxy, load: Callable[[], Config] | None, notifier: Notifier
+        self,
+        common: Common,
+        config: Config,
+        proxies: dict[str, Proxy],
+        adopted: Sequence[Listener],
+        load: Callable[[], Config] | None,
+        notifier: Notifier,
     ) -> None:
-        self._loop = loop
+        self._common = common
+        self._loop = common.loop
         self._config = config
         self._load = load
-        self._proxy = proxy
+        self._proxies = proxies
+        self._retired: list[Proxy] = []  # taken out of the configuration, with connections that are still open
         self._notifier = notifier
-        self._adopted = [listener for listener in proxy.listeners if listener.passed is not None]
+        self._adopted = adopted
         self._ends = 0  # signals to end so far
         self._reload_asked = False
         self._reload_error = ""  # of the last reload
+        self._served_before = 0  # by proxies that are gone
+        self._last_end = -inf  # of a connection of theirs
         self._ending = False
 
     async def run(self, on_ready: Callable[[], object]) -> None:
         """Serve until SIGTERM or SIGINT, or until idle for `exit_idle_time`, and drain."""
-        loop, proxy, notifier = self._loop, self._proxy, self._notifier
+        loop, notifier = self._loop, self._notifier
         task = loop.current
 
         def end() -> None:
@@ -143,9 +146,8 @@ class Service:
         loop.on_signal(signal.SIGHUP, ask_reload)
         # Whoever started rspd may have blocked them (daemon(7)).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS | {signal.SIGHUP})
-        for listener in proxy.listeners:
-            passed = "" if listener.passed is None else f" socket={quote(listener.passed)}"
-            log.info("listening address=%s%s", listener.name, passed)
+        for proxy in self._proxies.values():
+            _log_listening(proxy, proxy.listeners)
         self._tell_consequences()
         notifier.ready(self._status())
         on_ready()
@@ -159,45 +161,75 @@ class Service:
             else:
                 await news()
         self._ending = True
-        proxy.stop_listening()
+        proxies = self._everyone()
+        timeouts = {f"{proxy.config.drain_timeout:g}" for proxy in proxies}
+        for proxy in proxies:
+            proxy.stop_listening()
         self._tell_stopping()
         if reporter:
             reporter.wake()
-        log.info("ending connections=%d drain_timeout=%g", proxy.open, self._config.proxy.drain_timeout)
-        await proxy.drain(lambda: self._ends > 1)
+        log.info("ending connections=%d drain_timeout=%s", self._open(), ",".join(sorted(timeouts)))
+        drains = [loop.spawn(proxy.drain(lambda: self._ends > 1), lambda _: task.wake()) for proxy in proxies]
+        while not all(drain.done for drain in drains):
+            for drain in drains:
+                drain.wake()  # a second signal to end concerns all
+            await news()
+        self._common.pipes.close()
+        self._common.shortage.give_up_spare()
         self._tell_stopping()
-        log.info("ended served=%d", proxy.served)
+        log.info("ended served=%d", self._served())
         # One more would find the default action restored, and the exit code would be its number.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS | {signal.SIGHUP})
 
+    def _everyone(self) -> list[Proxy]:
+        """The proxies, those that were taken out and still have connections among them."""
+        for proxy in self._retired:
+            if not proxy.open:
+                self._served_before += proxy.served
+                self._last_end = max(self._last_end, self._loop.now - proxy.idle)
+        self._retired = [proxy for proxy in self._retired if proxy.open]
+        return [*self._proxies.values(), *self._retired]
+
+    def _open(self) -> int:
+        return sum(proxy.open for proxy in self._everyone())
+
+    def _served(self) -> int:
+        proxies = self._everyone()
+        return self._served_before + sum(proxy.served for proxy in proxies)
+
     def _status(self) -> str:
         """What rspd is doing, for people."""
-        proxy = self._proxy
-        limit = proxy.config.max_connections
-        doing = f"serving {proxy.open} of {limit}"
-        if self._ending:
-            doing = f"ending, {proxy.open} open" if proxy.open else "ended"
-        backends = proxy.config.backends
-        others = f" and {len(backends) - 1} more" if len(backends) > 1 else ""
         failure = f"; reload failed: {self._reload_error}" if self._reload_error else ""
-        return f"{doing}, {proxy.served} served, backend {backends[0]}{others}{failure}"
+        served = f"{self._served()} served"
+        proxies = list(self._proxies.values())
+        if self._ending or len(proxies) == 1:
+            doing = _doing(proxies[0])
+            if self._ending:
+                count = self._open()
+                doing = f"ending, {count} open" if count else "ended"
+            backends = "".join(f", {proxy.backends.describe()}" for proxy in proxies[:1] if len(proxies) == 1)
+            return f"{doing}, {served}{backends}{failure}"
+        each = (f"{name} {_doing(proxy)}, {proxy.backends.describe()}" for name, proxy in self._proxies.items())
+        return f"{served}; {'; '.join(each)}{failure}"
 
     def _tell_consequences(self) -> None:
         """Log what the configuration and the sockets from systemd mean for each other."""
-        log_replaced(self._config.proxy, self._adopted)
+        log_replaced(self._config, assign(self._config, self._adopted))
         if self._config.exit_idle_time < SHORTEST_IDLE_TIME and self._adopted:
             log.warning("exit_idle_time is below %g s: systemd gives up what it starts so often", SHORTEST_IDLE_TIME)
         if self._config.exit_idle_time != inf:
-            for listener in self._proxy.listeners:
-                if listener.passed is None:
-                    log.warning("exit_idle_time ends rspd, and nobody starts it again for %s", listener.name)
+            for proxy in self._proxies.values():
+                for listener in proxy.listeners:
+                    if listener.passed is None:
+                        log.warning("exit_idle_time ends rspd, and nobody starts it again for %s", listener.name)
 
     def _tell_stopping(self) -> None:
-        self._notifier.stopping(self._status(), STOP_EXTENSION if self._config.proxy.drain_timeout != inf else 0)
+        bounded = all(proxy.config.drain_timeout != inf for proxy in self._everyone())
+        self._notifier.stopping(self._status(), STOP_EXTENSION if bounded else 0)
 
     async def _keep_informed(self) -> None:
         """Tell systemd what changes, at most once in STATUS_INTERVAL, and that the loop is alive."""
-        loop, watchers, task = self._loop, self._proxy.watchers, self._loop.current
+        loop, watchers, task = self._loop, self._common.watchers, self._loop.current
         while True:
             watchers.discard(task)
             await loop.sleep(min(STATUS_INTERVAL, self._notifier.interval))
@@ -214,7 +246,8 @@ class Service:
         limit = self._config.exit_idle_time
         if limit == inf:
             return False
-        idle = self._proxy.idle
+        idle = min(proxy.idle for proxy in self._everyone())
+        idle = min(idle, self._loop.now - self._last_end)
         if idle >= limit:
             log.info("idle seconds=%g", limit)
             return True
@@ -229,14 +262,21 @@ class Service:
             return
         try:
             config = self._load()
-            addresses = addresses_to_bind(config.proxy, self._adopted)
-            where = {address: await self._look_up(address, config.proxy) for address in addresses}
-            pipes = reserve_descriptors(config.proxy, len(self._adopted) + sum(map(len, where.values())))
-            self._proxy.apply(config.proxy, where, pipes)
+            parts = assign(config, self._adopted)
+            bindings = {
+                address: Binding(await self._look_up(address, proxy), proxy.backlog, proxy.reuse_port)
+                for proxy in config.proxies
+                for address in parts[proxy.name].addresses
+            }
+            pipes = reserve_descriptors(config, len(self._adopted) + _count(bindings))
+            self._apply(config, parts, bindings)
+            self._common.pipes.resize(pipes)
         except (ConfigError, ListenError, StartError, OSError) as error:
             if self._ends:
                 return
-            what = f"{error.filename}: cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+            what = str(error)
+            if isinstance(error, OSError) and error.filename:
+                what = f"{error.filename}: cannot be read: {error.strerror}"
             self._reload_error = what
             for line in what.splitlines():
                 log.error("reload failed, nothing has changed: %s", line)
@@ -244,14 +284,51 @@ class Service:
         log_setup.set_up(config.log_level)
         self._config = config
         self._tell_consequences()
-        log.info("reloaded listen=%s", ",".join(listener.name for listener in self._proxy.listeners))
+        listen = ",".join(listener.name for proxy in self._proxies.values() for listener in proxy.listeners)
+        log.info("reloaded listen=%s", listen)
 
-    async def _look_up(self, address: Address, config: ProxyConfig) -> list[SocketAddress]:
+    def _apply(self, config: Config, parts: Mapping[str, Part], bindings: Mapping[Address, Binding]) -> None:
+        """Have the proxies that a configuration says. Raises ListenError, with nothing changed."""
+        old = self._proxies
+        for proxy in old.values():
+            proxy.pause()
+        before = [listener for proxy in old.values() for listener in proxy.listeners]
+        listeners = replace_listeners(before, bindings)
+        # Nothing from here on can fail.
+        new: dict[str, Proxy] = {}
+        for wanted in config.proxies:
+            own = _listeners_of(parts[wanted.name], listeners)
+            if wanted.name in old:
+                proxy = old[wanted.name]
+                proxy.apply(wanted, own)
+            else:
+                proxy = Proxy(self._common, wanted, own)
+            new[wanted.name] = proxy
+            _log_listening(proxy, [listener for listener in own if listener not in before])
+        for name, proxy in old.items():
+            if name not in new:
+                proxy.listeners.clear()  # they are others' now, or closed
+                proxy.stop_listening()
+                self._retired.append(proxy)
+                log.info("proxy taken out%s connections=%d", proxy.tag, proxy.open)
+        self._proxies = new
+
+    async def _look_up(self, address: Address, proxy: ProxyConfig) -> list[SocketAddress]:
         try:
-            deadline = self._loop.now + config.connect_timeout
-            return await self._proxy.resolver.look_up(address, deadline, lambda: self._ends > 0)
+            deadline = self._loop.now + proxy.connect_timeout
+            return await self._common.resolver.look_up(address, deadline, lambda: self._ends > 0)
         except OSError as error:
             raise ListenError(address, address, error) from None
+
+
+def _log_listening(proxy: Proxy, listeners: Sequence[Listener]) -> None:
+    for listener in listeners:
+        passed = "" if listener.passed is None else f" socket={quote(listener.passed)}"
+        log.info("listening address=%s%s%s", listener.name, proxy.tag, passed)
+
+
+def _doing(proxy: Proxy) -> str:
+    return f"serving {proxy.open} of {proxy.config.max_connections}"
 
 
 def _resolve(address: Address) -> list[SocketAddress]:

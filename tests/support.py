@@ -22,6 +22,7 @@ import pytest
 from rspd.loop import Loop
 
 T = TypeVar("T")
+B = TypeVar("B", bound="Backend")
 
 PATIENCE = 20.0  # seconds before a wait in a test fails
 
@@ -167,11 +168,14 @@ class Backend:
     `accepted` counts; `errors` has what handlers raised.
     """
 
-    def __init__(self, handler: Callable[[socket.socket], object], backlog: int = 1024, port: int = 0) -> None:
+    def __init__(
+        self, handler: Callable[[socket.socket], object], backlog: int = 1024, port: int = 0, host: str = "127.0.0.1"
+    ) -> None:
         self.handler = handler
         self.accepted = 0
         self.errors: list[Exception] = []
-        self.listener = socket.create_server(("127.0.0.1", port), backlog=backlog)
+        self.host = host
+        self.listener = socket.create_server((host, port), backlog=backlog)
         self.port: int = self.listener.getsockname()[1]
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -179,9 +183,9 @@ class Backend:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
-    def __enter__(self) -> Backend:
+    def __enter__(self: B) -> B:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -325,7 +329,7 @@ class Daemon:
     @property
     def port(self) -> int:
         """The port of the first listener."""
-        return int(self.find("listening address=")[0].rpartition(":")[2])
+        return int(re.findall(r"listening address=\S+:(\d+)", self.log)[0])
 
     def connect(self) -> socket.socket:
         """A client."""
@@ -356,8 +360,10 @@ class Daemon:
         """CPU time so far."""
         total = 0
         for task in os.listdir(f"/proc/{self.pid}/task"):
-            with open(f"/proc/{self.pid}/task/{task}/schedstat") as file:
-                total += int(file.read().split()[0])
+            # A thread that looked a name up may end meanwhile.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                with open(f"/proc/{self.pid}/task/{task}/schedstat") as file:
+                    total += int(file.read().split()[0])
         return total / 1e9
 
     def wait(self) -> int:

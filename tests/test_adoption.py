@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from rspd.address import Address, parse_address, resolve
-from rspd.adoption import addresses_to_bind, log_replaced
-from rspd.config import ProxyConfig
-from rspd.listener import Listener, ListenError, adopt_listener, replace_listeners
+from rspd.adoption import Part, assign, log_replaced
+from rspd.config import BackendConfig, Config, ProxyConfig
+from rspd.listener import Binding, Listener, ListenError, adopt_listener, replace_listeners
 from rspd.yamlfile import ConfigError
 from tests.manager import tcp_listener, unix_listener
 from tests.support import PATIENCE
@@ -98,7 +98,7 @@ def test_adopted_listeners_stay_whatever_else_is_wanted_and_keep_their_backlog(a
     listeners = [web, local]
     with connect(web) as waiting:
         for texts in [("127.0.0.1:0",), (), (f"{tmp_path}/other", "127.0.0.1:0"), ("127.0.0.1:0",), ()]:
-            listeners = replace_listeners(listeners, wanted(*texts), 99)
+            listeners = replace_listeners(listeners, wanted(*texts, backlog=99))
             assert listeners[:2] == [web, local]
             assert len(listeners) == 2 + len(texts)
             assert backlog_of(web) == 5
@@ -113,7 +113,7 @@ def test_an_adopted_listener_never_stands_aside(adopt: Adopt) -> None:
     _, listener = adopt("web", tcp_listener("0.0.0.0"))
     with socket.create_connection(("127.0.0.1", port_of(listener)), PATIENCE) as waiting:
         with pytest.raises(ListenError, match="Address already in use") as caught:
-            replace_listeners([listener], wanted(f"127.0.0.1:{port_of(listener)}"), 8)
+            replace_listeners([listener], wanted(f"127.0.0.1:{port_of(listener)}"))
         assert caught.value.errno == errno.EADDRINUSE
         sock, peer = accept(listener)
         assert peer == waiting.getsockname()
@@ -122,16 +122,32 @@ def test_an_adopted_listener_never_stands_aside(adopt: Adopt) -> None:
 
 def test_one_of_our_own_leaves_also_where_an_adopted_one_has_its_address(adopt: Adopt, tmp_path: Path) -> None:
     _, adopted = adopt("web")
-    [own] = replace_listeners([], wanted(f"{tmp_path}/own"), 8)
-    assert replace_listeners([own, adopted], {}, 8) == [adopted]
+    [own] = replace_listeners([], wanted(f"{tmp_path}/own"))
+    assert replace_listeners([own, adopted], {}) == [adopted]
     assert not (tmp_path / "own").exists()
 
 
 # Matching
 
 
-def config(*listen: str, backends: tuple[str, ...] = ("192.0.2.1:80",)) -> ProxyConfig:
-    return ProxyConfig(tuple(map(parse_address, listen)), tuple(map(parse_address, backends)))
+def proxy(*listen: str, name: str = "", backends: tuple[str, ...] = ("192.0.2.1:80",)) -> ProxyConfig:
+    return ProxyConfig(
+        tuple(map(parse_address, listen)), tuple(BackendConfig(parse_address(backend)) for backend in backends), name
+    )
+
+
+def config(*listen: str, backends: tuple[str, ...] = ("192.0.2.1:80",)) -> Config:
+    return Config((proxy(*listen, backends=backends),))
+
+
+def several(**listen: tuple[str, ...]) -> Config:
+    """Proxies of these names, which listen there."""
+    return Config(tuple(proxy(*texts, name=name) for name, texts in listen.items()))
+
+
+def told(parts: dict[str, Part]) -> dict[str, tuple[list[str | None], list[str]]]:
+    """By the proxies' names: the names of the sockets that each takes, and what it is to bind."""
+    return {name: ([one.passed for one in own], [str(one) for one in bound]) for name, (own, bound) in parts.items()}
 
 
 def adopted(adopt: Adopt, *names: str) -> list[Listener]:
@@ -155,7 +171,7 @@ def adopted(adopt: Adopt, *names: str) -> list[Listener]:
 def test_passed_sockets_take_the_place_of_listen_unless_it_names_them(
     adopt: Adopt, names: tuple[str, ...], listen: tuple[str, ...], to_bind: tuple[str, ...]
 ) -> None:
-    assert [str(one) for one in addresses_to_bind(config(*listen), adopted(adopt, *names))] == list(to_bind)
+    assert told(assign(config(*listen), adopted(adopt, *names))) == {"": (list(names), list(to_bind))}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +202,79 @@ def test_where_listen_names_passed_sockets_each_has_its_counterpart(
     adopt: Adopt, names: tuple[str, ...], listen: tuple[str, ...], errors: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        addresses_to_bind(config(*listen), adopted(adopt, *names))
+        assign(config(*listen), adopted(adopt, *names))
+    assert caught.value.errors == errors
+
+
+NOBODYS = "socket 'c' from systemd: not in listen; add fd://c, or call it as a proxy (FileDescriptorName=), or stop it"
+
+
+@pytest.mark.parametrize(
+    ("names", "listen", "parts"),
+    [
+        # Each proxy takes those that have its name, in place of what its `listen` says; the others bind.
+        (("a",), {"a": ("80",), "b": ("81",)}, {"a": (["a"], []), "b": ([], ["81"])}),
+        (("b", "a", "b"), {"a": (), "b": ("80", "81")}, {"a": (["a"], []), "b": (["b", "b"], [])}),
+        ((), {"a": ("80",), "b": ("81", "/run/b")}, {"a": ([], ["80"]), "b": ([], ["81", "/run/b"])}),
+        # What `listen` names is taken besides what it has to bind, whatever the proxy is called.
+        (("x", "y"), {"a": ("fd://y", "80"), "b": ("fd://x",)}, {"a": (["y"], ["80"]), "b": (["x"], [])}),
+        (("a", "x"), {"a": (), "b": ("fd://x",)}, {"a": (["a"], []), "b": (["x"], [])}),
+        # A socket that somebody names is not taken by a proxy that has its name.
+        (("a",), {"a": ("80",), "b": ("fd://a",)}, {"a": ([], ["80"]), "b": (["a"], [])}),
+        # A lone proxy with a name takes all.
+        (("x", "y"), {"a": ("80",)}, {"a": (["x", "y"], [])}),
+    ],
+)
+def test_several_proxies_take_the_sockets_they_name_or_those_of_their_own_name(
+    adopt: Adopt,
+    names: tuple[str, ...],
+    listen: dict[str, tuple[str, ...]],
+    parts: dict[str, tuple[list[str], list[str]]],
+) -> None:
+    assert told(assign(several(**listen), adopted(adopt, *names))) == parts
+
+
+@pytest.mark.parametrize(
+    ("names", "listen", "errors"),
+    [
+        (
+            ("c",),
+            {"a": ("80",), "b": ("81",)},
+            [NOBODYS],
+        ),
+        (
+            ("a",),
+            {"a": (), "b": ()},
+            ["proxies.b.listen: missing, expected an address, or a socket from systemd named b"],
+        ),
+        # One that `b` has named is no longer there for `a`.
+        (
+            ("a",),
+            {"a": (), "b": ("fd://a",)},
+            ["proxies.a.listen: missing, expected an address, or a socket from systemd named a"],
+        ),
+        (
+            ("b",),
+            {"a": ("fd://x", "80"), "b": ()},
+            ["proxies.a.listen fd://x: no such socket from systemd, passed are b"],
+        ),
+        # All that is wrong is said at once.
+        (
+            ("c",),
+            {"a": ("fd://x",), "b": ()},
+            [
+                "proxies.a.listen fd://x: no such socket from systemd, passed are c",
+                "proxies.b.listen: missing, expected an address, or a socket from systemd named b",
+                NOBODYS,
+            ],
+        ),
+    ],
+)
+def test_several_proxies_and_the_sockets_passed_go_together_or_it_is_said_what_does_not(
+    adopt: Adopt, names: tuple[str, ...], listen: dict[str, tuple[str, ...]], errors: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        assign(several(**listen), adopted(adopt, *names))
     assert caught.value.errors == errors
 
 
@@ -195,25 +283,25 @@ def test_a_backend_that_is_a_passed_socket_is_refused(adopt: Adopt, host: str) -
     kept, listener = adopt("web", tcp_listener(host))
     backend = f"127.0.0.1:{kept.getsockname()[1]}"
     with pytest.raises(ConfigError, match=f"backend {backend} is this proxy's own listener "):
-        addresses_to_bind(config(backends=(backend,)), [listener])
+        assign(config(backends=(backend,)), [listener])
     with pytest.raises(ConfigError, match=f"backend {backend} is this proxy's own listener "):
-        addresses_to_bind(config("fd://web", backends=("192.0.2.1:80", backend)), [listener])
+        assign(config("fd://web", backends=("192.0.2.1:80", backend)), [listener])
 
 
 def test_a_backend_that_is_a_passed_unix_socket_is_refused(adopt: Adopt, tmp_path: Path) -> None:
     for name in (f"{tmp_path}/s", f"@rspd-test-{os.getpid()}"):
         _, listener = adopt("local", unix_listener(name.replace("@", "\0")))
         with pytest.raises(ConfigError, match="is this proxy's own listener"):
-            addresses_to_bind(config(backends=(name,)), [listener])
+            assign(config(backends=(name,)), [listener])
 
 
 # What they take the place of
 
 
-def logged(caplog: pytest.LogCaptureFixture, proxy: ProxyConfig, listeners: list[Listener]) -> list[str]:
+def logged(caplog: pytest.LogCaptureFixture, config: Config, listeners: list[Listener]) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.INFO, "rspd"):
-        log_replaced(proxy, listeners)
+        log_replaced(config, assign(config, listeners))
     assert {record.levelname for record in caplog.records} <= {"INFO"}
     return [record.getMessage() for record in caplog.records]
 
@@ -250,8 +338,8 @@ def test_where_nothing_is_replaced_nothing_is_logged(
 
 def test_what_is_to_bind_is_bound_beside_what_was_passed(adopt: Adopt, tmp_path: Path) -> None:
     _, web = adopt("web")
-    to_bind = addresses_to_bind(config("fd://web", f"{tmp_path}/own"), [web])
-    listeners = replace_listeners([web], {address: resolve(address) for address in to_bind}, 8)
+    [part] = assign(config("fd://web", f"{tmp_path}/own"), [web]).values()
+    listeners = replace_listeners(part.adopted, {address: Binding(resolve(address), 8) for address in part.addresses})
     assert [listener.passed for listener in listeners] == ["web", None]
     assert all(serves(listener) for listener in listeners)
     listeners[1].close()

@@ -1,771 +1,780 @@
-"""rspd/backends.py: whose turn it is, and dialling over real sockets."""
+"""rspd/backends.py: who the backends are, how each is, and which is next."""
 
 from __future__ import annotations
 
-import errno
-import os
-import resource
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import logging
+import re
+from collections import Counter
 from math import inf
-from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from rspd.address import Address, SocketAddress
-from rspd.backends import Backends, DialError
-from rspd.config import parse_backend
-from rspd.loop import Loop, Task
-from rspd.resolver import Resolver
-from rspd.shortage import Shortage
-from rspd.side import Side
-from tests.support import PATIENCE, Backend, FakeClock, full_tcp, open_descriptors, reset, run, tcp_pair
+from rspd.backends import REASONS_MAX
+from rspd.config import HealthConfig
+from rspd.dialler import DialError
+from rspd.loop import Loop
+from tests.dialled import Scene, configured, full_unix, nobody, switches, unix_listener, where
+from tests.support import FakeClock, reset, run
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
 
-class Dialler:
-    """Some backends, and a client on whose behalf they are dialled. Abort `peer` to abort the client."""
+BALANCES = ["round-robin", "least-connections", "random", "source"]
 
-    def __init__(self, loop: Loop, *addresses: str, names: Mapping[str, Sequence[SocketAddress]] | None = None) -> None:
-        self.loop = loop
-        self.shortage = Shortage(loop)
-        self.failures: list[OSError] = []  # of the next lookups of `names`
-        resolver = Names(loop, names, self.failures) if names else Resolver(loop)
-        self.backends = Backends(loop, [parse_backend(text) for text in addresses], resolver, self.shortage)
-        self.peer, self.sock = tcp_pair()
-        self.sock.setblocking(False)
-        self.client = Side(loop, self.sock)
-        self.outcomes: list[str | DialError] = []
+HEALTH = HealthConfig(interval=1.0, timeout=0.5, rise=2, fall=2)
 
-    def __enter__(self) -> Dialler:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.peer.close()
-        self.sock.close()
-
-    async def dial(self, timeout: float = PATIENCE) -> str | DialError:
-        """The backend that was reached, and closed again, or why none was."""
-        self.client.watch()
-        try:
-            backend, side = await self.backends.dial(self.client, timeout)
-        except DialError as error:
-            return error
-        finally:
-            self.loop.unwatch(self.client)
-        side.close()
-        return str(backend.address)
-
-    async def fail(self, timeout: float = PATIENCE) -> tuple[str, str]:
-        """Why no backend was reached: the cause and the reasons."""
-        outcome = await self.dial(timeout)
-        assert isinstance(outcome, DialError), outcome
-        return outcome.cause, str(outcome)
-
-    def start(self, timeout: float) -> Task:
-        """Dial in a task of its own, which adds to `outcomes`."""
-
-        async def dial() -> None:
-            self.outcomes.append(await self.dial(timeout))
-
-        return self.loop.spawn(dial())
-
-    async def settle(self) -> None:
-        """Let happen what can happen without time passing."""
-        for _ in range(10):
-            await self.loop.yield_turn()
-
-    async def outcome(self) -> str | DialError:
-        """What the dialling that was started comes to, without time passing on a FakeClock."""
-        deadline = time.monotonic() + PATIENCE
-        while not self.outcomes:
-            assert time.monotonic() < deadline, "dialling has not ended"
-            await self.loop.yield_turn()
-        return self.outcomes[0]
+CLIENTS = [f"192.0.2.{number}" for number in range(40)]
 
 
-class Names(Resolver):
-    """A resolver with names of its own: what has two addresses differs from machine to machine."""
-
-    def __init__(self, loop: Loop, names: Mapping[str, Sequence[SocketAddress]], failures: list[OSError]) -> None:
-        super().__init__(loop)
-        self.names = names
-        self.failures = failures
-
-    async def look_up(self, address: Address, deadline: float, *_: Any, **__: Any) -> list[SocketAddress]:
-        if self.failures:
-            raise self.failures.pop(0)
-        return list(self.names[address.host])
+def changes(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says of backends."""
+    lines = [record.getMessage() for record in caplog.records if record.name == "rspd.backends"]
+    return [re.sub(r"@\w+", "@", line) for line in lines]
 
 
-@contextmanager
-def unix_listener(backlog: int = 16) -> Iterator[tuple[socket.socket, str]]:
-    """A listener with a name that the kernel picked, and its address."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind("")
-        listener.listen(backlog)
-        yield listener, "@" + listener.getsockname()[1:].decode()
+# Out of service
 
 
-@contextmanager
-def full_unix() -> Iterator[tuple[socket.socket, str]]:
-    """A unix listener that does not accept, and has no room for another client."""
-    with unix_listener(0) as (listener, address), ExitStack() as stack:
-        while True:
-            client = stack.enter_context(socket.socket(socket.AF_UNIX))
-            client.setblocking(False)
-            if client.connect_ex(listener.getsockname()) == errno.EAGAIN:
-                break
-        yield listener, address
-
-
-def nobody() -> str:
-    """An address where nobody listens."""
-    with unix_listener() as (_, address):
-        return address
-
-
-def refusing_port() -> int:
-    """A port where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-@contextmanager
-def no_descriptors() -> Iterator[list[int]]:
-    """The process can open no descriptor; those in the list may be closed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
-    taken: list[int] = []
-    try:
-        with pytest.raises(OSError, match="Too many open files"):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-        yield taken
-    finally:
-        for fd in taken:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-# In a network, with name servers, of our own
-
-UNSHARE = ["unshare", "-rnm", "sh", "-ec"]
-
-# A name server that gets questions and never answers.
-SILENT_DNS = """
-folder=$(mktemp -d)
-mount -t tmpfs tmpfs "$folder"
-echo 'nameserver 127.0.0.1' >"$folder/resolv.conf"
-echo 'hosts: files dns' >"$folder/nsswitch.conf"
-mount --bind "$folder/resolv.conf" /etc/resolv.conf
-mount --bind "$folder/nsswitch.conf" /etc/nsswitch.conf
-umount -l "$folder"
-rmdir "$folder"
-"""
-
-
-def in_namespace(function: Callable[..., None], *arguments: str, prepare: str = "") -> list[str]:
-    """The lines that a function of a test module prints with a loopback of its own; skips where that cannot be had."""
-    if not shutil.which("unshare") or not shutil.which("ip"):
-        pytest.skip("needs unshare(1) and ip(8)")
-    inside = [*UNSHARE, f'ip link set lo up\n{prepare}\nexec "$@"', "sh"]
-    possible = subprocess.run([*inside, "true"], capture_output=True, text=True, check=False)
-    if possible.returncode:
-        pytest.skip(f"this machine allows no namespaces of our own: {possible.stderr.strip()}")
-    code = f"import sys, {function.__module__} as module; module.{function.__name__}(*sys.argv[1:])"
-    command = [*inside, sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@contextmanager
-def silent_name_server() -> Iterator[socket.socket]:
-    """What `SILENT_DNS` makes every name be asked of."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-        server.bind(("127.0.0.1", 53))
-        server.settimeout(PATIENCE)
-        yield server
-
-
-# Whose turn it is
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=5), st.integers(1, 8))
-def test_each_dial_begins_with_the_backend_after_the_last_and_takes_the_first_that_answers(
-    alive: list[bool], dials: int
+@pytest.mark.parametrize(("pause", "down_after"), [(0.0, 3), (4.9, 3), (5.1, None)])
+def test_a_backend_is_down_when_connecting_failed_max_fails_times_within_fail_timeout(
+    pause: float, down_after: int | None
 ) -> None:
-    async def main(loop: Loop) -> None:
-        with ExitStack() as stack:
-            addresses = [stack.enter_context(unix_listener())[1] if up else nobody() for up in alive]
-            dialler = stack.enter_context(Dialler(loop, *addresses))
-            for dial in range(dials):
-                first = dial % len(alive)
-                turns = [*range(first, len(alive)), *range(first)]
-                outcome = await dialler.dial()
-                if any(alive):
-                    assert outcome == next(addresses[turn] for turn in turns if alive[turn])
-                else:
-                    assert str(outcome) == "; ".join(f"{addresses[turn]}: Connection refused" for turn in turns)
+    clock = FakeClock()
 
-    run(main)
+    async def main(loop: Loop) -> int | None:
+        with switches("-+") as (off, on):
+            backends = [configured(off.address), configured(on.address, backup=True)]
+            async with Scene(loop, *backends, clock=clock, max_fails=3, fail_timeout=10.0) as scene:
+                for number in range(1, 7):
+                    assert await scene.dial() == on.address
+                    if not scene[off.address].up:
+                        return number
+                    await scene.advance(pause)
+                return None
 
-
-def test_tcp_backends_take_turns_and_the_refusing_one_is_passed_over() -> None:
-    with Backend(lambda sock: sock.recv(1)) as one, Backend(lambda sock: sock.recv(1)) as two:
-
-        async def main(loop: Loop) -> list[str | DialError]:
-            with Dialler(loop, one.address, f"127.0.0.1:{refusing_port()}", two.address) as dialler:
-                return [await dialler.dial() for _ in range(6)]
-
-        assert run(main) == [one.address, two.address, two.address] * 2
+    assert run(main, clock) == down_after
 
 
-def test_a_tcp_backend_gets_small_messages_at_once() -> None:
-    with Backend(lambda sock: sock.recv(1)) as backend:
-
-        async def main(loop: Loop) -> int:
-            with Dialler(loop, backend.address) as dialler:
-                _, side = await dialler.backends.dial(dialler.client, PATIENCE)
-                delay = side.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                side.close()
-                return delay
-
-        assert run(main) == 1
-
-
-def test_a_backend_may_be_given_by_the_name_localhost() -> None:
-    with Backend(lambda sock: sock.recv(1)) as backend:
-
-        async def main(loop: Loop) -> str | DialError:
-            with Dialler(loop, f"localhost:{backend.port}") as dialler:
-                return await dialler.dial()
-
-        assert run(main) == f"localhost:{backend.port}"
-
-
-# Why none was reached
-
-
-def missing(folder: Path) -> str:
-    return f"{folder}/missing"
-
-
-def stale(folder: Path) -> str:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{folder}/stale")
-    return f"{folder}/stale"
-
-
-def ordinary(folder: Path) -> str:
-    (folder / "ordinary").touch()
-    return f"{folder}/ordinary"
-
-
-def under_a_file(folder: Path) -> str:
-    return ordinary(folder) + "/socket"
-
-
-def refusing(_: Path) -> str:
-    return f"127.0.0.1:{refusing_port()}"
-
-
-def of_another_kind(folder: Path) -> str:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(f"{folder}/datagrams")
-    return f"{folder}/datagrams"
-
-
-@pytest.mark.parametrize(
-    ("make", "cause", "reason"),
-    [
-        (missing, "backend-refused", "No such file or directory"),
-        (stale, "backend-refused", "Connection refused"),
-        (ordinary, "backend-refused", "Connection refused"),
-        (of_another_kind, "backend-refused", "Connection refused"),
-        (under_a_file, "backend-unreachable", "Not a directory"),
-        (refusing, "backend-refused", "Connection refused"),
-        # A link-local address without its interface: refused by connect(2) itself, and nothing is sent.
-        (lambda _: "[fe80::1]:80", "backend-unreachable", ""),
-        (lambda _: "no-such-name.invalid:80", "backend-unknown", ""),
-    ],
-)
-def test_the_cause_and_the_reason_say_why_a_backend_was_not_reached(
-    tmp_path: Path, make: object, cause: str, reason: str
+def test_a_backend_that_failed_is_out_for_fail_timeout_and_then_one_connection_tries_it(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert callable(make)
-    address = make(tmp_path)
-
-    async def main(loop: Loop) -> tuple[str, str]:
-        with Dialler(loop, address) as dialler:
-            return await dialler.fail()
-
-    before = open_descriptors()
-    found, text = run(main)
-    assert found == cause
-    assert text.startswith(f"{address}: {reason}")
-    assert len(text) > len(f"{address}: ")
-    assert open_descriptors() == before
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_of_several_failures_the_cause_is_the_last_and_the_text_has_all(order: int) -> None:
-    addresses = [f"127.0.0.1:{refusing_port()}", "no-such-name.invalid:80"][::order]
-
-    async def main(loop: Loop) -> tuple[str, str]:
-        with Dialler(loop, *addresses) as dialler:
-            return await dialler.fail()
-
-    cause, text = run(main)
-    assert cause == ["backend-unknown", "backend-refused"][::order][0]
-    reasons = text.split("; ")
-    assert [reason.rpartition(": ")[0] for reason in reasons] == addresses
-
-
-def test_a_name_is_reached_by_any_of_its_addresses_and_the_reasons_name_them() -> None:
-    with unix_listener() as (listener, _):
-        dead = SocketAddress(socket.AF_INET, ("127.0.0.1", refusing_port()))
-        names = {"both": [dead, SocketAddress(socket.AF_UNIX, listener.getsockname())], "dead": [dead]}
-
-        async def main(loop: Loop) -> tuple[str | DialError, str | DialError]:
-            with (
-                Dialler(loop, "both:80", names=names) as both,
-                Dialler(loop, "dead:80", names=names) as none,
-            ):
-                return await both.dial(), await none.dial()
-
-        both, none = run(main)
-        assert both == "both:80"
-        assert str(none) == f"127.0.0.1:{dead.address[1]}: Connection refused"
-
-
-# The timeout
-
-
-@contextmanager
-def full(kind: str) -> Iterator[str]:
-    if kind == "tcp":
-        with full_tcp() as address:
-            yield address
-    else:
-        with full_unix() as (_, address):
-            yield address
-
-
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_a_backend_without_room_is_given_up_at_the_timeout_not_before_and_not_after(kind: str) -> None:
-    clock = FakeClock()
-
-    async def main(loop: Loop, address: str) -> tuple[str, str]:
-        with Dialler(loop, address) as dialler:
-            dialler.start(5.0)
-            await dialler.settle()
-            clock.advance(4.98)
-            await dialler.settle()
-            assert dialler.outcomes == []
-            clock.advance(0.02001)
-            outcome = await dialler.outcome()
-            assert isinstance(outcome, DialError)
-            return outcome.cause, str(outcome)
-
-    before = open_descriptors()
-    with full(kind) as address:
-        failure = run(lambda loop: main(loop, address), clock)
-    assert failure == ("connect-timeout", f"{address}: no answer within the connect timeout")
-    assert open_descriptors() == before
-
-
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_the_timeout_ends_dialling_by_the_real_clock(kind: str) -> None:
-    async def main(loop: Loop, address: str) -> tuple[str, float]:
-        with Dialler(loop, address) as dialler:
-            start = loop.now
-            cause, _ = await dialler.fail(0.15)
-            return cause, loop.now - start
-
-    with full(kind) as address:
-        cause, seconds = run(lambda loop: main(loop, address))
-    assert cause == "connect-timeout"
-    assert 0.14 <= seconds < 0.9
-
-
-def test_a_unix_backend_is_reached_as_soon_as_its_backlog_has_room() -> None:
-    clock = FakeClock()
-
-    async def main(loop: Loop, listener: socket.socket, address: str) -> None:
-        with Dialler(loop, address) as dialler:
-            dialler.start(5.0)
-            await dialler.settle()
-            listener.accept()[0].close()
-            clock.advance(0.05)
-            assert await dialler.outcome() == address
-
-    with full_unix() as (listener, address):
-        run(lambda loop: main(loop, listener, address), clock)
-
-
-async def seconds_to_answer(dialler: Dialler, clock: FakeClock, timeout: float, step: float) -> float:
-    start = clock.now
-    dialler.start(timeout)
-    while not dialler.outcomes:
-        clock.advance(step)
-        await dialler.settle()
-        assert clock.now - start < 2 * timeout
-    return clock.now - start
-
-
-@pytest.mark.parametrize("silent", [1, 2, 3])
-def test_backends_that_do_not_answer_leave_an_even_share_of_the_timeout_to_the_next(silent: int) -> None:
-    clock = FakeClock()
-
-    async def main(loop: Loop) -> float:
-        with ExitStack() as stack:
-            addresses = [stack.enter_context(full_tcp()) for _ in range(silent)]
-            addresses.append(stack.enter_context(unix_listener())[1])
-            dialler = stack.enter_context(Dialler(loop, *addresses))
-            seconds = await seconds_to_answer(dialler, clock, 12, 0.1)
-            assert dialler.outcomes == [addresses[-1]]
-            return seconds
-
-    assert run(main, clock) == pytest.approx(12 * silent / (silent + 1), abs=0.1 * silent)
-
-
-def test_all_attempts_together_take_no_longer_than_the_timeout() -> None:
-    clock = FakeClock()
-
-    async def main(loop: Loop) -> float:
-        with full_tcp() as one, full_unix() as (_, two), full_tcp() as three, Dialler(loop, one, two, three) as dialler:
-            return await seconds_to_answer(dialler, clock, 12, 0.1)
-
-    assert run(main, clock) == pytest.approx(12, abs=0.11)
-
-
-def test_time_that_a_refusal_did_not_use_is_shared_by_those_after_it() -> None:
-    clock = FakeClock()
-
-    async def main(loop: Loop) -> float:
-        with full_tcp() as silent, unix_listener() as (_, live), Dialler(loop, nobody(), silent, live) as dialler:
-            return await seconds_to_answer(dialler, clock, 12, 0.1)
-
-    assert run(main, clock) == pytest.approx(6, abs=0.11)
-
-
-def test_the_addresses_of_a_name_share_what_the_name_is_given() -> None:
-    clock = FakeClock()
-
-    async def main(loop: Loop) -> float:
-        with full_tcp() as silent, unix_listener() as (listener, live):
-            where = SocketAddress(socket.AF_INET, ("127.0.0.1", int(silent.rpartition(":")[2])))
-            names = {"silent": [where, where], "half": [where, SocketAddress(socket.AF_UNIX, listener.getsockname())]}
-            with Dialler(loop, "silent:80", "half:80", live, names=names) as dialler:
-                seconds = await seconds_to_answer(dialler, clock, 12, 0.1)
-                assert dialler.outcomes == ["half:80"]
-                return seconds
-
-    # Two addresses of 2 s each, of the 4 s of the first; then the first of two within the 4 s of the second.
-    assert run(main, clock) == pytest.approx(6, abs=0.31)
-
-
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_without_a_timeout_dialling_goes_on_until_it_is_cancelled_and_leaves_nothing_open(kind: str) -> None:
-    clock = FakeClock()
-
-    async def main(loop: Loop, address: str) -> None:
-        with Dialler(loop, address) as dialler:
-            before = open_descriptors()
-            task = dialler.start(inf)
-            for _ in range(3):
-                clock.advance(1e6)
-                await dialler.settle()
-            assert dialler.outcomes == []
-            assert open_descriptors() == before + 1
-            task.cancel()
-            await dialler.settle()
-            assert task.done
-            assert open_descriptors() == before
-
-    with full(kind) as address:
-        run(lambda loop: main(loop, address), clock)
-
-
-# The client meanwhile
-
-
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_when_the_client_aborts_dialling_ends_and_no_other_backend_is_tried(kind: str) -> None:
-    clock = FakeClock()
-
-    async def main(loop: Loop, address: str) -> None:
-        with unix_listener() as (next_one, other), Dialler(loop, address, other) as dialler:
-            next_one.setblocking(False)
-            dialler.start(5.0)
-            await dialler.settle()
-            reset(dialler.peer)
-            clock.advance(0.01001)
-            outcome = await dialler.outcome()
-            assert isinstance(outcome, DialError)
-            assert outcome.cause == "client-aborted"
-            assert str(outcome) == f"{address}: the client is gone"
-            with pytest.raises(BlockingIOError):
-                next_one.accept()
-
-    before = open_descriptors()
-    with full(kind) as address:
-        run(lambda loop: main(loop, address), clock)
-    assert open_descriptors() == before
-
-
-def abort_while_the_name_is_looked_up() -> None:
-    """Print the cause, and the seconds from the client's end to that of dialling."""
-
-    async def main(loop: Loop) -> None:
-        with silent_name_server() as server, Dialler(loop, "slow.example:80", "slower.example:80") as dialler:
-            dialler.start(4.0)
-            server.recv(1000)
-            start = time.monotonic()
-            reset(dialler.peer)
-            outcome = await dialler.outcome()
-            print(outcome.cause if isinstance(outcome, DialError) else outcome)
-            print(time.monotonic() - start)
-
-    run(main)
-
-
-def test_when_the_client_aborts_nobody_waits_for_the_name_of_its_backend() -> None:
-    cause, seconds = in_namespace(abort_while_the_name_is_looked_up, prepare=SILENT_DNS)
-    assert cause == "client-aborted"
-    assert float(seconds) < 1.5
-
-
-def test_a_client_that_aborted_before_any_backend_was_reached_is_not_led_to_the_next() -> None:
-    async def main(loop: Loop) -> None:
-        with unix_listener() as (listener, live), Dialler(loop, nobody(), live) as dialler:
-            listener.setblocking(False)
-            dialler.client.watch()
-            reset(dialler.peer)
-            while not dialler.client.aborted:
-                await loop.yield_turn()
-            with pytest.raises(DialError) as caught:
-                await dialler.backends.dial(dialler.client, PATIENCE)
-            assert caught.value.cause == "client-aborted"
-            loop.unwatch(dialler.client)
-            with pytest.raises(BlockingIOError):
-                listener.accept()
-
-    run(main)
-
-
-def test_a_client_that_has_only_ended_its_stream_still_gets_a_backend() -> None:
-    clock = FakeClock()
-
-    async def main(loop: Loop, listener: socket.socket, address: str) -> None:
-        with Dialler(loop, address) as dialler:
-            dialler.start(5.0)
-            dialler.peer.sendall(b"request")
-            dialler.peer.shutdown(socket.SHUT_WR)
-            await dialler.settle()
-            clock.advance(1)
-            await dialler.settle()
-            assert dialler.outcomes == []
-            listener.accept()[0].close()
-            clock.advance(0.05)
-            assert await dialler.outcome() == address
-
-    with full_unix() as (listener, address):
-        run(lambda loop: main(loop, listener, address), clock)
-
-
-# The backend's answer
-
-
-@pytest.mark.parametrize("says", [b"", b"414 too long"])
-def test_a_backend_that_resets_at_once_was_reached_and_what_it_said_can_be_read(says: bytes) -> None:
-    async def main(loop: Loop) -> None:
-        with (
-            socket.create_server(("127.0.0.1", 0)) as listener,
-            Dialler(loop, f"127.0.0.1:{listener.getsockname()[1]}") as dialler,
-        ):
-            sides: list[Side] = []
-
-            async def dial() -> None:
-                sides.append((await dialler.backends.dial(dialler.client, PATIENCE))[1])
-
-            task = loop.spawn(dial())
-            accepted, _ = listener.accept()
-            accepted.sendall(says)
-            reset(accepted)
-            while not task.done:
-                await loop.yield_turn()
-            [side] = sides
-            assert side.aborted
-            buffer = bytearray(100)
-            assert side.read_into(memoryview(buffer)) == len(says)
-            assert buffer.startswith(says)
-            side.close()
-
-    run(main)
-
-
-# A connection to itself
-
-
-def dial_a_port_that_is_picked_for_the_near_end(address: str) -> None:
-    """Print what a plain socket reaches that way, and then what rspd does. Changes the network namespace."""
-    host, _, port = address.rpartition(":")
-
-    async def main(loop: Loop) -> None:
-        with Dialler(loop, address) as dialler:
-            Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"{port} {port}")
-            sock = socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET)
-            try:
-                sock.connect((host.strip("[]"), int(port)))
-                print("itself" if sock.getsockname() == sock.getpeername() else "another")
-            except OSError as error:
-                print(error.strerror)
-            # With RST, since a port in TIME_WAIT would not be picked again.
-            reset(sock)
-            outcome = await dialler.dial()
-            print(outcome.cause if isinstance(outcome, DialError) else "reached")
-
-    run(main)
-
-
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1:40000", "[::1]:40000", "127.0.0.1:20000", "0.0.0.0:40000", "[::]:40000", "localhost:40000"]
-)
-def test_a_connection_that_the_kernel_made_to_itself_is_taken_for_refused(address: str) -> None:
-    plain, outcome = in_namespace(dial_a_port_that_is_picked_for_the_near_end, address)
-    if plain != "itself":
-        pytest.skip(f"a plain socket does not reach itself there: {plain}")
-    assert outcome == "backend-refused"
-
-
-# Names
-
-
-def look_up_where_nobody_answers() -> None:
-    """Print the cause and the reason, and the seconds that it took."""
-
-    async def main(loop: Loop) -> None:
-        with silent_name_server(), Dialler(loop, "slow.example:80") as dialler:
-            start = loop.now
-            print(*await dialler.fail(0.3), sep="\n")
-            print(loop.now - start)
-
-    run(main)
-
-
-def test_a_name_server_that_does_not_answer_ends_dialling_at_the_timeout() -> None:
-    cause, reason, seconds = in_namespace(look_up_where_nobody_answers, prepare=SILENT_DNS)
-    assert (cause, reason) == ("connect-timeout", "slow.example:80: no answer to the lookup of slow.example")
-    assert 0.29 <= float(seconds) < 1.5
-
-
-# Short of descriptors
-
-
-def test_dialling_without_a_free_descriptor_waits_for_one() -> None:
     clock = FakeClock()
 
     async def main(loop: Loop) -> None:
-        with unix_listener() as (_, address), Dialler(loop, address) as dialler:
-            with no_descriptors() as taken:
-                dialler.start(5.0)
-                clock.advance(0.2)
-                await dialler.settle()
-                assert dialler.outcomes == []
-                os.close(taken.pop())
-                await dialler.settle()
-                assert dialler.outcomes == []
-                dialler.shortage.relieve()
-                assert await dialler.outcome() == address
-            clock.advance(1.01)
-            await dialler.settle()
+        with switches("-+") as (first, spare):
+            backends = [configured(first.address), configured(spare.address, backup=True)]
+            async with Scene(loop, *backends, clock=clock, name="web", fail_timeout=10.0) as scene:
+                assert await scene.dial() == spare.address
+                first.on()
+                await scene.advance(9.9)
+                assert await scene.dial() == spare.address
+                await scene.advance(0.2)
+                assert [await scene.dial() for _ in range(2)] == [first.address] * 2
+                # Down again, and its trial fails: out for as long again.
+                first.off()
+                assert await scene.dial() == spare.address
+                await scene.advance(10.1)
+                assert await scene.dial() == spare.address
+                first.on()
+                await scene.advance(9.9)
+                assert await scene.dial() == spare.address
+                await scene.advance(0.2)
+                assert await scene.dial() == first.address
+
+    with caplog.at_level(logging.INFO, "rspd"):
+        run(main, clock)
+    assert changes(caplog) == [
+        'backend down proxy=web backend=@ reason="Connection refused"',
+        "backend up proxy=web backend=@ seconds=10.100",
+        'backend down proxy=web backend=@ reason="Connection refused"',
+        "backend up proxy=web backend=@ seconds=20.200",
+    ]
+
+
+def test_while_one_connection_tries_a_backend_the_others_go_elsewhere() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with full_unix() as (listener, full), unix_listener() as (_, live):
+            async with Scene(loop, full, live, clock=clock, connect_timeout=6.0, fail_timeout=20.0) as scene:
+                for _ in range(2):
+                    scene.start()
+                await scene.advance(3.1)
+                assert {client.outcome for client in scene.clients} == {live}
+                assert not scene[full].up
+                await scene.advance(20)
+                trial, *others = [scene.start() for _ in range(5)]
+                await scene.settle()
+                assert [client.outcome for client in others] == [live] * 4
+                assert (trial.outcome, scene[full].open) == (None, 1)
+                listener.accept()[0].close()
+                await scene.advance(0.2)
+                assert (trial.outcome, scene[full].up) == (full, True)
 
     run(main, clock)
 
 
-def test_dialling_looks_again_for_a_descriptor_where_nobody_tells_of_one() -> None:
+@pytest.mark.parametrize("how", ["aborted", "cancelled"])
+def test_a_trial_that_came_to_no_verdict_is_the_next_client_s(how: str) -> None:
     clock = FakeClock()
 
     async def main(loop: Loop) -> None:
-        with unix_listener() as (_, address), Dialler(loop, address) as dialler:
-            with no_descriptors() as taken:
-                dialler.start(inf)
-                await dialler.settle()
-                os.close(taken.pop())
-                clock.advance(0.11)
-                assert await dialler.outcome() == address
-            clock.advance(1.01)
-            await dialler.settle()
+        with full_unix() as (listener, full), unix_listener() as (_, live):
+            backends = [configured(full), configured(live, backup=True)]
+            async with Scene(loop, *backends, clock=clock, connect_timeout=6.0, fail_timeout=20.0) as scene:
+                scene.start()
+                await scene.advance(24)
+                trial, other = await scene.come("", "")
+                assert (trial.outcome, other.outcome) == (None, live)
+                if how == "aborted":
+                    reset(trial.peer)
+                elif trial.task:
+                    trial.task.cancel()
+                await scene.advance(0.1)
+                assert scene[full].open == 0
+                listener.accept()[0].close()
+                assert await scene.dial() == full
+                assert scene[full].up
 
     run(main, clock)
 
 
-def test_the_timeout_holds_where_no_descriptor_gets_free() -> None:
+def test_a_client_that_aborts_makes_no_trial_of_what_another_has_found_out_meanwhile() -> None:
     clock = FakeClock()
 
     async def main(loop: Loop) -> None:
-        with unix_listener() as (_, address), Dialler(loop, address) as dialler:
-            with no_descriptors():
-                seconds = await seconds_to_answer(dialler, clock, 2.0, 0.1)
-            clock.advance(1.01)
-            await dialler.settle()
-            assert seconds == pytest.approx(2.0, abs=0.11)
-            assert str(dialler.outcomes[0]) == f"{address}: Too many open files"
+        with full_unix() as (_, full), unix_listener() as (_, live):
+            backends = [configured(full), configured(live, backup=True)]
+            async with Scene(loop, *backends, clock=clock, connect_timeout=6.0, fail_timeout=20.0) as scene:
+                scene.start()
+                await scene.advance(1)
+                late = scene.start()
+                await scene.advance(2.1)
+                assert not scene[full].up
+                reset(late.peer)
+                await scene.advance(0.1)
+                assert isinstance(late.outcome, DialError)
+                assert await scene.dial() == live
 
     run(main, clock)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
-        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
-        # EAI_SYSTEM, where the C library could not load the module of a name service: errno means nothing then.
-        OSError(errno.EBUSY, os.strerror(errno.EBUSY)),
-    ],
-    ids=["EMFILE", "EAI_NONAME", "EBUSY"],
-)
-def test_a_lookup_that_fails_in_whatever_way_while_descriptors_are_short_is_tried_again(error: OSError) -> None:
+def test_a_backend_that_nobody_may_try_or_that_nobody_needs_is_not_looked_for_by_each_client() -> None:
+    """While a trial is due, a client is led by way of all backends."""
     clock = FakeClock()
 
     async def main(loop: Loop) -> None:
-        with unix_listener() as (listener, _):
-            names = {"name": [SocketAddress(socket.AF_UNIX, listener.getsockname())]}
-            with Dialler(loop, "name:80", names=names) as dialler:
-                loop.spawn(dialler.shortage.wait(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
-                dialler.failures.append(error)
-                dialler.start(5.0)
-                await dialler.settle()
-                assert dialler.outcomes == []
-                clock.advance(0.11)
-                assert await dialler.outcome() == "name:80"
-            clock.advance(1.01)
-            await dialler.settle()
+        with switches("-+-") as (first, second, spare):
+            backends = [configured(first.address), configured(second.address), configured(spare.address, backup=True)]
+            async with Scene(loop, *backends, clock=clock, fail_timeout=10.0) as scene:
+                assert {await scene.dial() for _ in range(2)} == {second.address}
+                second.off()
+                assert await scene.fail()
+                assert not any(backend.up for backend in scene.backends.members.values())
+                second.on()
+                await scene.advance(10.1)
+                # The spare is due as well; it is left alone as long as another is up.
+                spare.on()
+                assert {await scene.dial() for _ in range(3)} == {second.address}
+                assert scene.backends.next_trial > clock.now
 
     run(main, clock)
 
 
-def test_an_error_of_socket_that_is_no_shortage_is_a_reason_at_once() -> None:
-    # No kernel has this address family.
-    names = {"odd": [SocketAddress(socket.AF_UNSPEC, "")]}
+# Last resort
 
-    async def main(loop: Loop) -> tuple[str, str]:
-        with Dialler(loop, "odd:80", names=names) as dialler:
-            return await dialler.fail()
 
-    cause, text = run(main)
-    assert cause == "backend-unreachable"
-    assert "Address family not supported" in text
+def test_while_none_is_up_those_that_failed_are_tried_by_each_client_the_spares_last() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("---") as (first, second, spare):
+            backends = [configured(first.address), configured(second.address), configured(spare.address, backup=True)]
+            async with Scene(loop, *backends, clock=clock) as scene:
+                for _ in range(3):
+                    cause, reasons = await scene.fail()
+                    assert cause == "backend-refused"
+                    tried = [reason.partition(": ")[0] for reason in reasons.split("; ")]
+                    assert tried in ([first.address, second.address, spare.address],) or tried in (
+                        [second.address, first.address, spare.address],
+                    )
+                spare.on()
+                assert await scene.dial() == spare.address
+                second.on()
+                spare.off()
+                assert await scene.dial() == second.address
+
+    run(main, clock)
+
+
+def test_with_a_single_backend_a_client_always_tries_it() -> None:
+    async def main(loop: Loop) -> None:
+        with switches("-") as (only,):
+            async with Scene(loop, only.address) as scene:
+                for _ in range(3):
+                    assert await scene.fail() == ("backend-refused", f"{only.address}: Connection refused")
+                assert scene.backends.describe() == f"backend {only.address} down: Connection refused"
+                only.on()
+                assert await scene.dial() == only.address
+                assert scene.backends.describe() == f"backend {only.address}"
+
+    run(main)
+
+
+def test_failures_are_not_collected_while_a_backend_is_out_anyway() -> None:
+    async def main(loop: Loop) -> None:
+        with switches("-") as (only,):
+            async with Scene(loop, only.address, max_fails=3, fail_timeout=3600.0) as scene:
+                for _ in range(50):
+                    await scene.fail()
+                assert len(scene[only.address].failures) == 3
+
+    run(main)
+
+
+def test_of_many_that_are_down_a_client_tries_ten_and_the_next_client_the_others() -> None:
+    async def main(loop: Loop) -> None:
+        with switches("-" * 15) as fifteen:
+            async with Scene(loop, *[switch.address for switch in fifteen]) as scene:
+                await scene.fail()
+                assert not scene.backends.any_up
+                first, second, third = [
+                    [reason.partition(": ")[0] for reason in (await scene.fail())[1].split("; ")] for _ in range(3)
+                ]
+                assert [len(set(tried)) for tried in (first, second, third)] == [10, 10, 10]
+                assert len({*first, *second}) == 15
+                assert len({*second, *third}) == 15
+
+    run(main)
+
+
+@pytest.mark.parametrize(("count", "more"), [(2, ""), (3, ""), (4, "; and 1 more"), (15, "; and 12 more")])
+def test_of_many_that_are_down_three_are_named(count: int, more: str) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("-" * count) as switched:
+            addresses = [switch.address for switch in switched]
+            async with Scene(loop, *addresses, clock=clock, health=HEALTH) as scene:
+                await scene.advance(0.1)
+                down = "; ".join(f"{address} down: Connection refused" for address in addresses[:3])
+                assert scene.backends.describe() == f"0 of {count} backends up ({down}{more})"
+                is_down = down.replace(" down: ", " is down: ")
+                assert await scene.fail() == ("backend-down", f"{is_down}{more}")
+
+    run(main, clock)
+
+
+# Limits and spares
+
+
+def test_a_backend_gets_no_more_connections_at_once_than_it_may_have() -> None:
+    async def main(loop: Loop) -> None:
+        with switches("++") as (small, large):
+            async with Scene(loop, configured(small.address, max_connections=2), large.address) as scene:
+                clients = await scene.come(*[""] * 9)
+                assert Counter(client.outcome for client in clients) == {small.address: 2, large.address: 7}
+                for client in clients:
+                    if client.outcome == small.address:
+                        client.close()
+                clients = await scene.come(*[""] * 4)
+                assert Counter(client.outcome for client in clients) == {small.address: 2, large.address: 2}
+
+    run(main)
+
+
+def test_a_full_backend_that_failed_is_not_tried_before_one_of_its_connections_ends() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("+") as (only,):
+            backend = configured(only.address, max_connections=2)
+            async with Scene(loop, backend, clock=clock, fail_timeout=5.0, connect_timeout=1.0) as scene:
+                held = scene.start()
+                only.off()
+                assert (await scene.fail())[0] == "backend-refused"
+                scene.apply(configured(only.address, max_connections=1))
+                only.on()
+                waiting = scene.start()
+                await scene.advance(0.5)
+                assert (waiting.outcome, scene[only.address].open) == (None, 1)
+                held.close()
+                await scene.advance(0.2)
+                assert waiting.outcome == only.address
+
+    run(main, clock)
+
+
+def test_spares_get_connections_only_while_no_other_is_up() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("+++") as (one, two, spare):
+            backends = [configured(one.address), configured(spare.address, backup=True), configured(two.address)]
+            async with Scene(loop, *backends, clock=clock, fail_timeout=10.0) as scene:
+                assert {await scene.dial() for _ in range(6)} == {one.address, two.address}
+                one.off()
+                assert {await scene.dial() for _ in range(6)} == {two.address}
+                two.off()
+                assert {await scene.dial() for _ in range(6)} == {spare.address}
+                down = "; ".join(f"{switch.address} down: Connection refused" for switch in (one, two))
+                assert scene.backends.describe() == f"1 of 3 backends up ({down})"
+                one.on()
+                await scene.advance(10.1)
+                assert {await scene.dial() for _ in range(6)} == {one.address}
+
+    run(main, clock)
+
+
+def test_spares_get_nothing_while_the_others_are_merely_full() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("++") as (one, spare):
+            backends = [configured(one.address, max_connections=1), configured(spare.address, backup=True)]
+            async with Scene(loop, *backends, clock=clock, connect_timeout=2.0) as scene:
+                first = scene.start()
+                second = scene.start()
+                await scene.settle()
+                assert (first.outcome, second.outcome) == (one.address, None)
+                first.close()
+                assert await scene.outcome(second) == one.address
+
+    run(main, clock)
+
+
+# Another configuration
+
+
+def test_backends_that_stay_over_a_reload_keep_their_state_and_take_on_the_rest() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("+-+") as (one, dead, comes):
+            async with Scene(loop, one.address, dead.address, clock=clock, fail_timeout=10.0) as scene:
+                clients = await scene.come(*[""] * 4)
+                members = scene[one.address], scene[dead.address]
+                assert (members[0].open, members[1].up) == (4, False)
+                scene.apply(configured(one.address, weight=3, max_connections=4), dead.address, comes.address)
+                assert (scene[one.address], scene[dead.address]) == members
+                assert (members[0].open, members[0].weight, members[1].up) == (4, 3, False)
+                # It is full by the new limit.
+                assert {await scene.dial() for _ in range(3)} == {comes.address}
+                for client in clients:
+                    client.close()
+                found = Counter([await scene.dial() for _ in range(40)])
+                assert found == {one.address: pytest.approx(30, abs=1), comes.address: pytest.approx(10, abs=1)}
+                scene.apply(configured(one.address, backup=True), dead.address, comes.address)
+                assert {await scene.dial() for _ in range(4)} == {comes.address}
+                scene.apply(one.address, dead.address, configured(comes.address, backup=True))
+                assert {await scene.dial() for _ in range(4)} == {one.address}
+
+    run(main, clock)
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_a_backend_that_leaves_gets_nothing_more_and_its_connections_end_later(balance: str) -> None:
+    async def main(loop: Loop) -> None:
+        with switches("+++") as (one, two, three):
+            async with Scene(loop, one.address, two.address, balance=balance) as scene:
+                clients = await scene.come(*CLIENTS[:20])
+                leaving = scene[one.address]
+                assert leaving.open
+                scene.apply(configured(two.address), three.address)
+                clients += (others := await scene.come(*CLIENTS))
+                assert {client.outcome for client in others} == {two.address, three.address}
+                for client in clients:
+                    client.close()
+                assert leaving.open == 0
+                # Who comes back begins anew.
+                scene.apply(one.address)
+                assert scene[one.address] is not leaving
+                assert await scene.dial() == one.address
+                assert leaving.open == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("before", BALANCES)
+@pytest.mark.parametrize("after", BALANCES)
+def test_the_balance_may_change_while_connections_are_open(before: str, after: str) -> None:
+    async def main(loop: Loop) -> None:
+        with switches("++-") as (one, two, dead):
+            addresses = [one.address, two.address, dead.address]
+            async with Scene(loop, *addresses, balance=before) as scene:
+                clients = await scene.come(*CLIENTS[:20])
+                scene.apply(*addresses, balance=after)
+                clients += await scene.come(*CLIENTS[20:])
+                assert {client.outcome for client in clients} == {one.address, two.address}
+                if after == "least-connections":
+                    assert abs(scene[one.address].open - scene[two.address].open) <= 1
+                for client in clients:
+                    client.close()
+                assert [scene[address].open for address in addresses] == [0, 0, 0]
+
+    run(main)
+
+
+def test_the_log_says_what_is_taken_out_and_how_many_connections_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    async def main(loop: Loop) -> list[str]:
+        with switches("+++") as switched:
+            one, two, three = [switch.address for switch in switched]
+            async with Scene(loop, one, two, three, name="web") as scene:
+                await scene.come(*[""] * 4)
+                scene.apply(three)
+                return [one, two]
+
+    with caplog.at_level(logging.INFO, "rspd.backends"):
+        one, two = run(main)
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
+        (logging.INFO, f"backend taken out proxy=web backend={one} connections=2"),
+        (logging.INFO, f"backend taken out proxy=web backend={two} connections=1"),
+    ]
+
+
+def test_a_shorter_fail_timeout_holds_for_backends_that_are_out_already() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("-+") as (first, spare):
+            backends = [configured(first.address), configured(spare.address, backup=True)]
+            async with Scene(loop, *backends, clock=clock, fail_timeout=3600.0) as scene:
+                assert await scene.dial() == spare.address
+                scene.apply(*backends, fail_timeout=2.0)
+                first.on()
+                assert await scene.dial() == spare.address
+                await scene.advance(2.1)
+                assert await scene.dial() == first.address
+
+    run(main, clock)
+
+
+def test_a_reload_that_has_nothing_to_do_with_a_backend_does_not_bring_it_back() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("-+") as (first, spare):
+            backends = [configured(first.address), configured(spare.address, backup=True)]
+            async with Scene(loop, *backends, clock=clock) as scene:
+                assert await scene.dial() == spare.address
+                for send_proxy in ("v1", "v2", ""):
+                    scene.apply(*backends, send_proxy=send_proxy)
+                    assert not scene[first.address].up
+
+    run(main, clock)
+
+
+def test_a_backend_that_leaves_while_it_is_dialled_is_no_loss_whatever_comes_of_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with full_unix() as (one_listener, one), full_unix() as (_, two), unix_listener() as (_, live):
+            async with Scene(loop, one, two, clock=clock, connect_timeout=6.0) as scene:
+                clients = [scene.start() for _ in range(4)]
+                old = scene[one], scene[two]
+                await scene.advance(0.5)
+                scene.apply(live)
+                for _ in range(2):
+                    one_listener.accept()[0].close()
+                    await scene.advance(0.2)
+                await scene.advance(6.0)
+                assert Counter(client.outcome for client in clients) == {one: 2, live: 2}
+                assert [backend.open for backend in old] == [2, 0]
+                assert scene.backends.next_trial > 1e9
+                for client in clients:
+                    client.close()
+                assert [backend.open for backend in old] == [0, 0]
+
+    run(main, clock)
+    assert changes(caplog) == []
+
+
+# Going down
+
+
+def test_who_wants_to_know_hears_once_that_a_backend_goes_down() -> None:
+    async def main(loop: Loop) -> None:
+        with switches("-+") as (first, spare):
+            backends = [configured(first.address), configured(spare.address, backup=True)]
+            async with Scene(loop, *backends) as scene:
+                for _ in range(3):
+                    await scene.dial()
+                assert scene.down == [first.address]
+                spare.off()
+                for _ in range(3):
+                    await scene.fail()
+                assert scene.down == [first.address, spare.address]
+
+    run(main)
+
+
+# Health
+
+
+def test_checks_take_a_backend_out_and_bring_it_back_and_each_change_is_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("++") as (one, two):
+            async with Scene(loop, one.address, two.address, clock=clock, health=HEALTH) as scene:
+                await scene.advance(3)
+                one.off()
+                await scene.advance(3)
+                assert scene.down == [one.address]
+                assert {await scene.dial() for _ in range(4)} == {two.address}
+                one.on()
+                await scene.advance(3)
+                assert {await scene.dial() for _ in range(4)} == {one.address, two.address}
+
+    with caplog.at_level(logging.INFO, "rspd"):
+        run(main, clock)
+    down, up = changes(caplog)
+    assert down == 'backend down backend=@ reason="Connection refused"'
+    assert up.startswith("backend up backend=@ seconds=3.")
+
+
+def test_a_backend_that_is_not_well_is_no_last_resort_and_nobody_tries_it() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("-") as (only,):
+            async with Scene(loop, only.address, clock=clock, health=HEALTH, fail_timeout=1.0) as scene:
+                await scene.advance(0.1)
+                only.on()
+                why = f"{only.address} is down: Connection refused"
+                assert await scene.fail() == ("backend-down", why)
+                await scene.advance(2.1)
+                assert await scene.dial() == only.address
+                # It fails for a client before a check has found out; then checks find out, too.
+                only.off()
+                assert (await scene.fail())[0] == "backend-refused"
+                await scene.advance(3)
+                only.on()
+                assert await scene.fail() == ("backend-down", why)
+                assert scene.backends.next_trial > clock.now
+                await scene.advance(2.1)
+                assert await scene.dial() == only.address
+
+    run(main, clock)
+
+
+def test_a_good_check_after_bad_ones_ends_the_time_out_too() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("++") as (one, two):
+            backends = [configured(one.address), configured(two.address, backup=True)]
+            async with Scene(loop, *backends, clock=clock, health=HEALTH, fail_timeout=600.0) as scene:
+                await scene.advance(0.1)
+                one.off()
+                assert await scene.dial() == two.address
+                await scene.advance(3)
+                one.on()
+                await scene.advance(3)
+                assert await scene.dial() == one.address
+                assert scene.down == [one.address]
+
+    run(main, clock)
+
+
+def test_with_checks_who_wants_to_know_hears_when_they_say_down_though_it_is_out_already() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("++") as (one, two):
+            backends = [configured(one.address), configured(two.address, backup=True)]
+            async with Scene(loop, *backends, clock=clock, health=HEALTH, fail_timeout=600.0) as scene:
+                await scene.advance(0.1)
+                one.off()
+                assert await scene.dial() == two.address
+                assert (scene[one.address].up, scene[one.address].healthy, scene.down) == (False, True, [])
+                await scene.advance(3)
+                assert (scene[one.address].healthy, scene.down) == (False, [one.address])
+                await scene.advance(9)
+                assert scene.down == [one.address]
+
+    run(main, clock)
+
+
+def test_checks_bring_back_what_a_client_put_out_though_they_never_said_down(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("++") as (one, two):
+            backends = [configured(one.address), configured(two.address, backup=True)]
+            health = HEALTH._replace(rise=3)
+            async with Scene(loop, *backends, clock=clock, health=health, fail_timeout=600.0) as scene:
+                for _ in range(2):
+                    await scene.advance(5.1)
+                    one.off()
+                    assert await scene.dial() == two.address
+                    one.on()
+                    await scene.advance(1.9)
+                    assert not scene[one.address].up
+                    await scene.advance(1.2)
+                    assert await scene.dial() == one.address
+                assert scene.down == []
+
+    with caplog.at_level(logging.INFO, "rspd"):
+        run(main, clock)
+    assert [line.partition(" backend=")[0] for line in changes(caplog)] == ["backend down", "backend up"] * 2
+
+
+def test_checks_that_are_configured_or_changed_or_taken_away_by_a_reload_are_so_at_once() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("+-") as (one, dead):
+            async with Scene(loop, one.address, dead.address, clock=clock) as scene:
+                scene.apply(one.address, dead.address, health=HEALTH)
+                await scene.advance(0.1)
+                assert (scene[one.address].up, scene[dead.address].up) == (True, False)
+                checker = scene[one.address].checker
+                scene.apply(one.address, dead.address)
+                assert scene[one.address].checker is checker
+                scene.apply(one.address, dead.address, health=HEALTH._replace(fall=1))
+                assert scene[one.address].checker not in (checker, None)
+                assert not scene[dead.address].up
+                tasks = loop.tasks
+                scene.apply(one.address, dead.address, health=None)
+                assert scene[dead.address].up
+                await scene.settle()
+                assert loop.tasks < tasks
+                assert scene[one.address].checker is None
+
+    run(main, clock)
+
+
+def test_a_backend_that_comes_by_a_reload_is_checked_at_once_and_one_that_leaves_no_more() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("+-") as (one, dead):
+            async with Scene(loop, one.address, clock=clock, health=HEALTH) as scene:
+                await scene.advance(0.1)
+                scene.apply(one.address, dead.address)
+                await scene.advance(0.1)
+                assert not scene[dead.address].up
+                tasks = loop.tasks
+                scene.apply(one.address)
+                await scene.settle()
+                assert loop.tasks == tasks - 1
+                await scene.advance(5)
+                assert scene.down == [dead.address]
+
+    run(main, clock)
+
+
+def test_once_stopped_nobody_is_checked_again_whatever_is_learned_of_a_name() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live):
+            settings = {"health": HEALTH, "resolve": "each"}
+            async with Scene(loop, "name:80", names={}, clock=clock, **settings) as scene:
+                client = scene.start()
+                await scene.settle()
+                scene.backends.stop()
+                scene.names.answer("name", [where(live)])
+                await scene.settle()
+                assert client.outcome == live
+                client.close()
+                assert scene[live].checker is None
+
+    run(main, clock)
+
+
+def test_a_backend_that_is_not_well_stays_out_though_a_connection_got_through(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with full_unix() as (listener, full), unix_listener() as (_, spare):
+            backends = [configured(full), configured(spare, backup=True)]
+            async with Scene(loop, *backends, clock=clock, connect_timeout=4.0, fail_timeout=1.0) as scene:
+                await scene.come("")
+                await scene.advance(3.1)
+                [trial] = await scene.come("")
+                assert (trial.outcome, scene[full].up, scene[full].healthy) == (None, False, True)
+                # As a check would say.
+                scene.backends._checked(scene[full], False, "status 503")
+                listener.accept()[0].close()
+                await scene.advance(0.2)
+                assert (trial.outcome, scene[full].up) == (full, False)
+                scene.backends._checked(scene[full], True, "")
+                assert scene[full].up
+
+    with caplog.at_level(logging.INFO, "rspd"):
+        run(main, clock)
+    assert [line.partition(" backend=")[0] for line in changes(caplog)] == ["backend down", "backend up"]
+
+
+def test_where_many_are_down_the_reason_tells_of_some_and_counts_the_others() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> str:
+        health = HealthConfig(interval=60.0, timeout=0.5)
+        async with Scene(loop, *(nobody() for _ in range(REASONS_MAX + 2)), clock=clock, health=health) as scene:
+            await scene.advance(0.1)
+            return (await scene.fail())[1]
+
+    *told, rest = run(main, clock).split("; ")
+    assert len(told) == REASONS_MAX
+    assert all(one.endswith(" is down: Connection refused") for one in told)
+    assert rest == "and 2 more"
+
+
+def test_a_backend_that_leaves_while_it_is_out_is_tried_no_more() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("-+") as (dead, live):
+            async with Scene(loop, dead.address, live.address, clock=clock) as scene:
+                while scene[dead.address].up:
+                    await scene.dial()
+                assert scene.backends.next_trial < inf
+                scene.apply(live.address)
+                assert scene.backends.next_trial == inf
+                assert scene.backends.only is scene[live.address]
+                dead.on()
+                await scene.advance(11)
+                assert {await scene.dial() for _ in range(3)} == {live.address}
+
+    run(main, clock)
+
+
+def test_a_client_whose_backend_failed_waits_for_another_that_is_full_rather_than_for_a_spare() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with switches("-++") as (dead, full, spare):
+            backends = [
+                configured(dead.address, weight=100),
+                configured(full.address, max_connections=1),
+                configured(spare.address, backup=True),
+            ]
+            async with Scene(loop, *backends, clock=clock, max_fails=100) as scene:
+                while scene[full.address].open == 0:
+                    await scene.come("")
+                held = scene.clients[-1]
+                [client] = await scene.come("")
+                await scene.advance(0.3)
+                assert client.outcome is None
+                held.close()
+                await scene.advance(0.3)
+                assert client.outcome == full.address
+
+    run(main, clock)
+
+
+def test_the_only_backend_of_all_that_are_left_is_described_by_its_name() -> None:
+    async def main(loop: Loop) -> None:
+        async with Scene(loop, nobody(), nobody()) as scene:
+            assert scene.backends.describe() == "2 of 2 backends up"
+
+    run(main)

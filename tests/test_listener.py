@@ -7,13 +7,13 @@ import os
 import socket
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from rspd.address import Address, SocketAddress, parse_address, resolve
-from rspd.listener import Listener, ListenError, open_listeners, replace_listeners
+from rspd.listener import Binding, Listener, ListenError, open_listeners, replace_listeners
 from tests.support import PATIENCE, eventually, open_descriptors
 from tests.test_pipes import no_descriptors, unprivileged
 
@@ -251,10 +251,8 @@ def test_a_port_can_be_shared_later_and_from_then_on(open_all: Open) -> None:
     address = Address("127.0.0.1", port_of(first))
     with pytest.raises(ListenError, match="needs reuse_port"):
         open_listeners(address, resolve(address), 8, reuse_port=True)
-    wanted = {Address("127.0.0.1", 0): [LOOPBACK]}
-    assert replace_listeners([first], wanted, 8, reuse_port=True) == [first]
-    for reuse_port in True, False:
-        assert replace_listeners([first], wanted, 8, reuse_port=reuse_port) == [first]
+    for reuse_port in True, True, False:
+        assert replace_listeners([first], wanted("127.0.0.1:0", reuse_port=reuse_port)) == [first]
         [second] = open_all(str(address), reuse_port=True)
         second.close()
 
@@ -445,11 +443,9 @@ def test_a_listener_at_rest_lets_another_socket_take_its_address(open_all: Open)
 # Replacing
 
 
-Wanted = Mapping[Address, Sequence[SocketAddress]]
-
-
-def wanted(*texts: str) -> Wanted:
-    return {parse_address(text): resolve(parse_address(text)) for text in texts}
+def wanted(*texts: str, backlog: int = 8, reuse_port: bool = False) -> dict[Address, Binding]:
+    addresses = map(parse_address, texts)
+    return {address: Binding(resolve(address), backlog, reuse_port) for address in addresses}
 
 
 @pytest.fixture
@@ -458,7 +454,7 @@ def replace(no_descriptor_is_left_open: None) -> Iterator[Callable[..., list[Lis
     now: list[Listener] = []
 
     def by(*texts: str, backlog: int = 8) -> list[Listener]:
-        now[:] = replace_listeners(now, wanted(*texts), backlog)
+        now[:] = replace_listeners(now, wanted(*texts, backlog=backlog))
         return list(now)
 
     yield by
@@ -487,6 +483,25 @@ def test_replacing_gives_what_stays_the_new_backlog(replace: Callable[..., list[
     [after] = replace("127.0.0.1:0", backlog=9)
     assert after is before
     assert backlog_of(after) == 9
+
+
+def test_each_address_has_a_backlog_and_a_way_to_be_shared_of_its_own(
+    open_all: Open, no_descriptor_is_left_open: None, free_ports: list[int]
+) -> None:
+    one, two = (f"127.0.0.1:{port}" for port in free_ports)
+    bindings = {**wanted(one, backlog=5, reuse_port=True), **wanted(two, backlog=7)}
+    first, second = replace_listeners([], bindings)
+    try:
+        assert (str(first.address), backlog_of(first), backlog_of(second)) == (one, 5, 7)
+        open_all(one, reuse_port=True)
+        with pytest.raises(ListenError, match="Address already in use"):
+            open_all(two, reuse_port=True)
+        bindings = {**wanted(one, backlog=6), **wanted(two, backlog=8)}
+        assert replace_listeners([first, second], bindings) == [first, second]
+        assert (backlog_of(first), backlog_of(second)) == (6, 8)
+    finally:
+        first.close()
+        second.close()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,449 @@
+"""rspd/names.py: what a name stands for, as it changes, and as clients hear of it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections import Counter
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from rspd.config import HealthConfig
+from rspd.dialler import DialError
+from rspd.loop import Loop
+from tests.dialled import UNKNOWN, Scene, configured, full_unix, nobody, switches, unix_listener, where
+from tests.support import FakeClock, reset, run
+
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
+
+
+# Short of descriptors
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+        # EAI_SYSTEM, where the C library could not load the module of a name service: errno means nothing then.
+        OSError(errno.EBUSY, os.strerror(errno.EBUSY)),
+    ],
+    ids=["EMFILE", "EAI_NONAME", "EBUSY"],
+)
+def test_a_lookup_that_fails_in_whatever_way_while_descriptors_are_short_is_tried_again(
+    error: OSError, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live):
+            async with Scene(loop, "name:80", names={"name": error}, clock=clock) as scene:
+                loop.spawn(scene.shortage.wait(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+                client = scene.start()
+                await scene.settle()
+                assert client.outcome is None
+                scene.names.names["name"] = [where(live)]
+                await scene.advance(0.11)
+                assert client.outcome == "name:80"
+                await scene.advance(1.1)
+
+    run(main, clock)
+    assert "name not found" not in caplog.text
+
+
+# What a name stands for
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says of names."""
+    return [record.getMessage() for record in caplog.records if record.name == "rspd.names"]
+
+
+def members(scene: Scene) -> list[str]:
+    return [backend.name for backend in scene.backends.members.values()]
+
+
+def test_with_resolve_one_a_name_is_one_backend_whatever_it_stands_for() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, one), unix_listener() as (_, two):
+            async with Scene(loop, "name:80", names={"name": [where(one), where(two)]}, clock=clock) as scene:
+                assert await scene.dial() == "name:80"
+                assert members(scene) == ["name:80"]
+
+    run(main, clock)
+
+
+def test_with_resolve_each_every_address_is_a_backend_and_has_its_share() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, one), unix_listener() as (_, two):
+            names = {"name": [where(one), where(two)]}
+            async with Scene(loop, "name:80", names=names, clock=clock, resolve="each") as scene:
+                assert Counter([await scene.dial() for _ in range(8)]) == {one: 4, two: 4}
+                assert scene.backends.describe() == "2 of 2 backends up"
+
+    run(main, clock)
+
+
+def test_what_two_names_stand_for_is_one_backend_for_as_long_as_either_does() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, shared), unix_listener() as (_, other):
+            names = {"one": [where(shared)], "two": [where(other), where(shared)], "three": [where(shared)]}
+            settings: dict[str, Any] = {"resolve": "each", "resolve_interval": 5.0, "health": HealthConfig()}
+            literal, *named = map(configured, [shared, "two:80", "three:80"])
+            backends = [configured("one:80", max_connections=2), *named]
+            async with Scene(loop, *backends, literal, names=names, clock=clock, **settings) as scene:
+                await scene.advance(0.1)
+                assert members(scene) == [shared, other]
+                assert Counter([await scene.dial() for _ in range(8)]) == {shared: 4, other: 4}
+                both = await scene.come("", "", "", "", "")
+                assert Counter(client.outcome for client in both) == {shared: 2, other: 3}
+                staying, tasks = scene[shared], loop.tasks
+                scene.names.names.update(one=[where(other)], two=[where(other)])
+                await scene.advance(5.1)
+                assert members(scene) == [other, shared]
+                assert (scene[shared], staying.open, loop.tasks) == (staying, 2, tasks)
+                scene.names.names["three"] = [where(other)]
+                scene.apply(*backends)
+                await scene.advance(5.1)
+                assert members(scene) == [other]
+                for client in both:
+                    client.close()
+                assert await scene.dial() == other
+
+    run(main, clock)
+
+
+def test_addresses_that_come_and_go_are_backends_that_come_and_go_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> list[str]:
+        with ExitStack() as stack:
+            one, two, three = [stack.enter_context(unix_listener())[1] for _ in range(3)]
+            names = {"name": [where(one), where(two)]}
+            async with Scene(
+                loop, "name:80", names=names, clock=clock, name="web", resolve="each", resolve_interval=5.0
+            ) as scene:
+                clients = await scene.come("", "")
+                staying = scene[two]
+                scene.names.names["name"] = [where(three), where(two)]
+                await scene.advance(5.1)
+                assert members(scene) == [two, three]
+                assert (scene[two], staying.open) == (staying, 1)
+                assert {await scene.dial() for _ in range(4)} == {two, three}
+                # Another order is no change.
+                scene.names.names["name"] = [where(two), where(three)]
+                await scene.advance(5.1)
+                for client in clients:
+                    client.close()
+                return [two, three]
+
+    with caplog.at_level(logging.INFO, "rspd"):
+        left = run(main, clock)
+    assert lines(caplog) == [f"name has changed proxy=web name=name addresses={','.join(left)}"]
+
+
+def test_the_address_that_answered_last_stays_first_whatever_the_order_of_the_answers() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live):
+            dead, new = nobody(), nobody()
+            names = {"name": [where(dead), where(live)]}
+            async with Scene(loop, "name:80", names=names, clock=clock, resolve_interval=5.0) as scene:
+                assert await scene.dial() == "name:80"
+                assert scene["name:80"].addresses == [where(live), where(dead)]
+                scene.names.names["name"] = [where(dead), where(new), where(live)]
+                await scene.advance(5.1)
+                assert scene["name:80"].addresses == [where(live), where(dead), where(new)]
+
+    run(main, clock)
+
+
+def test_a_lookup_that_fails_takes_nothing_away_and_the_log_says_once_that_it_fails(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> str:
+        with unix_listener() as (_, live):
+            names = {"name": [where(live)]}
+            async with Scene(loop, "name:80", names=names, clock=clock, resolve_interval=5.0) as scene:
+                await scene.settle()
+                scene.names.names["name"] = UNKNOWN
+                await scene.advance(30)
+                assert await scene.dial() == "name:80"
+                scene.names.names["name"] = [where(live)]
+                await scene.advance(5.1)
+                scene.names.names["name"] = UNKNOWN
+                await scene.advance(30)
+                return live
+
+    with caplog.at_level(logging.INFO, "rspd"):
+        live = run(main, clock)
+    lost = f'name not found name=name reason="Name or service not known" keeping={live}'
+    assert lines(caplog) == [lost, "name found again name=name", lost]
+
+
+# When it is asked
+
+
+def times_asked(scene: Scene, times: list[float]) -> None:
+    times += [scene.loop.now - 1000] * (len(scene.names.asked) - len(times))
+
+
+async def asked(scene: Scene, seconds: float) -> list[float]:
+    """When names were looked up, from the beginning."""
+    times: list[float] = []
+    await scene.settle()
+    times_asked(scene, times)
+    for _ in range(round(seconds / 0.125)):
+        await scene.advance(0.125, 0.125)
+        times_asked(scene, times)
+    return times
+
+
+def test_a_name_is_looked_up_at_each_interval() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> list[float]:
+        async with Scene(
+            loop, "name:80", names={"name": [where(nobody())]}, clock=clock, resolve_interval=4.0
+        ) as scene:
+            return await asked(scene, 13)
+
+    assert run(main, clock) == [0, 4, 8, 12]
+
+
+def test_after_a_lookup_that_failed_the_next_comes_sooner_and_later_each_time() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> list[float]:
+        async with Scene(loop, "name:80", names={"name": UNKNOWN}, clock=clock, resolve_interval=10.0) as scene:
+            return await asked(scene, 36)
+
+    assert run(main, clock) == [0, 1, 3, 7, 15, 25, 35]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_backend_that_fails_is_looked_up_again_within_a_second_and_not_for_each_client(known: bool) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> int:
+        with switches("-") as (dead,):
+            names = {"name": [where(dead.address)]}
+            async with Scene(loop, "name:80", names=names, clock=clock, resolve_interval=60.0) as scene:
+                await scene.settle()
+                if not known:
+                    scene.names.names["name"] = UNKNOWN
+                for _ in range(50):
+                    await scene.fail()
+                    await scene.advance(0.1)
+                return len(scene.names.asked)
+
+    assert 5 <= run(main, clock) <= 7
+
+
+def test_a_reload_changes_how_often_a_name_is_looked_up_from_then_on() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> list[float]:
+        async with Scene(
+            loop, "name:80", names={"name": [where(nobody())]}, clock=clock, resolve_interval=3600.0
+        ) as scene:
+            await scene.advance(5)
+            scene.apply("name:80", resolve_interval=2.0)
+            return [when - 5 for when in (await asked(scene, 5))[1:]]
+
+    assert run(main, clock) == [0, 2, 4]
+
+
+def test_a_name_that_is_configured_no_more_is_looked_up_no_more() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> list[str]:
+        async with Scene(
+            loop, "a:1", "b:1", names={name: [where(nobody())] for name in "abc"}, clock=clock, resolve_interval=2.0
+        ) as scene:
+            await scene.settle()
+            scene.apply("b:1", "c:1")
+            await scene.advance(2.1)
+            return scene.names.asked
+
+    assert run(main, clock) == ["a", "b", "c", "b", "c"]
+
+
+# Who comes before it is known
+
+resolves = pytest.mark.parametrize("resolve", ["one", "each"])
+
+
+@resolves
+def test_a_client_that_comes_before_the_first_answer_waits_for_it(resolve: str) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live):
+            async with Scene(loop, "name:80", names={}, clock=clock, resolve=resolve, connect_timeout=5.0) as scene:
+                clients = await scene.come("", "")
+                await scene.advance(4.9)
+                scene.names.answer("name", [where(live)])
+                await scene.settle()
+                assert {client.outcome for client in clients} == {"name:80" if resolve == "one" else live}
+                # Both have waited for one lookup, which is that of the name itself.
+                assert scene.names.asked == ["name"]
+
+    run(main, clock)
+
+
+@resolves
+def test_a_client_that_waits_in_vain_for_the_first_answer_ends_at_the_timeout(resolve: str) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> tuple[str, str]:
+        async with Scene(loop, "name:80", names={}, clock=clock, resolve=resolve, connect_timeout=5.0) as scene:
+            [client] = await scene.come("")
+            await scene.advance(4.9)
+            assert client.outcome is None
+            await scene.advance(0.2)
+            return await scene.failure(client)
+
+    cause, reasons = run(main, clock)
+    assert cause == ("connect-timeout" if resolve == "one" else "backend-unknown")
+    assert reasons == "name:80: no answer to the lookup of name"
+
+
+@resolves
+def test_a_client_that_aborts_waits_for_no_name(resolve: str) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> str:
+        async with Scene(loop, "name:80", names={}, clock=clock, resolve=resolve) as scene:
+            [client] = await scene.come("")
+            reset(client.peer)
+            return (await scene.failure(client))[0]
+
+    assert run(main, clock) == "client-aborted"
+
+
+@resolves
+def test_a_name_that_is_unknown_at_the_start_is_a_warning_and_serves_once_it_is_known(
+    resolve: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live):
+            async with Scene(loop, "name:80", names={"name": UNKNOWN}, clock=clock, resolve=resolve) as scene:
+                await scene.advance(0.1)
+                assert await scene.fail() == ("backend-unknown", "name:80: Name or service not known")
+                scene.names.names["name"] = [where(live)]
+                await scene.advance(3.1)
+                assert await scene.dial() == ("name:80" if resolve == "one" else live)
+
+    with caplog.at_level(logging.INFO, "rspd"):
+        run(main, clock)
+    assert lines(caplog) == [
+        'name not found name=name reason="Name or service not known"',
+        "name found again name=name",
+    ]
+
+
+@resolves
+def test_clients_may_wait_in_the_queue_for_a_name_to_be_known(resolve: str) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live):
+            async with Scene(
+                loop, "name:80", names={"name": UNKNOWN}, clock=clock, resolve=resolve, queue_timeout=20.0
+            ) as scene:
+                clients = await scene.come("", "", "")
+                await scene.advance(2)
+                assert {client.outcome for client in clients} == {None}
+                scene.names.names["name"] = [where(live)]
+                await scene.advance(1.5)
+                assert {client.outcome for client in clients} == {"name:80" if resolve == "one" else live}
+
+    run(main, clock)
+
+
+def test_the_answer_to_one_name_is_enough_while_another_is_not_answered() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live):
+            async with Scene(
+                loop, "slow:80", "quick:80", names={}, clock=clock, resolve="each", connect_timeout=5.0
+            ) as scene:
+                [client] = await scene.come("")
+                scene.names.answer("quick", [where(live)])
+                await scene.settle()
+                assert client.outcome == live
+                assert scene.down == []
+
+    run(main, clock)
+
+
+def test_where_no_name_is_known_the_reasons_have_each() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> tuple[str, str]:
+        async with Scene(loop, "a:1", "b:1", names={"a": UNKNOWN, "b": UNKNOWN}, clock=clock, resolve="each") as scene:
+            return await scene.fail()
+
+    reason = "Name or service not known"
+    assert run(main, clock) == ("backend-unknown", f"a:1: {reason}; b:1: {reason}")
+
+
+@resolves
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_name_may_leave_by_a_reload_while_a_client_waits_for_its_first_answer(resolve: str, answered: bool) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> str | DialError:
+        with unix_listener() as (_, old), unix_listener() as (_, new):
+            async with Scene(
+                loop, "name:80", "other:80", names={}, clock=clock, resolve=resolve, connect_timeout=5.0
+            ) as scene:
+                [client] = await scene.come("")
+                scene.apply(new)
+                await scene.settle()
+                for host in ("name", "other"):
+                    scene.names.answer(host, [where(old)] if answered else UNKNOWN)
+                outcome = await scene.outcome(client)
+                assert scene.down == []
+                return "old" if outcome in ("name:80", "other:80") else "new" if outcome == new else outcome
+
+    # One that is being dialled may still be reached; with `each`, none was.
+    assert run(main, clock) == ("old" if resolve == "one" and answered else "new")
+
+
+def test_a_name_that_changes_while_its_addresses_are_dialled_disturbs_nobody() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with full_unix() as (_, full), unix_listener() as (_, live):
+            names = {"name": [where(full), where(live)]}
+            async with Scene(
+                loop, "name:80", names=names, clock=clock, connect_timeout=8.0, resolve_interval=2.0
+            ) as scene:
+                await scene.settle()
+                [client] = await scene.come("")
+                scene.names.names["name"] = [where(nobody())]
+                await scene.advance(4.2)
+                assert client.outcome == "name:80"
+                assert len(scene["name:80"].addresses) == 1
+
+    run(main, clock)
