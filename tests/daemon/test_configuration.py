@@ -190,8 +190,11 @@ colour: red
             f"{file}:16: log_level: expected one of debug, info, warning, error, found 'off'",
             f"{file}:17: log_level: given a second time, first as log_level in line 16",
             (
-                f"{file}:18: colour: unknown key, expected one of backend, backlog, connect_timeout, drain_timeout, "
-                "exit_idle_time, half_close_timeout, idle_timeout, listen, log_level, max_connections, reuse_port"
+                f"{file}:18: colour: unknown key, expected one of accept_proxy, accept_proxy_timeout, allow, backend, "
+                "backlog, balance, connect_timeout, deny, drain_timeout, exit_idle_time, fail_timeout, "
+                "half_close_timeout, health, idle_timeout, listen, log_level, max_connections, "
+                "max_connections_per_client, max_fails, on_down, proxies, queue_timeout, resolve, resolve_interval, "
+                "retries, reuse_port, send_proxy"
             ),
         ],
     )
@@ -200,7 +203,7 @@ colour: red
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [
-        (b"listen: [::1]:80\n", 1, "not valid YAML: .*; an address that starts with \\[ or @ needs quotes"),
+        (b"listen: [::1]:80\n", 1, "not valid YAML: .*; an address that starts with \\[, @ or : needs quotes"),
         (b"\tbacklog: 1\n", 1, "not valid YAML: found character '\\\\t' that cannot start any token"),
         (b"backlog: 1\nbackend: caf\xe9:1\n", 2, "not valid YAML: .*"),
         (b'backlog: 1\nbackend: "\\U00110000"\n', 2, "not valid YAML: .*"),
@@ -263,7 +266,7 @@ def test_a_file_whose_name_is_not_utf_8_can_be_checked(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     end = subprocess.run(command, capture_output=True, timeout=PATIENCE, env=env, check=False)
     assert (end.returncode, end.stderr) == (0, b"")
-    assert b".yaml: valid; listening on 80" in end.stdout
+    assert b".yaml: valid\nlistening on 80;" in end.stdout
 
 
 def test_a_port_in_use_is_69() -> None:

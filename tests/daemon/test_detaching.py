@@ -126,8 +126,9 @@ def test_its_log_is_a_stream_to_the_journal_with_a_priority_on_each_line(
     # identifier, unit, priority, level_prefix, syslog, kmsg, console
     assert journal.header == b"rspd\n\n6\n1\n0\n0\n0\n"
     assert journal.lines[0] == f"<6>listening address={where}"
-    assert journal.lines[1].startswith("<4>connection closed client=unix backend=- ")
-    assert journal.lines[2:] == ["<6>ending connections=0 drain_timeout=30", "<6>ended served=1"]
+    assert journal.lines[1] == '<4>backend down backend=/nonexistent reason="No such file or directory"'
+    assert journal.lines[2].startswith("<4>connection closed client=unix backend=- ")
+    assert journal.lines[3:] == ["<6>ending connections=0 drain_timeout=30", "<6>ended served=1"]
     assert syslog.datagrams == []
 
 
@@ -142,8 +143,9 @@ def test_where_there_is_no_journal_its_log_goes_to_syslog(host: Host, where: str
     syslog.wait_for("ended served=1")
     prefix = rf"[A-Z][a-z][a-z] [ \d]\d \d\d:\d\d:\d\d rspd\[{pid}\]: "
     assert re.fullmatch(rf"<30>{prefix}listening address={where}\n", syslog.datagrams[0])
-    assert re.fullmatch(rf"<28>{prefix}connection closed .*\n", syslog.datagrams[1])
-    assert len(syslog.datagrams) == 4
+    assert re.fullmatch(rf"<28>{prefix}backend down .*\n", syslog.datagrams[1])
+    assert re.fullmatch(rf"<28>{prefix}connection closed .*\n", syslog.datagrams[2])
+    assert len(syslog.datagrams) == 5
 
 
 def test_a_signal_ends_the_daemon_and_removes_its_pid_file(host: Host, journal: Journal, where: str) -> None:

@@ -76,12 +76,16 @@ def test_a_backend_that_is_down_costs_its_clients_and_nobody_later() -> None:
     with rspd("-b", f"127.0.0.1:{port}") as daemon:
         for _ in range(3):
             assert not served(daemon)
-        warnings = daemon.wait_for("WARNING", 3)
+        warnings = daemon.wait_for("WARNING.*connection closed", 3)
         assert all('cause=backend-refused reason="127.0.0.1:' in line for line in warnings)
         assert "Connection refused" in warnings[0]
+        [down] = daemon.find("backend down")
+        assert down.endswith(f'backend=127.0.0.1:{port} reason="Connection refused"')
         with Backend(answer, port=port):
             assert served(daemon)
+            daemon.wait_for(rf"backend up backend=127.0.0.1:{port} seconds=\d+\.\d{{3}}$")
         assert not served(daemon)
+        daemon.wait_for("backend down", 2)
 
 
 def test_a_backend_that_never_accepts_ends_in_the_connect_timeout_and_not_later(tmp_path: object) -> None:

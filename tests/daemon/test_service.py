@@ -20,7 +20,7 @@ from tests.host import clean_environment
 from tests.manager import OWN_PID, NotifySocket, Service, launch, notify_socket, service
 from tests.support import PATIENCE, Backend, Daemon, answer, echo, eventually, receive_all
 
-SERVING = r"serving {} of {}, {} served, backend {}"
+SERVING = r"serving {} of {}, {} served, {}"
 
 
 def ask(daemon: Service) -> None:
@@ -67,17 +67,24 @@ def test_it_is_ready_when_clients_can_connect_and_not_before(tmp_path: Path) -> 
 
 
 def test_the_status_counts_who_is_served_and_who_was(tmp_path: Path) -> None:
-    with Backend(echo) as backend:
-        words = ["-b", backend.address, "-b", "192.0.2.1:80", "-b", f"{tmp_path}/s", "--max-connections", "3"]
+    with Backend(echo) as first, Backend(echo) as second:
+        words = ["-b", first.address, "-b", f"{tmp_path}/s", "-b", second.address, "--max-connections", "3"]
         with service(*words, listen=["127.0.0.1:0"]) as daemon:
-            where = f"{re.escape(backend.address)} and 2 more"
-            with daemon.connect() as one:
-                daemon.notify.wait_for_status(SERVING.format(1, 3, 1, where))
-                with daemon.connect():
-                    daemon.notify.wait_for_status(SERVING.format(2, 3, 2, where))
+            daemon.notify.wait_for_status(SERVING.format(0, 3, 0, "3 of 3 backends up"))
+            up = rf"2 of 3 backends up \({tmp_path}/s down: No such file or directory\)"
+            with daemon.connect() as one, daemon.connect(), daemon.connect():
+                # One of them was led to the backend that is down, and then to another.
+                daemon.notify.wait_for_status(SERVING.format(3, 3, 3, up))
                 one.sendall(b"x")
                 assert one.recv(1) == b"x"
-            daemon.notify.wait_for_status(SERVING.format(0, 3, 2, where))
+            daemon.notify.wait_for_status(SERVING.format(0, 3, 3, up))
+
+
+def test_the_status_says_when_the_only_backend_is_down(tmp_path: Path) -> None:
+    with service("-b", f"{tmp_path}/s", listen=["127.0.0.1:0"]) as daemon:
+        with daemon.connect() as client:
+            assert client.recv(1) == b""
+        daemon.notify.wait_for_status(SERVING.format(0, 1, 1, f"backend {tmp_path}/s down: No such file or directory"))
 
 
 def test_the_status_changes_once_a_second_at_most_and_ends_up_right() -> None:
@@ -88,7 +95,7 @@ def test_the_status_changes_once_a_second_at_most_and_ends_up_right() -> None:
             for _ in range(30):
                 ask(daemon)
             served += 30
-            daemon.notify.wait_for_status(SERVING.format(0, 1, served, re.escape(backend.address)))
+            daemon.notify.wait_for_status(SERVING.format(0, 1, served, f"backend {re.escape(backend.address)}"))
         count = len(daemon.notify.with_field("STATUS"))
         assert count <= time.monotonic() - begun + 2
 
@@ -154,7 +161,7 @@ def test_the_status_says_that_the_last_reload_failed_until_one_does_not(tmp_path
                 rf"; reload failed: {re.escape(str(file.path))}:3: backlog: expected .*, found '0'; "
                 rf"{re.escape(str(file.path))}:4: colour: unknown key, .*"
             )
-            serving = SERVING.format(0, "{}", "{}", re.escape(backend.address))
+            serving = SERVING.format(0, "{}", "{}", f"backend {re.escape(backend.address)}")
             ready = daemon.notify.wait_for("READY=1", 2)[-1]
             assert re.fullmatch(serving.format(1, 0) + failure, ready.status)
             ask(daemon)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.namespaces import SILENT_DNS, in_namespace, silent_name_server
 from tests.support import (
     PATIENCE,
     Backend,
@@ -31,7 +32,6 @@ from tests.support import (
     reset,
     rspd,
 )
-from tests.test_backends import SILENT_DNS, in_namespace, silent_name_server
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # prctl(2), capabilities(7)
 
