@@ -21,7 +21,9 @@ from typing import NoReturn
 from bench import peers, report
 from bench.peers import Peer
 from bench.works import (
+    FOUR,
     GROUPS,
+    HUNDRED,
     IDLE,
     QUICK,
     RATE,
@@ -29,6 +31,7 @@ from bench.works import (
     WORKS,
     Results,
     Sizes,
+    Work,
     at_rate,
     ground,
     run_idle,
@@ -167,9 +170,9 @@ def measure(options: argparse.Namespace) -> None:
     about["rounds"] = sizes.rounds
     if options.publish and options.only:
         whole = json.loads((options.output / "results.json").read_text())
-        again = f"Measured again, in a run of its own: {about['date']}, {sizes.rounds} rounds."
-        for results in found.values():
-            results.notes.append(again)
+        for key, results in found.items():
+            measured = "Measured again, in" if key in whole["works"] else "Measured in"
+            results.notes.append(f"{measured} a run of its own: {about['date']}, {sizes.rounds} rounds.")
         about, earlier = whole["about"], whole["works"]
     else:
         earlier = {}
@@ -193,8 +196,13 @@ def run(
     with ground(program, folder / "pinned", {cpus[0]}, set(cpus[1:]), sizes) as place:
         for work in WORKS:
             if work.group in groups and not work.two:
-                taking_part = [here[0], peers.serial(python), *here[1:]] if work.serial else here
-                found[work.key] = run_work(work, taking_part, place)
+                found[work.key] = run_work(work, taking_part(work, here, python), place)
+                if work.key == HUNDRED:
+                    found[work.key].notes.append(
+                        f"Who has not {peers.MANY_BACKENDS} backends in its name has {peers.FEW_BACKENDS}."
+                    )
+                elif work.group == "balancing":
+                    found[work.key].absent = [peer.name for peer in proxies if not peer.balances]
         if "requests" in groups:
             whose, rate = top_rate(found["requests-16"])
             found[RATE] = run_work(at_rate(round(rate / 2, -2) or 100), here, place)
@@ -217,6 +225,15 @@ def run(
                 if work.two:
                     found[work.key] = run_work(work, pairs, place)
     return found
+
+
+def taking_part(work: Work, here: Sequence[Peer], python: str) -> Sequence[Peer]:
+    """Who does a work, of those who are here and rspd in serial mode."""
+    if work.key == HUNDRED:
+        return peers.few_and_many(here)
+    if work.group == "balancing":
+        return peers.balancing(here, FOUR)
+    return [here[0], peers.serial(python), *here[1:]] if work.serial else here
 
 
 def machine(here: Sequence[Peer], python: str, quick: bool) -> dict[str, object]:

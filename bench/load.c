@@ -1,7 +1,8 @@
 /*
  * The load and the backend of `make bench`: one epoll loop each, one thread, nothing else.
  *
- *   load backend LISTENERS                      prints their ports, then serves until its standard input ends
+ *   load backend LISTENERS                      prints their ports, then serves until its standard input ends; whatever
+ *                                               is written there is answered by a line: connections accepted by each
  *   load connections PORT COUNT AT_A_TIME       connect, a request, its answer, close
  *   load requests PORT COUNT CONNECTIONS        requests over connections that stay open, each after the answer before
  *   load rate PORT COUNT CONNECTIONS PER_SECOND requests at a fixed rate, whether or not there are answers
@@ -147,7 +148,8 @@ static int backend(int listeners)
     struct rlimit limit;
     must(getrlimit(RLIMIT_NOFILE, &limit), "getrlimit");
     struct served *all = calloc(limit.rlim_cur, sizeof *all);
-    int *is_listener = calloc(limit.rlim_cur, sizeof *is_listener);
+    int *listener_of = calloc(limit.rlim_cur, sizeof *listener_of); /* from 1; 0: not a listener */
+    long *connections = calloc(listeners + 1, sizeof *connections);
     watch(EPOLL_CTL_ADD, STDIN_FILENO, EPOLLIN, STDIN_FILENO);
     for (int i = 0; i < listeners; i++) {
         struct sockaddr_in address = loopback(0);
@@ -157,7 +159,7 @@ static int backend(int listeners)
         must(listen(fd, 4096), "listen");
         must(getsockname(fd, (struct sockaddr *)&address, &size), "getsockname");
         printf("%d\n", ntohs(address.sin_port));
-        is_listener[fd] = 1;
+        listener_of[fd] = i + 1;
         watch(EPOLL_CTL_ADD, fd, EPOLLIN, fd);
     }
     fflush(stdout);
@@ -166,15 +168,22 @@ static int backend(int listeners)
         int count = epoll_wait(epoll_fd, events, EVENTS, -1);
         for (int i = 0; i < count; i++) {
             int fd = events[i].data.u64;
-            if (fd == STDIN_FILENO)
-                return 0;
-            if (!is_listener[fd]) {
+            if (fd == STDIN_FILENO) {
+                if (read(STDIN_FILENO, waste, CHUNK) <= 0)
+                    return 0;
+                for (int one = 1; one <= listeners; one++)
+                    printf("%ld%c", connections[one], one < listeners ? ' ' : '\n');
+                fflush(stdout);
+                continue;
+            }
+            if (!listener_of[fd]) {
                 serve(fd, &all[fd]);
                 continue;
             }
             int accepted = accept4(fd, NULL, NULL, SOCK_NONBLOCK);
             if (accepted < 0)
                 continue;
+            connections[listener_of[fd]]++;
             no_delay(accepted);
             memset(&all[accepted], 0, sizeof *all);
             watch(EPOLL_CTL_ADD, accepted, EPOLLIN, accepted);

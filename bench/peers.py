@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench import counters
@@ -24,6 +24,8 @@ SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 SOCKET_PROXYD = "/lib/systemd/systemd-socket-proxyd"
 CONNECTIONS = 6000  # at once, where a contestant has a limit
 PATIENCE = 10.0
+FEW_BACKENDS, MANY_BACKENDS = 2, 100  # that rspd is compared with itself with
+MANY_SUFFIX = f", {MANY_BACKENDS} backends"
 
 # What systemd does for a service that has a socket unit (sd_listen_fds(3)).
 PASS_SOCKET = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
@@ -35,17 +37,23 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a contestant runs: a folder for its files, its port, the backend's, the log's file if it writes one."""
+    """Where a contestant runs: a folder for its files, its port, the backends', the log's file if it writes one."""
 
     folder: Path
     port: int
-    backend: int
+    backends: Sequence[int]
     log: Path | None
+
+    @property
+    def backend(self) -> int:
+        """The port of the only backend."""
+        (only,) = self.backends
+        return only
 
     def settings(self, template: str, **values: object) -> str:
         """Fill a file of settings/ in, and return its path."""
         text = (SETTINGS / template).read_text()
-        known = {"FOLDER": self.folder, "PORT": self.port, "BACKEND": self.backend, **values}
+        known = {"FOLDER": self.folder, "PORT": self.port, **values}
         for name, value in known.items():
             text = text.replace(f"@{name}@", str(value))
         path = self.folder / template
@@ -68,6 +76,8 @@ class Peer:
     idle_max: int = 5000
     descriptors: int = 2  # that a connection takes
     least: int = 0  # the hard limit of descriptors that it must have
+    balances: bool = False  # it can have several backends
+    backends: int = 1
 
     @property
     def path(self) -> str | None:
@@ -121,7 +131,8 @@ class Rspd(Peer):
     def command(self, place: Place) -> list[str]:
         """In the foreground; the log is its stderr."""
         level = "info" if place.log else "warning"
-        config = place.settings("rspd.yaml", CONNECTIONS=self.connections, LEVEL=level)
+        backends = "".join(f"\n  - 127.0.0.1:{backend}" for backend in place.backends)
+        config = place.settings("rspd.yaml", BACKENDS=backends, CONNECTIONS=self.connections, LEVEL=level)
         return [self.python, "-m", "rspd", "--foreground", "-c", config]
 
 
@@ -143,7 +154,8 @@ class Nginx(Peer):
         """Not a daemon; a master and its workers."""
         module = f"load_module {self.MODULE};" if self.MODULE.exists() else ""
         log = f"{place.log} line" if place.log else "off"
-        config = place.settings("nginx.conf", MODULE=module, PROCESSES=self.processes, LOG=log)
+        servers = "\n        ".join(f"server 127.0.0.1:{backend};" for backend in place.backends)
+        config = place.settings("nginx.conf", MODULE=module, PROCESSES=self.processes, LOG=log, SERVERS=servers)
         return [self.path or "", "-c", config, "-e", "stderr"]
 
 
@@ -154,7 +166,9 @@ class HAProxy(Peer):
         """Not a daemon, no master; the log is its standard output."""
         on = place.log is not None
         log, connections = ("log stdout format raw local0", "log global\n    option tcplog") if on else ("", "")
-        return [self.path or "", "-db", "-f", place.settings("haproxy.cfg", LOG=log, LOG_CONNECTIONS=connections)]
+        servers = "\n    ".join(f"server {backend} 127.0.0.1:{backend}" for backend in place.backends)
+        config = place.settings("haproxy.cfg", LOG=log, LOG_CONNECTIONS=connections, SERVERS=servers)
+        return [self.path or "", "-db", "-f", config]
 
 
 class SocketProxyd(Peer):
@@ -181,7 +195,7 @@ class Rinetd(Peer):
     def command(self, place: Place) -> list[str]:
         """In the foreground."""
         log = f"logfile {place.log}" if place.log else ""
-        return [self.path or "", "-f", "-c", place.settings("rinetd.conf", LOG=log)]
+        return [self.path or "", "-f", "-c", place.settings("rinetd.conf", LOG=log, BACKEND=place.backend)]
 
 
 @dataclass(frozen=True)
@@ -225,13 +239,13 @@ OURS = (RSPD, SERIAL, OTHER, "rspd, two processes")
 
 def contestants(python: str, other: Path | None) -> list[Peer]:
     """All that this bench knows, whether they are here or not."""
-    found: list[Peer] = [Rspd(RSPD, python=python)]
+    found: list[Peer] = [Rspd(RSPD, python=python, balances=True)]
     if other:
-        found.append(Rspd(OTHER, tree=other, python=python))
+        found.append(Rspd(OTHER, tree=other, python=python, balances=True))
     return [
         *found,
-        Nginx(NGINX, "nginx", "nginx libnginx-mod-stream"),
-        HAProxy(HAPROXY, "haproxy", "haproxy", least=15_014),
+        Nginx(NGINX, "nginx", "nginx libnginx-mod-stream", balances=True),
+        HAProxy(HAPROXY, "haproxy", "haproxy", least=15_014, balances=True),
         SocketProxyd(SOCKET_PROXYD_NAME, SOCKET_PROXYD, "systemd", "--version", logs=False, passed=True, descriptors=6),
         Rinetd("rinetd", "rinetd", "rinetd"),
         Socat(SOCAT, "socat", "socat", "-V", work=0.5, idle_max=500),
@@ -253,12 +267,25 @@ def in_two_processes(python: str) -> list[Peer]:
     ]
 
 
+def balancing(here: Sequence[Peer], backends: int) -> list[Peer]:
+    """Those who can, with so many backends each."""
+    return [replace(peer, backends=backends) for peer in here if peer.balances]
+
+
+def few_and_many(here: Sequence[Peer]) -> list[Peer]:
+    """rspd with few backends, and with many: whoever is rspd, of this tree or another one."""
+    ours = [peer for peer in here if isinstance(peer, Rspd)]
+    many = [replace(peer, name=f"{peer.name}{MANY_SUFFIX}", backends=MANY_BACKENDS) for peer in ours]
+    return [*balancing(ours, FEW_BACKENDS), *many]
+
+
 @dataclass
 class Running:
     """A contestant that runs."""
 
     peer: Peer
     port: int
+    backends: Sequence[int]  # ports
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     output: Path = Path()
 
@@ -296,13 +323,14 @@ def environment(tree: Path = ROOT) -> dict[str, str]:
 
 
 @contextmanager
-def running(peer: Peer, folder: Path, backend: int, logs: bool, cpus: set[int]) -> Iterator[Running]:
+def running(peer: Peer, folder: Path, backends: Sequence[int], logs: bool, cpus: set[int]) -> Iterator[Running]:
     """Start a contestant on these processors, and end it. It need not accept yet when this returns.
 
+    `backends` are the ports of its backends.
     Its files go into `folder`, which is made. Raises PeerError if it cannot be started.
     """
     if isinstance(peer, Direct):
-        yield Running(peer, backend)
+        yield Running(peer, backends[0], backends)
         return
     folder.mkdir(parents=True)
     # Nobody else gets the port while the socket is bound; a contestant may bind it too (SO_REUSEADDR, socket(7)).
@@ -315,10 +343,10 @@ def running(peer: Peer, folder: Path, backend: int, logs: bool, cpus: set[int]) 
         log = folder / "log" if logs and peer.logs else None
         # rspd and HAProxy log on these; the others put errors there.
         output = log if log and not isinstance(peer, (Nginx, Socat, Rinetd, AsyncioRelay)) else folder / "output"
-        command = peer.command(Place(folder, port, backend, log))
+        command = peer.command(Place(folder, port, backends, log))
         if peer.passed:
             command = ["sh", "-c", PASS_SOCKET, "sh", *command]
-        one = Running(peer, port, output=output)
+        one = Running(peer, port, backends, output=output)
         try:
             with open(output, "ab") as file:
                 stdin = held.fileno() if peer.passed else subprocess.DEVNULL

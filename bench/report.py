@@ -12,9 +12,11 @@ from typing import Any
 
 from bench.peers import CONNECTIONS, DIRECT, OTHER, RSPD, SERIAL
 from bench.targets import TARGETS, Run, middle
-from bench.works import Results
+from bench.works import FOUR_64, Results
 
 BEGIN, END = "<!-- made by python -m bench -->", "<!-- end of what python -m bench made -->"
+
+ONE_BACKEND = "one backend only"
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _short(value: float, most: float) -> str:
 
 
 def table(wanted: Sequence[Column], results: Results) -> list[str]:
-    """rspd first, then the others from the best on, then who failed."""
+    """rspd first, then the others from the best on, then who takes no part, then who failed."""
     headings = ["contestant"]
     for column in wanted:
         headings += [column.heading]
@@ -173,8 +175,9 @@ def table(wanted: Sequence[Column], results: Results) -> list[str]:
             cells += [column.show_spread(values) if values else "-"] * column.spread
             cells += [_compared(results, name, column.figure)] * column.compared
         lines.append("| " + " | ".join(cells) + " |")
-    for name, why in results.failed.items():
-        lines.append(f"| {name} | failed: {why.replace('|', '/')} |" + " |" * (len(headings) - 2))
+    without = dict.fromkeys(results.absent, f"takes no part: {ONE_BACKEND}")
+    without |= {name: f"failed: {why.replace('|', '/')}" for name, why in results.failed.items()}
+    lines += [f"| {name} | {why} |" + " |" * (len(headings) - 2) for name, why in without.items()]
     return lines
 
 
@@ -201,6 +204,7 @@ class Panel:
     unit: str
     factor: float
     decimals: int
+    drawn: bool = True  # otherwise a row of the table only: pictures come in pairs
 
 
 PANELS = [
@@ -208,6 +212,7 @@ PANELS = [
     Panel("up-1", "cpu", "Upload, 1 stream", "CPU s per GB", 1, 2),
     Panel("new-64", "cpu", "New connection", "CPU µs, 64 at a time", 1e6, 0),
     Panel("new-64-logs", "cpu", "New connection with a log line", "CPU µs, 64 at a time", 1e6, 0),
+    Panel(FOUR_64, "cpu", "New connection, four backends", "CPU µs, 64 at a time", 1e6, 0, drawn=False),
     Panel("requests-16", "cpu", "Kept-alive request", "CPU µs, 16 connections", 1e6, 1),
     Panel("rate", "p99", "Latency, p99", "ms, at half of nginx's top rate", 1e3, 2),
     Panel("idle", "memory", "Idle connection", "KB of its memory", 1e-3, 1),
@@ -288,7 +293,7 @@ RSPD_COLOUR, COLOUR, INK, FAINT, PAPER = "#1d6fd1", "#bcc4ce", "#1c2530", "#5d68
 
 def picture(about: dict[str, Any], run: Run) -> str:
     """Small bar charts, two in a row; a bar of more than three times rspd's is cut off."""
-    panels = [(panel, values_of(panel, run)) for panel in PANELS]
+    panels = [(panel, values_of(panel, run)) for panel in PANELS if panel.drawn]
     panels = [(panel, values) for panel, values in panels if RSPD in values]
     width = (WIDTH - 2 * MARGIN - GAP) // 2
     parts = []
@@ -322,7 +327,7 @@ def _absent(panel: Panel, run: Run) -> dict[str, str]:
     """Who has no bar, and what stands in its place."""
     results = run[panel.key]
     failed = {name: "failed" for name in results.failed if name not in HIDDEN}
-    return dict.fromkeys(results.silent, "logs nothing") | failed
+    return dict.fromkeys(results.silent, "logs nothing") | dict.fromkeys(results.absent, ONE_BACKEND) | failed
 
 
 def _panel(panel: Panel, values: dict[str, float], run: Run, left: int, top: int, width: int) -> list[str]:

@@ -6,8 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from bench.peers import DIRECT, HAPROXY, NGINX, OURS, RSPD, SOCAT, SOCKET_PROXYD_NAME
-from bench.works import BARE, Results
+from bench.peers import (
+    DIRECT,
+    FEW_BACKENDS,
+    HAPROXY,
+    MANY_BACKENDS,
+    MANY_SUFFIX,
+    NGINX,
+    OURS,
+    RSPD,
+    SOCAT,
+    SOCKET_PROXYD_NAME,
+)
+from bench.works import BARE, FOUR_1, FOUR_64, HUNDRED, Results
 
 Run = dict[str, Results]
 IDLE_OPEN = 5000  # idle connections, without which nothing is said about them
@@ -101,8 +112,19 @@ def _list() -> list[Target]:
         ]
     for work, title in (("new-1-logs", "1 at a time"), ("new-64-logs", "64 at a time")):
         found.append(Target(f"the same with logs, {title}: rspd ÷ nginx", 1.3, _ratio(work, NGINX)))
+    for work, title in ((FOUR_1, "1 at a time"), (FOUR_64, "64 at a time")):
+        text = f"CPU per new connection, four backends, {title}: rspd ÷ "
+        found += [
+            Target(text + "nginx", 1.2, _ratio(work, NGINX)),
+            Target(text + "HAProxy", 1.0, _ratio(work, HAPROXY), aim=True),
+        ]
     return [
         *found,
+        Target(
+            f"CPU per new connection, 64 at a time: rspd with {MANY_BACKENDS} backends ÷ with {FEW_BACKENDS}",
+            1.1,
+            lambda run: middle(run, HUNDRED, RSPD + MANY_SUFFIX, "cpu") / middle(run, HUNDRED, RSPD, "cpu"),
+        ),
         Target("CPU per kept-alive request: rspd ÷ nginx", 1.4, _ratio("requests-16", NGINX)),
         Target("CPU per kept-alive request: rspd ÷ socket-proxyd", 0.8, _ratio("requests-16", SOCKET_PROXYD_NAME)),
         Target("p99 at half of nginx's top rate: rspd ÷ nginx", 1.5, _ratio("rate", NGINX, "p99"), hidden=_slow_ground),

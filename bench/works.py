@@ -10,12 +10,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench import counters
-from bench.peers import NGINX, RSPD, Direct, Peer, PeerError, Running, environment, first_answer, running
+from bench.peers import (
+    FEW_BACKENDS,
+    MANY_BACKENDS,
+    NGINX,
+    RSPD,
+    Direct,
+    Peer,
+    PeerError,
+    Running,
+    environment,
+    first_answer,
+    running,
+)
 
 # A round of a contestant: its figures by name. What they mean stands at `Work.measure`.
 Figures = dict[str, float]
@@ -23,7 +36,8 @@ Figures = dict[str, float]
 MANY = 64  # connections at a time
 CONNECTIONS = 16  # that carry requests
 STREAMS = 8
-PORTS = 16  # of the backend: one for each contestant, so that none finds the other's ports in TIME_WAIT
+FOUR = 4  # backends
+PORTS = 256  # of the backend: each contestant has its own, so that none finds the other's ports in TIME_WAIT
 SLOW = 120.0  # seconds after which a load has failed
 
 
@@ -83,6 +97,15 @@ class Ground:
         found: dict[str, float] = json.loads(run.stdout)
         return found
 
+    def accepted(self, ports: Sequence[int]) -> list[int]:
+        """How many connections the backend has accepted so far on each of these ports of it."""
+        assert self.backend.stdin
+        assert self.backend.stdout
+        self.backend.stdin.write("?\n")
+        self.backend.stdin.flush()
+        found = dict(zip(self.ports, map(int, self.backend.stdout.readline().split()), strict=True))
+        return [found[port] for port in ports]
+
     @contextmanager
     def holding(self, port: int, count: int) -> Iterator[None]:
         """Connections that have had one answer each, and are open and idle. Raises PeerError."""
@@ -129,6 +152,7 @@ class Work:
     logs: bool = False
     serial: bool = False  # rspd, serial takes part
     two: bool = False  # one process against two
+    often: int = 1  # times as many rounds, where a small difference is looked for
 
     def measure(self, one: Running, place: Ground, share: float = 1.0) -> Figures:
         """One round. Raises PeerError.
@@ -139,17 +163,32 @@ class Work:
         share *= one.peer.work
         kind, *rest = self.words(place.sizes, share)
         amount = self.amount(place.sizes, share)
+        accepted = place.accepted(one.backends)
         before = counters.settled(one.cpu)
         backend = counters.cpu_seconds([place.backend.pid])
         found = place.load(kind, one.port, *rest)
         backend = counters.cpu_seconds([place.backend.pid]) - backend
         used = counters.settled(one.cpu) - before
         one.check()
+        if len(one.backends) > 1:
+            check_spread(amount, accepted, place.accepted(one.backends))
         seconds = found.pop("seconds")
         figures = {"rate": amount / seconds, "load": (found.pop("cpu") + backend) / seconds, **found}
         if not isinstance(one.peer, Direct):
             figures |= {"cpu": used / amount, "busy": used / seconds}
         return figures
+
+
+def check_spread(amount: float, before: Sequence[int], after: Sequence[int]) -> None:
+    """Whether so many connections were spread evenly over the backends. Raises PeerError.
+
+    Taking turns, each backend gets its part to the connection, or to the next whole number if the parts are not whole.
+    """
+    found = [end - begin for begin, end in zip(before, after, strict=True)]
+    part = amount / len(found)
+    if sum(found) != amount or any(abs(count - part) >= 1 for count in found):
+        got = f"from {min(found)} to {max(found)}, {sum(found)} in all"
+        raise PeerError(f"expected {part:g} connections to each of {len(found)} backends, got {got}")
 
 
 def _bulk(key: str, title: str, streams: int, serial: bool) -> Work:
@@ -162,14 +201,16 @@ def _bulk(key: str, title: str, streams: int, serial: bool) -> Work:
     return Work(key, "bulk", title, "GB", words, amount, serial=serial)
 
 
-def _connections(key: str, title: str, at_a_time: int, logs: bool = False, two: bool = False) -> Work:
+def _connections(
+    key: str, title: str, at_a_time: int, group: str = "connections", logs: bool = False, often: int = 1
+) -> Work:
     def count(sizes: Sizes, share: float) -> float:
         return max(at_a_time, int((sizes.one_at_a_time if at_a_time == 1 else sizes.many_at_a_time) * share))
 
     def words(sizes: Sizes, share: float) -> list[object]:
         return ["connections", count(sizes, share), at_a_time]
 
-    return Work(key, "two" if two else "connections", title, "connection", words, count, logs, not two, two)
+    return Work(key, group, title, "connection", words, count, logs, group == "connections", group == "two", often)
 
 
 def _requests(key: str, title: str, connections: int, two: bool = False) -> Work:
@@ -194,6 +235,7 @@ def at_rate(rate: float) -> Work:
     return Work("rate", "requests", f"kept-alive requests, {rate:.0f} per second", "request", words, count)
 
 
+FOUR_1, FOUR_64, HUNDRED = "four-1", "four-64", "hundred-64"
 WORKS = [
     _bulk("down-1", "download, 1 stream", 1, True),
     _bulk("down-8", "download, 8 streams", STREAMS, False),
@@ -203,24 +245,35 @@ WORKS = [
     _connections("new-64", f"new connections, {MANY} at a time", MANY),
     _connections("new-1-logs", "new connections, 1 at a time, logs on", 1, logs=True),
     _connections("new-64-logs", f"new connections, {MANY} at a time, logs on", MANY, logs=True),
+    _connections(FOUR_1, "four backends: new connections, 1 at a time", 1, "balancing"),
+    _connections(FOUR_64, f"four backends: new connections, {MANY} at a time", MANY, "balancing"),
+    _connections(
+        *(HUNDRED, f"{FEW_BACKENDS} backends, and {MANY_BACKENDS}: new connections, {MANY} at a time", MANY),
+        group="balancing",
+        often=5,
+    ),
     _requests("requests-1", "kept-alive requests, 1 connection", 1),
     _requests("requests-16", f"kept-alive requests, {CONNECTIONS} connections", CONNECTIONS),
-    _connections("two-new-64", f"two processes: new connections, {MANY} at a time", MANY, two=True),
+    _connections("two-new-64", f"two processes: new connections, {MANY} at a time", MANY, "two"),
     _requests("two-requests-64", f"two processes: kept-alive requests, {MANY} connections", MANY, two=True),
 ]
 IDLE, RATE, START, BARE = "idle", "rate", "start", "python3 -c pass"
-GROUPS = ("bulk", "connections", "requests", "idle", "start", "two")
+GROUPS = ("bulk", "connections", "requests", "idle", "start", "two", "balancing")
 
 
 @dataclass
 class Results:
-    """The figures of one work: for each contestant its rounds, or why it failed; and who logs nothing, logs on."""
+    """The figures of one work: for each contestant its rounds, or why it failed.
+
+    silent: who logs nothing, logs on; absent: who takes no part, since it cannot have several backends.
+    """
 
     title: str
     unit: str = ""
     rounds: dict[str, list[Figures]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -262,9 +315,9 @@ def run(
                 if name in alive:
                     alive.pop(name)[1].close()
 
-        def begin(peer: Peer, port: int) -> None:
+        def begin(peer: Peer, ports: Sequence[int]) -> None:
             own = stack.enter_context(ExitStack())
-            one = own.enter_context(running(peer, place.new_folder(), port, logs, place.proxy_cpus))
+            one = own.enter_context(running(peer, place.new_folder(), ports, logs, place.proxy_cpus))
             alive[peer.name] = one, own
             first_answer(one, time.monotonic())
             measure(one, 0.1)
@@ -274,8 +327,10 @@ def run(
             results.rounds.setdefault(name, []).append(figures)
 
         say(results.title)
-        for number, peer in enumerate(peers):
-            attempt(peer.name, lambda peer=peer, number=number: begin(peer, place.ports[number]))  # type: ignore[misc]
+        free = iter(place.ports)
+        for peer in peers:
+            ports = list(islice(free, peer.backends))
+            attempt(peer.name, lambda peer=peer, ports=ports: begin(peer, ports))  # type: ignore[misc]
         names = [peer.name for peer in peers]
         for turn in range(rounds):
             first = turn * len(names) // rounds
@@ -292,7 +347,9 @@ def run_work(work: Work, peers: Sequence[Peer], place: Ground) -> Results:
         return work.measure(one, place, share)
 
     results = Results(work.title, work.unit)
-    run(results, peers, place, work.logs, measure, place.sizes.rounds)
+    run(results, peers, place, work.logs, measure, place.sizes.rounds * work.often)
+    if work.often > 1:
+        results.notes.append(f"{place.sizes.rounds * work.often} rounds.")
     if work.logs:
         results.silent = [peer.name for peer in peers if not peer.logs]
         results.notes += [f"{name} logs nothing of connections." for name in results.silent]
@@ -352,7 +409,7 @@ def run_start(peers: Sequence[Peer], place: Ground, python: str) -> Results:
 
     def begin(peer: Peer, port: int) -> Figures:
         began = time.monotonic()
-        with running(peer, place.new_folder(), port, False, place.proxy_cpus) as one:
+        with running(peer, place.new_folder(), [port], False, place.proxy_cpus) as one:
             seconds = first_answer(one, began)
             counters.settled(one.cpu)
             pss, rss = (counters.memory(one.pids(), kind) for kind in ("Pss", "Rss"))
