@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from math import inf
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +15,22 @@ import pytest
 from rspd.address import Address
 from rspd.cause import Cause
 from rspd.cli import _parser
-from rspd.config import PARSERS, Config, ProxyConfig, load_config
+from rspd.config import (
+    BACKEND_KEYS,
+    GENERAL_KEYS,
+    HEALTH_KEYS,
+    PROXY_KEYS,
+    BackendConfig,
+    Config,
+    HealthConfig,
+    ProxyConfig,
+    load_config,
+)
+from rspd.description import describe
+from rspd.schema import Scalar
+from rspd.yamlfile import ConfigError
+
+MINIMAL = ["listen: 80", "backend: a:1"]
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,10 +39,24 @@ MAN_PAGES = [ROOT / "packaging" / "rspd.8", ROOT / "packaging" / "rspd.yaml.5"]
 RSPD_8, RSPD_YAML_5 = (path.read_text() for path in MAN_PAGES)
 
 
-def defaults() -> dict[str, Any]:
-    names = (*ProxyConfig._fields, *Config._fields)
-    known = {**ProxyConfig._field_defaults, **Config._field_defaults}
-    return {name: known.get(name) for name in names if name != "proxy"}
+# Each table of keys of the configuration, with what is default for it.
+TOP = {**PROXY_KEYS, **GENERAL_KEYS}, {**ProxyConfig._field_defaults, **Config._field_defaults}
+BACKEND = BACKEND_KEYS, BackendConfig._field_defaults
+HEALTH = HEALTH_KEYS, HealthConfig._field_defaults
+
+# What a document says where nothing written is the default.
+UNWRITTEN = {"required": None, "none": ""}
+
+
+def assert_told(listed: Mapping[str, str], of: tuple[Mapping[str, Scalar], Mapping[str, Any]]) -> None:
+    """All keys are in the list, with the text of their defaults."""
+    keys, defaults = of
+    assert listed.keys() == keys.keys()
+    for key, text in listed.items():
+        if text in UNWRITTEN:
+            assert (defaults.get(key) or UNWRITTEN[text]) == UNWRITTEN[text]
+        else:
+            assert keys[key].parse(text) == defaults[key]
 
 
 def table(heading: str) -> list[list[str]]:
@@ -65,26 +94,99 @@ def test_the_readme_lists_each_cause_of_an_end() -> None:
     assert {row[0].strip("`") for row in table("cause")} == set(get_args(Cause))
 
 
+@pytest.mark.parametrize(("heading", "of"), [("key of a backend", BACKEND), ("key of `health`", HEALTH)])
+def test_the_readme_lists_each_nested_key_with_its_default(heading: str, of: Any) -> None:
+    assert_told({row[0].strip("`"): row[1] for row in table(heading)}, of)
+
+
 def test_the_readme_lists_each_key_with_its_default() -> None:
     listed = {re.findall(r"`(\w+)`", row[0])[-1]: row[1] for row in table("key")}
-    assert listed.keys() == PARSERS.keys()
-    for key, text in listed.items():
-        if text != "required":
-            assert PARSERS[key](text) == defaults()[key]
+    assert listed.pop("proxies") == "none"
+    assert_told(listed, TOP)
 
 
 def test_the_shipped_configuration_is_valid_and_listens_on_the_loopback_address_only() -> None:
     config = load_config(str(SHIPPED), {})
-    assert config.proxy == ProxyConfig((Address("127.0.0.1", 8080),), (Address("127.0.0.1", 8000),))
+    assert config.proxy == ProxyConfig((Address("127.0.0.1", 8080),), (BackendConfig(Address("127.0.0.1", 8000)),))
 
 
 def test_the_shipped_configuration_explains_each_key_and_shows_its_default() -> None:
     shown = dict(re.findall(r"^#?(\w+): (.*)$", SHIPPED.read_text(), re.MULTILINE))
-    assert {"backends" if key == "backend" else key for key in shown} == PARSERS.keys()
-    for key, text in shown.items():
-        if key not in ("listen", "backend"):
-            assert PARSERS[key](text) == defaults()[key]
-            assert text == "off" or defaults()[key] != inf
+    listed = {"backends" if key == "backend" else key: text for key, text in shown.items()}
+    assert_told({**listed, "listen": "required", "backends": "required"}, TOP)
+
+
+def test_the_shipped_configuration_shows_each_key_of_a_check_with_its_default_or_an_example() -> None:
+    shown = dict(re.findall(r"^#     (\w+): (.*?)(?:  +#.*)?$", SHIPPED.read_text(), re.MULTILINE))
+    assert shown.keys() == HEALTH_KEYS.keys()
+    for key in ("interval", "timeout", "rise", "fall", "status"):
+        assert HEALTH_KEYS[key].parse(shown[key]) == HealthConfig._field_defaults[key]
+
+
+def test_what_the_shipped_configuration_has_in_comments_is_valid(tmp_path: Path) -> None:
+    text = SHIPPED.read_text()
+    keys, proxies = text[: text.index("\n#proxies:")], text[text.index("\n#proxies:") :]
+    backends = re.findall(r"^#   (  - .*|backends:)$", keys, re.MULTILINE)
+    checks = re.findall(r"^#   (  \w+: .*|health:)$", keys, re.MULTILINE)
+    of_http = [line for line in checks if not re.match(" +(send|expect):", line)]
+    of_bytes = [line for line in checks if not re.match(" +(http|host|status):", line)]
+    for number, lines in enumerate(
+        [
+            re.sub(r"^#(?=\w+: )", "", keys, flags=re.MULTILINE).splitlines(),
+            ["listen: 80", *backends],
+            [*MINIMAL, *of_http],
+            [*MINIMAL, *of_bytes],
+            re.sub("^#", "", proxies, flags=re.MULTILINE).splitlines(),
+        ]
+    ):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text("\n".join(lines))
+        load_config(str(file), {})
+    assert load_config(f"{tmp_path}/0.yaml", {}) == load_config(str(SHIPPED), {})
+    assert [backend.weight for backend in load_config(f"{tmp_path}/1.yaml", {}).proxy.backends] == [1, 2, 1]
+    assert [proxy.name for proxy in load_config(f"{tmp_path}/4.yaml", {}).proxies] == ["web", "mail"]
+
+
+def examples() -> dict[str, str]:
+    """The configurations that the README and the manual show, by where they stand."""
+    shown = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    page = section(RSPD_YAML_5, "EXAMPLES") + "\n" + section(RSPD_YAML_5, "DESCRIPTION")
+    blocks = re.findall(r"^\.Bd -literal -offset indent\n(.*?)^\.Ed$", page, re.MULTILINE | re.DOTALL)
+    manual = [block.replace(r"\e", "\\") for block in blocks]
+    found = {f"readme {number}": text for number, text in enumerate(shown)}
+    return found | {f"manual {number}": text for number, text in enumerate(manual)}
+
+
+EXAMPLES = examples()
+
+
+@pytest.mark.parametrize("text", EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_the_examples_are_valid(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "rspd.yaml"
+    file.write_text(text)
+    assert load_config(str(file), {})
+
+
+def test_the_readme_and_the_manual_work_the_same_examples() -> None:
+    worked = [text for text in EXAMPLES.values() if "10.0.0." in text]
+    assert len(worked) == 9
+    assert all(worked.count(text) == 2 or "PING" in text for text in worked)
+
+
+def test_the_readme_shows_what_a_check_prints(tmp_path: Path) -> None:
+    file = tmp_path / "tls.yaml"
+    file.write_text(next(text for text in EXAMPLES.values() if "proxies:" in text))
+    printed = "\n".join(["tls.yaml: valid", *describe(load_config(str(file), {}))])
+    assert f"\n$ rspd --check -c tls.yaml\n{printed}\n```\n" in README
+
+
+def test_the_readme_shows_what_is_said_of_a_broken_file(tmp_path: Path) -> None:
+    content, said = README.split("$ cat rspd.yaml\n", 1)[1].split("```", 1)[0].split("$ rspd --check -c rspd.yaml\n")
+    file = tmp_path / "rspd.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(file), {})
+    assert "".join(f"rspd: {error}\n" for error in caught.value.errors).replace(str(file), "rspd.yaml") == said
 
 
 def test_the_map_of_the_modules_is_complete_and_imports_point_down_it() -> None:
@@ -110,12 +212,21 @@ def test_rspd_8_lists_each_cause_of_an_end() -> None:
     assert set(re.findall(r"^\.It Cm (\S+)", section(RSPD_8, "LOG"), re.MULTILINE)) == set(get_args(Cause))
 
 
-def test_rspd_yaml_5_lists_each_key_with_its_default() -> None:
-    items = section(RSPD_YAML_5, "KEYS").split("\n.It Cm ")[1:]
-    listed = {item.split(" ", 1)[0]: re.findall(r"^Default: (\S+)\.$", item, re.MULTILINE) for item in items}
-    assert {"backends" if key == "backend" else key for key in listed} == PARSERS.keys()
-    for key, found in listed.items():
-        assert [PARSERS[key](text) for text in found] == ([] if key in ("listen", "backend") else [defaults()[key]])
+@pytest.mark.parametrize(("heading", "of"), [("KEYS", TOP), ("Backends", BACKEND), ("Health checks", HEALTH)])
+def test_rspd_yaml_5_lists_each_key_with_its_default(heading: str, of: Any) -> None:
+    text = re.split(rf"^\.S[hs] {heading}$", RSPD_YAML_5, flags=re.MULTILINE)[1]
+    text = re.split(r"^\.S[hs] ", text, flags=re.MULTILINE)[0]
+    listed = {}
+    for item in text.split("\n.It Cm ")[1:]:
+        key = item.split(" ", 1)[0]
+        found = re.findall(r"^Default: (\S+)\.$", item, re.MULTILINE)
+        listed["backends" if key == "backend" else key] = found[0] if found else "none"
+    for name in ("listen", "backends", "address"):
+        if name in listed:
+            assert listed[name] == "none"
+            listed[name] = "required"
+    assert listed.pop("proxies", "none") == "none"
+    assert_told(listed, of)
 
 
 @pytest.mark.parametrize("path", MAN_PAGES, ids=lambda path: path.name)
