@@ -12,15 +12,15 @@ INFO, WARNING, ERROR = "6", "4", "3"
 
 # The first connection meets an error that nobody expects.
 FAULT = """
-import rspd.backends
-dial = rspd.backends.Backends.dial
+import rspd.dialler
+dial = rspd.dialler.Dialler.dial
 connections = []
 def fail_once(*arguments):
     connections.append(arguments)
     if len(connections) == 1:
         raise RuntimeError("provoked\\nin two lines")
     return dial(*arguments)
-rspd.backends.Backends.dial = fail_once
+rspd.dialler.Dialler.dial = fail_once
 """
 
 # rspd fails before it has begun.
