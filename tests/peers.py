@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.peers import HAProxy, Nginx, Peer
+from rspd.proxy_protocol import Header, parse
 from tests.support import PATIENCE, eventually
 
 HAPROXY = HAProxy("haproxy", "haproxy", "haproxy")
@@ -70,3 +71,13 @@ def _listening(port: int) -> bool:
     """Whether somebody listens on a TCP port: without connecting, which the peer would pass on (proc_net(5))."""
     rows = [row.split() for name in ("tcp", "tcp6") for row in Path("/proc/net", name).read_text().splitlines()]
     return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+
+
+def receive_header(sock: socket.socket) -> Header:
+    """The PROXY header that a socket has next, and not a byte more."""
+    data = b""
+    while not (found := parse(data)):
+        part = sock.recv(1)
+        assert part, f"ended after {data!r}"
+        data += part
+    return found[0]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from rspd.proxy_protocol import SIGNATURE, Header, HostPort, encode, parse
+from rspd.proxy_protocol import SIGNATURE, Header, HostPort, encode
 from tests.daemon.test_reload import File, connect, receive, says, talk
 from tests.daemon.test_who_may_come import told
-from tests.peers import haproxy, nginx
+from tests.peers import haproxy, nginx, receive_header
 from tests.support import PATIENCE, Backend, Daemon, eventually, is_reset, receive_all, reset, rspd
 
 versions = pytest.mark.parametrize("version", ["v1", "v2"])
@@ -30,12 +30,7 @@ class Telling:
         self.told: list[Header] = []
 
     def __call__(self, sock: socket.socket) -> None:
-        data = b""
-        while not (found := parse(data)):
-            part = sock.recv(1)  # no more than the header
-            assert part, f"ended after {data!r}"
-            data += part
-        self.told.append(found[0])
+        self.told.append(receive_header(sock))
         while data := sock.recv(65536):
             sock.sendall(data)
 

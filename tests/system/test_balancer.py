@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from rspd.proxy_protocol import Header, parse
+from rspd.proxy_protocol import Header
 from tests.load import load
+from tests.peers import receive_header
 from tests.support import PATIENCE, Backend, eventually
 from tests.system.machine import Machine
 from tests.system.test_socket import socket_unit
@@ -69,12 +70,7 @@ class Mailbox:
         self.told: list[Header] = []
 
     def __call__(self, sock: socket.socket) -> None:
-        data = b""
-        while not (found := parse(data)):
-            part = sock.recv(1)  # no more than the header
-            assert part, f"ended after {data!r}"
-            data += part
-        self.told.append(found[0])
+        self.told.append(receive_header(sock))
         with sock.makefile("rb") as lines:
             for line in lines:
                 sock.sendall(line)
