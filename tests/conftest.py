@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support import open_descriptors
+
+# What systemd tells a service. Whoever runs the tests may be one; rspd, started by the tests, is none of its.
+FROM_SYSTEMD = (
+    "INVOCATION_ID",
+    "JOURNAL_STREAM",
+    "LISTEN_FDNAMES",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_PIDFDID",
+    "NOTIFY_SOCKET",
+    "SYSTEMD_EXEC_PID",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+)
+for name in FROM_SYSTEMD:
+    os.environ.pop(name, None)
 
 
 @pytest.fixture

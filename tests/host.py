@@ -18,9 +18,6 @@ from pathlib import Path
 
 from tests.support import PATIENCE, eventually, private_mounts
 
-# What tells a process that systemd started it; whoever runs the tests may be a service.
-FROM_SYSTEMD = ("NOTIFY_SOCKET", "SYSTEMD_EXEC_PID", "INVOCATION_ID", "JOURNAL_STREAM", "WATCHDOG_USEC", "WATCHDOG_PID")
-
 ENTER = """
 : > "$1/dev/null"
 mount --bind /dev/null "$1/dev/null"
@@ -29,11 +26,6 @@ mount --rbind "$1/run" /run
 shift
 exec "$@"
 """
-
-
-def clean_environment() -> dict[str, str]:
-    """The tests' own, without what systemd has put there."""
-    return {name: value for name, value in os.environ.items() if name not in FROM_SYSTEMD}
 
 
 class Journal:
@@ -159,7 +151,7 @@ class Host:
     @property
     def env(self) -> dict[str, str]:
         name, _, value = self._mark.partition("=")
-        return {**clean_environment(), name: value}
+        return {**os.environ, name: value}
 
     def start(
         self,

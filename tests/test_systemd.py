@@ -47,9 +47,8 @@ def stack() -> Iterator[ExitStack]:
 def take(*passed: HasFileno, **env: str) -> dict[str, Any]:
     """What take_sockets makes of this in a process of its own."""
     command, inherited = launch([sys.executable, "-c", TAKE], passed)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("LISTEN_")}
     done = subprocess.run(
-        command, env={**clean, **env}, pass_fds=inherited, capture_output=True, timeout=PATIENCE, check=False
+        command, env={**os.environ, **env}, pass_fds=inherited, capture_output=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
     answer: dict[str, Any] = json.loads(done.stdout)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.host import clean_environment
 from tests.manager import OWN_PID, NotifySocket, Service, launch, notify_socket, service
 from tests.support import PATIENCE, Backend, Daemon, answer, echo, eventually, receive_all
 
@@ -407,7 +406,7 @@ def logged_to_the_journal(*arguments: str, code: int) -> list[str]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=far.fileno(),
-            env={**clean_environment(), "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+            env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
             timeout=PATIENCE,
             check=False,
         )
