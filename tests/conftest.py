@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import open_descriptors
 
@@ -25,6 +26,12 @@ FROM_SYSTEMD = (
 )
 for name in FROM_SYSTEMD:
     os.environ.pop(name, None)
+
+# How long an example takes says how busy the machine is. The fixtures that tests of examples use are the same for each.
+settings.register_profile(
+    "rspd", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("rspd")
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_an_ipv6_address_is_taken_in_ascii_only(host: str) -> None:
 @given(st.text(st.characters() | st.sampled_from("/@[]:.%0aé\0"), max_size=40))
 @example("/\ud800")
 @example("@\ud800")
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_any_text_is_an_address_or_is_refused_by_quoting_it(text: str) -> None:
     try:
         address = parse_address(text)
@@ -144,13 +144,13 @@ def test_any_text_is_an_address_or_is_refused_by_quoting_it(text: str) -> None:
     | st.builds(str.__add__, st.sampled_from("/@"), PATHS).map(lambda path: Address(path=path))
     | PASSED_NAMES.map(lambda name: Address(passed=name))
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_an_address_that_is_printed_and_read_again_is_the_same(address: Address) -> None:
     assert parse_address(str(address)) == address
 
 
 @given(NUMERIC, PORTS)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_numeric_address_needs_no_lookup(host: str, port: int) -> None:
     known = literal(Address(host, port))
     assert known

@@ -93,7 +93,7 @@ def check(scene: Scene, open_ones: Counter[Backend]) -> None:
     assert all(len(one.failures) <= MAX_FAILS for one in members)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(configurations, proxies, events)
 def test_whatever_happens_who_may_be_chosen_is_chosen_and_who_may_not_is_not(
     configuration: list[tuple[int, int, bool, float]], proxy: dict[str, Any], sequence: list[tuple[str, Any]]
@@ -171,7 +171,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(configurations, proxies, steps)
 def test_whatever_happens_nobody_waits_while_there_is_room_and_everybody_is_answered(
     configuration: list[tuple[int, int, bool, float]], proxy: dict[str, Any], sequence: list[tuple[str, Any]]

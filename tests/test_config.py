@@ -483,7 +483,7 @@ FRAGMENTS = st.sampled_from(WORDS.split()) | st.sampled_from(SPACED)
 
 
 @given(st.lists(FRAGMENTS, max_size=30).map("".join).map(str.encode) | st.binary(max_size=40))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_whatever_a_file_holds_it_is_a_configuration_or_gets_lines_that_name_it(content: bytes) -> None:
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rspd.address import SocketAddress
@@ -42,7 +42,6 @@ pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 # One attempt after the other
 
 
-@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=5), st.integers(1, 8))
 def test_a_backend_that_fails_is_passed_over_and_out_from_then_on_and_the_others_take_turns(
     alive: list[bool], dials: int

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rspd.config import HealthConfig
@@ -589,7 +589,6 @@ PIECES = st.lists(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     answer=PIECES.map(b"".join) | st.binary(max_size=60),
     cuts=st.sets(st.integers(0, 40000), max_size=30),
@@ -778,7 +777,6 @@ async def play(
     return found
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(results=st.lists(st.booleans(), min_size=1, max_size=25), rise=st.integers(1, 4), fall=st.integers(1, 4))
 def test_rise_and_fall_are_runs_without_a_gap(tmp_path: Path, results: list[bool], rise: int, fall: int) -> None:
     expected = [(0, UP if results[0] else DOWN)]

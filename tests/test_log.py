@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rspd.log import LEVELS, Output, quote, set_up
@@ -426,7 +426,7 @@ def test_rspd_waits_for_a_reader_once_and_not_for_each_line(ends: Ends) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(st.lists(st.one_of(st.integers(1, 400), st.just(0)), max_size=12))
 @pytest.mark.parametrize("make", [make_pipe, make_socket], ids=["pipe", "socket"])
 def test_every_line_arrives_whole_and_in_order_or_is_counted(make: Callable[[], Ends], bursts: list[int]) -> None:
