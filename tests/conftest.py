@@ -35,6 +35,19 @@ settings.load_profile("rspd")
 
 
 @pytest.fixture
+def service_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some names of services(5), which a host without the package netbase does not have."""
+    known = {"http": 80, "https": 443}
+
+    def look_up(name: str, protocol: str) -> int:
+        if protocol != "tcp" or name not in known:
+            raise OSError("service/proto not found")
+        return known[name]
+
+    monkeypatch.setattr("rspd.address.socket.getservbyname", look_up)
+
+
+@pytest.fixture
 def no_descriptor_is_left_open() -> Iterator[None]:
     """The test, and the fixtures that ask for this one, close what they open."""
     before = open_descriptors()

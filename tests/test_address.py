@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from rspd.address import (
     parse_address,
     resolve,
 )
+from tests.support import PATIENCE, private_mounts
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
 LABELS = st.text(LETTERS, min_size=1, max_size=63)
@@ -30,6 +33,7 @@ PASSED_NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=126, blackl
 PATHS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=26)
 
 
+@pytest.mark.usefixtures("service_names")
 @pytest.mark.parametrize(
     ("text", "address"),
     [
@@ -56,6 +60,15 @@ PATHS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["
 )
 def test_each_form_of_an_address_is_read(text: str, address: Address) -> None:
     assert parse_address(text) == address
+
+
+def test_the_name_of_a_port_is_that_of_a_service_of_this_host(tmp_path: Path) -> None:
+    (tmp_path / "nsswitch.conf").write_text("services: files\n")
+    (tmp_path / "services").write_text("of-this-test 4321/udp\nof-this-test 1234/tcp\n")
+    code = "from rspd.address import parse_address; print(parse_address('of-this-test').port)"
+    command = [*private_mounts(), "sh", "-ec", 'mount --bind "$0" /etc; exec "$@"', str(tmp_path)]
+    done = subprocess.run([*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.stdout, done.stderr) == ("1234\n", "")
 
 
 @pytest.mark.parametrize(

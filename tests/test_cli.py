@@ -157,6 +157,7 @@ def test_the_originals_three_arguments_are_enough(rspd: Run) -> None:
     )
 
 
+@pytest.mark.usefixtures("service_names")
 @pytest.mark.parametrize(
     ("arguments", "listen", "backend"),
     [

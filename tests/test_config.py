@@ -260,6 +260,7 @@ def test_each_error_names_file_line_and_key_what_is_expected_and_what_was_found(
     assert errors(f"{MINIMAL}\n{line}\n") == [f"FILE:4: {message}"]
 
 
+@pytest.mark.usefixtures("service_names")
 @pytest.mark.parametrize(
     ("value", "line", "message"),
     [
@@ -315,6 +316,7 @@ def test_an_item_of_a_list_that_is_no_address_is_what_the_message_is_about(
     assert "or a list of them" not in error
 
 
+@pytest.mark.usefixtures("service_names")
 @pytest.mark.parametrize(
     ("value", "message"),
     [

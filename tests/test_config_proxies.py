@@ -483,6 +483,7 @@ listen: 80
     ]
 
 
+@pytest.mark.usefixtures("service_names")
 @pytest.mark.parametrize(
     ("first", "second", "taken", "address"),
     [
