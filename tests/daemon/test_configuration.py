@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import resource
@@ -15,22 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import PATIENCE, Backend, Daemon, answer, eventually, rspd
-
-PR_CAPBSET_DROP = 24
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE = 1, 2, 10
+from tests.support import PATIENCE, Backend, Daemon, answer, drop_capabilities, eventually, rspd
 
 DIAL = "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
 ADDRESS = "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h, or off"
-
-LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def without_privilege() -> None:
-    """For preexec_fn: root has no more rights to files and ports than another user after this."""
-    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE):
-        LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 def refused(
@@ -250,7 +238,7 @@ def test_a_folder_in_place_of_the_file_is_78(tmp_path: Path) -> None:
 def test_a_file_that_may_not_be_read_is_77(file: Path) -> None:
     file.touch(0)
     expected = 77, [f"{file}: cannot be read: Permission denied; let the user that rspd runs as read it"]
-    assert refused("-c", str(file), preexec=without_privilege) == expected
+    assert refused("-c", str(file), preexec=drop_capabilities) == expected
 
 
 def test_a_wrong_argument_is_64_and_nothing_is_bound(stale: Path) -> None:
@@ -324,7 +312,7 @@ def test_a_privileged_port_is_77() -> None:
     if lowest < 2:
         pytest.skip("every port is for everybody on this host")
     address = f"127.0.0.1:{lowest - 1}"
-    assert refused("-l", address, "-b", "a:1", preexec=without_privilege) == (
+    assert refused("-l", address, "-b", "a:1", preexec=drop_capabilities) == (
         77,
         [f"cannot listen on {address}: Permission denied; a port below 1024 needs root or CAP_NET_BIND_SERVICE"],
     )
@@ -333,7 +321,7 @@ def test_a_privileged_port_is_77() -> None:
 def test_a_folder_that_may_not_be_written_is_77(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir(0o555)
-    code, (line,) = refused("-l", f"{folder}/s", "-b", "a:1", preexec=without_privilege)
+    code, (line,) = refused("-l", f"{folder}/s", "-b", "a:1", preexec=drop_capabilities)
     assert code == 77
     assert line.startswith(f"cannot listen on {folder}/s: Permission denied; ")
 

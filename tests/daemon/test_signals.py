@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import os
@@ -24,6 +23,7 @@ from tests.support import (
     Backend,
     Daemon,
     answer,
+    drop_capabilities,
     echo,
     eventually,
     full_tcp,
@@ -32,8 +32,6 @@ from tests.support import (
     reset,
     rspd,
 )
-
-PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # prctl(2), capabilities(7)
 
 ENDING = [signal.SIGTERM, signal.SIGINT]
 
@@ -484,12 +482,11 @@ def test_a_socket_file_that_is_gone_already_is_nothing_to_it(tmp_path: Path) -> 
 
 
 def started_without_root_rights(*arguments: str) -> Daemon:
-    """rspd, which as root too may write in no folder whose mode says so (CAP_DAC_OVERRIDE, capabilities(7))."""
+    """rspd, which as root too may write in no folder whose mode says so."""
     started: list[Daemon] = []
 
     def start() -> None:
-        # Of this thread only, and of what it starts.
-        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+        drop_capabilities()  # of this thread only, and of what it starts
         started.append(Daemon(*arguments))
 
     thread = threading.Thread(target=start)
