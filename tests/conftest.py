@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import open_descriptors
+from tests.support import let_ports_go, open_descriptors
 
 # What systemd tells a service. Whoever runs the tests may be one; rspd, started by the tests, is none of its.
 FROM_SYSTEMD = (
@@ -47,11 +47,19 @@ def service_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rspd.address.socket.getservbyname", look_up)
 
 
+@pytest.fixture(autouse=True)
+def ports_of_the_test() -> Iterator[None]:
+    """What `free_port` has kept for the test is given back."""
+    yield
+    let_ports_go()
+
+
 @pytest.fixture
 def no_descriptor_is_left_open() -> Iterator[None]:
     """The test, and the fixtures that ask for this one, close what they open."""
     before = open_descriptors()
     yield
+    let_ports_go()
     assert open_descriptors() == before
 
 

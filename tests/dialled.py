@@ -307,13 +307,6 @@ def nobody() -> str:
         return address
 
 
-def refusing_port() -> int:
-    """A port where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @contextmanager
 def no_descriptors() -> Iterator[list[int]]:
     """The process can open no descriptor; those in the list may be closed."""

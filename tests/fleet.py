@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support import PATIENCE, Backend, Daemon, echo, receive_all, rspd
+from tests.support import PATIENCE, Backend, Daemon, echo, free_port, receive_all, rspd
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -101,7 +101,7 @@ class BackendProcess:
     """A backend that may be killed: answers each client that sent a byte with `ok`. Starts on the same port again."""
 
     def __init__(self) -> None:
-        self.port = 0
+        self.port = free_port()
         self.deaths: list[tuple[float, float]] = []  # from when to when it was being killed, by time.monotonic
         self.start()
 
@@ -113,7 +113,7 @@ class BackendProcess:
         """Start, and wait until it listens."""
         self.process = _start("serve", str(self.port))
         assert self.process.stdout
-        self.port = int(self.process.stdout.readline())
+        assert self.process.stdout.readline()
 
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""

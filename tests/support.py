@@ -61,6 +61,32 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     return near, far
 
 
+_kept_ports: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """A port where nobody listens, on any address; kept until the test ends, for whoever names it.
+
+    A socket that does not listen has it. So the kernel gives the port to nobody who asks for any, and lets another bind
+    it who names it (SO_REUSEADDR, socket(7)).
+    """
+    both = socket.has_dualstack_ipv6()
+    held = socket.socket(socket.AF_INET6 if both else socket.AF_INET)
+    _kept_ports.append(held)
+    if both:
+        held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    port: int = held.getsockname()[1]
+    return port
+
+
+def let_ports_go() -> None:
+    """Let others have the ports that were kept."""
+    while _kept_ports:
+        _kept_ports.pop().close()
+
+
 def reset(sock: socket.socket) -> None:
     """Close a TCP socket so that its peer gets RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
@@ -187,7 +213,7 @@ def run(main: Callable[[Loop], Coroutine[Any, Any, T]], clock: Callable[[], floa
 class Backend:
     """A real TCP server in threads: `handler` gets each accepted socket, which is closed after it.
 
-    `accepted` counts; `errors` has what handlers raised.
+    `accepted` counts; `errors` has what handlers raised. The port stays ours until the test ends, for another one.
     """
 
     def __init__(
@@ -197,7 +223,7 @@ class Backend:
         self.accepted = 0
         self.errors: list[Exception] = []
         self.host = host
-        self.listener = socket.create_server((host, port), backlog=backlog)
+        self.listener = socket.create_server((host, port or free_port()), backlog=backlog)
         self.port: int = self.listener.getsockname()[1]
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []

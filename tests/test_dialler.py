@@ -27,13 +27,20 @@ from tests.dialled import (
     configured,
     full_unix,
     nobody,
-    refusing_port,
     switches,
     unix_listener,
     where,
 )
 from tests.namespaces import SILENT_DNS, in_namespace, silent_name_server
-from tests.support import Backend, FakeClock, full_tcp, open_descriptors, reset, run
+from tests.support import (
+    Backend,
+    FakeClock,
+    free_port,
+    full_tcp,
+    open_descriptors,
+    reset,
+    run,
+)
 from tests.test_dialling import full, kinds
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
@@ -70,7 +77,7 @@ def test_tcp_backends_take_turns_and_the_refusing_one_is_passed_over() -> None:
     with Backend(lambda sock: sock.recv(1)) as one, Backend(lambda sock: sock.recv(1)) as two:
 
         async def main(loop: Loop) -> None:
-            async with Scene(loop, one.address, f"127.0.0.1:{refusing_port()}", two.address) as scene:
+            async with Scene(loop, one.address, f"127.0.0.1:{free_port()}", two.address) as scene:
                 for _ in range(3):
                     assert {await scene.dial(), await scene.dial()} == {one.address, two.address}
 
@@ -89,7 +96,7 @@ def test_a_backend_may_be_given_by_the_name_localhost() -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-name.invalid:80"])
 def test_the_reason_begins_with_the_address(address: str) -> None:
-    address = address.replace(":1", f":{refusing_port()}") if address.startswith("127") else address
+    address = address.replace(":1", f":{free_port()}") if address.startswith("127") else address
 
     async def main(loop: Loop) -> tuple[str, str]:
         async with Scene(loop, address, names={"no-such-name.invalid": UNKNOWN}) as scene:
@@ -103,7 +110,7 @@ def test_the_reason_begins_with_the_address(address: str) -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_several_failures_the_cause_is_the_last_and_the_text_has_all(order: int) -> None:
-    addresses = [f"127.0.0.1:{refusing_port()}", "no-such-name.invalid:80"][::order]
+    addresses = [f"127.0.0.1:{free_port()}", "no-such-name.invalid:80"][::order]
 
     async def main(loop: Loop) -> tuple[str, str]:
         first, second = addresses
@@ -120,7 +127,7 @@ def test_of_several_failures_the_cause_is_the_last_and_the_text_has_all(order: i
 
 def test_a_name_is_reached_by_any_of_its_addresses_and_the_reasons_name_them() -> None:
     with unix_listener() as (_, live):
-        dead = SocketAddress(socket.AF_INET, ("127.0.0.1", refusing_port()))
+        dead = SocketAddress(socket.AF_INET, ("127.0.0.1", free_port()))
         names = {"both": [dead, where(live)], "dead": [dead]}
 
         async def main(loop: Loop) -> tuple[str | DialError, str | DialError]:

@@ -17,9 +17,19 @@ from rspd.dialling import UnreachableError, cause_of, connect, connect_to_one_of
 from rspd.loop import Loop, Task
 from rspd.shortage import Shortage
 from rspd.side import Side
-from tests.dialled import full_unix, no_descriptors, nobody, refusing_port, settle, unix_listener, until, where
+from tests.dialled import full_unix, no_descriptors, nobody, settle, unix_listener, until, where
 from tests.namespaces import in_namespace
-from tests.support import PATIENCE, Backend, FakeClock, full_tcp, open_descriptors, reset, run, tcp_pair
+from tests.support import (
+    PATIENCE,
+    Backend,
+    FakeClock,
+    free_port,
+    full_tcp,
+    open_descriptors,
+    reset,
+    run,
+    tcp_pair,
+)
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
@@ -161,7 +171,7 @@ def under_a_file(folder: Path) -> str:
 
 
 def refusing(_: Path) -> str:
-    return f"127.0.0.1:{refusing_port()}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def of_another_kind(folder: Path) -> str:
@@ -378,7 +388,7 @@ def test_where_no_address_answers_the_error_has_the_reason_of_each_and_the_order
         with Attempt(loop, f"127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}") as attempt:
             return await attempt.error(), attempt.addresses
 
-    ports = [refusing_port(), refusing_port()]
+    ports = [free_port(), free_port()]
     error, addresses = run(main)
     assert isinstance(error, UnreachableError)
     assert error.reasons == [f"127.0.0.1:{port}: Connection refused" for port in ports]

@@ -14,7 +14,7 @@ import pytest
 
 from rspd.address import Address, SocketAddress, parse_address, resolve
 from rspd.listener import Binding, Listener, ListenError, open_listeners, replace_listeners
-from tests.support import PATIENCE, eventually, open_descriptors
+from tests.support import PATIENCE, eventually, free_port, open_descriptors
 from tests.test_pipes import no_descriptors, unprivileged
 
 LOOPBACK = SocketAddress(socket.AF_INET, ("127.0.0.1", 0))
@@ -54,24 +54,6 @@ def shared_folder() -> Iterator[Path]:
         folder.chmod(0o755)
         yield folder
         folder.chmod(0o755)
-
-
-@pytest.fixture
-def free_ports() -> list[int]:
-    """Ports that nobody listens on now."""
-    socks = [socket.socket() for _ in range(2)]
-    for sock in socks:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", 0))
-    ports = [int(sock.getsockname()[1]) for sock in socks]
-    for sock in socks:
-        sock.close()
-    return ports
-
-
-@pytest.fixture
-def free_port(free_ports: list[int]) -> int:
-    return free_ports[0]
 
 
 def port_of(listener: Listener) -> int:
@@ -202,9 +184,9 @@ def test_the_backlog_is_the_one_asked_for_and_can_be_changed(open_all: Open) -> 
 
 
 def test_a_port_can_be_listened_on_again_at_once_after_connections_were_closed_here(open_all: Open) -> None:
-    address = Address("127.0.0.1", 0)
-    [listener] = open_listeners(address, [LOOPBACK], 8)
-    port = port_of(listener)
+    port = free_port()
+    address = Address("127.0.0.1", port)
+    [listener] = open_listeners(address, resolve(address), 8)
     with connect(listener) as client:
         sock, _ = accept(listener)
         sock.close()
@@ -420,8 +402,8 @@ def test_closing_a_socket_whose_file_may_not_be_removed_closes_it(shared_folder:
 # Resting
 
 
-def test_a_listener_at_rest_refuses_and_resets_clients_until_it_listens_again(free_port: int, open_all: Open) -> None:
-    [listener] = open_all(f"127.0.0.1:{free_port}")
+def test_a_listener_at_rest_refuses_and_resets_clients_until_it_listens_again(open_all: Open) -> None:
+    [listener] = open_all(f"127.0.0.1:{free_port()}")
     with connect(listener) as waiting:
         listener.rest()
         with pytest.raises(ConnectionResetError):
@@ -434,9 +416,10 @@ def test_a_listener_at_rest_refuses_and_resets_clients_until_it_listens_again(fr
 
 
 def test_a_listener_at_rest_lets_another_socket_take_its_address(open_all: Open) -> None:
-    [listener] = open_all("127.0.0.1:0")
+    where = f"127.0.0.1:{free_port()}"
+    [listener] = open_all(where)
     listener.rest()
-    [other] = open_all(f"127.0.0.1:{port_of(listener)}")
+    [other] = open_all(where)
     assert serves(other)
 
 
@@ -486,9 +469,9 @@ def test_replacing_gives_what_stays_the_new_backlog(replace: Callable[..., list[
 
 
 def test_each_address_has_a_backlog_and_a_way_to_be_shared_of_its_own(
-    open_all: Open, no_descriptor_is_left_open: None, free_ports: list[int]
+    open_all: Open, no_descriptor_is_left_open: None
 ) -> None:
-    one, two = (f"127.0.0.1:{port}" for port in free_ports)
+    one, two = (f"127.0.0.1:{free_port()}" for _ in range(2))
     bindings = {**wanted(one, backlog=5, reuse_port=True), **wanted(two, backlog=7)}
     first, second = replace_listeners([], bindings)
     try:
@@ -508,18 +491,19 @@ def test_each_address_has_a_backlog_and_a_way_to_be_shared_of_its_own(
     ("before", "after"), [("{}", "127.0.0.1:{}"), ("127.0.0.1:{}", "{}"), ("127.0.0.1:{}", "localhost:{}")]
 )
 def test_an_address_takes_over_from_one_of_our_own_that_stood_in_its_way(
-    before: str, after: str, free_port: int, replace: Callable[..., list[Listener]]
+    before: str, after: str, replace: Callable[..., list[Listener]]
 ) -> None:
-    old = replace(before.format(free_port))
-    new = replace(after.format(free_port))
+    port = free_port()
+    old = replace(before.format(port))
+    new = replace(after.format(port))
     assert not set(old) & set(new)
     assert all(serves(listener) for listener in new)
 
 
 def test_a_replacement_that_fails_leaves_the_old_listeners_as_they_were(
-    free_ports: list[int], replace: Callable[..., list[Listener]]
+    replace: Callable[..., list[Listener]],
 ) -> None:
-    one, two = free_ports
+    one, two = free_port(), free_port()
     old = replace(f"127.0.0.1:{one}", f"127.0.0.1:{two}")
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]

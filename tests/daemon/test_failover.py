@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from tests.fleet import BackendProcess, File, Load, ask, backend_processes, backends, connections, tells
-from tests.support import PATIENCE, Backend, Daemon, eventually, full_tcp, receive_all
+from tests.support import (
+    PATIENCE,
+    Backend,
+    Daemon,
+    eventually,
+    free_port,
+    full_tcp,
+    receive_all,
+)
 
 
 def fields(line: str) -> dict[str, str]:
@@ -22,12 +30,6 @@ def fields(line: str) -> dict[str, str]:
 def changes(daemon: Daemon) -> list[tuple[str, str]]:
     """The changes of state in the log: up or down, and the backend."""
     return [(line.split()[4], fields(line)["backend"]) for line in daemon.find(r" backend (up|down) ")]
-
-
-def gone_port() -> int:
-    """A port where nobody listens."""
-    with Backend(tells("")) as server:
-        return server.port
 
 
 # Under load
@@ -110,7 +112,7 @@ def test_clients_whose_first_attempts_failed_wait_in_the_order_in_which_they_cam
 
 
 def test_clients_who_waited_for_queue_timeout_are_closed_and_the_log_says_why(tmp_path: Path) -> None:
-    with File(tmp_path, backends=f"127.0.0.1:{gone_port()}", queue_timeout="500ms").rspd() as daemon:
+    with File(tmp_path, backends=f"127.0.0.1:{free_port()}", queue_timeout="500ms").rspd() as daemon:
         clients = [daemon.connect() for _ in range(20)]
         for client in clients:
             assert receive_all(client) == b""
@@ -151,7 +153,7 @@ def test_a_backend_that_hangs_does_not_hide_another_that_is_back(tmp_path: Path)
 
 
 def test_a_backend_is_out_after_max_fails(tmp_path: Path) -> None:
-    file = File(tmp_path, backends=f"127.0.0.1:{gone_port()}", max_fails=3)
+    file = File(tmp_path, backends=f"127.0.0.1:{free_port()}", max_fails=3)
     with file.rspd() as daemon:
         for number in range(1, 6):
             assert ask(daemon) == ""
@@ -160,7 +162,7 @@ def test_a_backend_is_out_after_max_fails(tmp_path: Path) -> None:
 
 
 def test_failures_longer_ago_than_fail_timeout_do_not_count(tmp_path: Path) -> None:
-    file = File(tmp_path, backends=f"127.0.0.1:{gone_port()}", max_fails=2, fail_timeout="50ms")
+    file = File(tmp_path, backends=f"127.0.0.1:{free_port()}", max_fails=2, fail_timeout="50ms")
     with file.rspd() as daemon:
         for _ in range(5):
             before = time.monotonic()
@@ -221,7 +223,7 @@ def test_as_many_further_backends_are_tried_as_retries_says(
     tmp_path: Path, retries: object, outcomes: set[str]
 ) -> None:
     with Backend(tells("C")) as alive:
-        addresses = [f"127.0.0.1:{gone_port()}", f"127.0.0.1:{gone_port()}", alive.address]
+        addresses = [f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}", alive.address]
         with File(tmp_path, backends=addresses, retries=retries, max_fails=1000).rspd() as daemon:
             assert {ask(daemon) for _ in range(9)} == outcomes
             failed = [end for end in daemon.wait_for_ends(9) if end["backend"] == "-"]

@@ -17,6 +17,7 @@ from tests.support import (
     echo,
     eventually,
     fill,
+    free_port,
     full_tcp,
     is_reset,
     receive_all,
@@ -43,11 +44,6 @@ def served(daemon: Daemon) -> bool:
             return False
 
 
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
-
-
 def test_a_client_that_vanishes_in_the_middle_of_an_answer_frees_the_place_for_the_next() -> None:
     size = 11_000_000
 
@@ -72,7 +68,7 @@ def test_a_client_that_vanishes_in_the_middle_of_an_answer_frees_the_place_for_t
 
 
 def test_a_backend_that_is_down_costs_its_clients_and_nobody_later() -> None:
-    port = unused_port()
+    port = free_port()
     with rspd("-b", f"127.0.0.1:{port}") as daemon:
         for _ in range(3):
             assert not served(daemon)
@@ -184,7 +180,7 @@ def test_a_peer_that_reads_nothing_is_ended_and_the_next_one_served(tmp_path: ob
 
 
 def test_requests_that_come_while_the_backend_restarts_are_served_once_it_is_back() -> None:
-    port = unused_port()
+    port = free_port()
     with rspd("-b", f"127.0.0.1:{port}") as daemon:
         results: list[bool] = []
         with Backend(answer, port=port):

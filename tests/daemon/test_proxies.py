@@ -17,10 +17,19 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.test_activation import refused
-from tests.daemon.test_reload import File, connect, fail_to_reload, free_port, listens, receive, says, talk
+from tests.daemon.test_reload import File, connect, fail_to_reload, listens, receive, says, talk
 from tests.daemon.test_workers import Load
 from tests.manager import Service, service, tcp_listener
-from tests.support import PATIENCE, Backend, Daemon, echo, eventually, is_reset, receive_all
+from tests.support import (
+    PATIENCE,
+    Backend,
+    Daemon,
+    echo,
+    eventually,
+    free_port,
+    is_reset,
+    receive_all,
+)
 
 # Each proxy of these tests listens on an address of its own, at a port that the kernel picks.
 WEB, MAIL, NEWS = "127.0.0.1", "127.0.0.2", "127.0.0.3"

@@ -16,7 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import PATIENCE, Backend, Daemon, echo, eventually, is_reset, receive_all, rspd
+from tests.support import (
+    PATIENCE,
+    Backend,
+    Daemon,
+    echo,
+    eventually,
+    free_port,
+    is_reset,
+    receive_all,
+    rspd,
+)
 
 
 class File:
@@ -109,13 +119,6 @@ def listens(address: str) -> bool:
     except (ConnectionRefusedError, FileNotFoundError):
         return False
     return True
-
-
-def free_port() -> int:
-    """A port where nobody listens, on any address."""
-    with socket.create_server(("", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 # What changes

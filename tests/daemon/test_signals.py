@@ -26,6 +26,7 @@ from tests.support import (
     drop_capabilities,
     echo,
     eventually,
+    free_port,
     full_tcp,
     is_reset,
     receive_all,
@@ -517,27 +518,26 @@ def test_it_drains_also_where_the_socket_file_cannot_be_removed(tmp_path: Path) 
 
 def test_the_address_can_be_listened_on_again_at_once() -> None:
     with Backend(answer) as backend:
-        with rspd("-b", backend.address) as daemon:
-            port = daemon.port
+        listen = [f"127.0.0.1:{free_port()}"]
+        with rspd("-b", backend.address, listen=listen) as daemon:
             with daemon.connect() as client:
                 client.sendall(b"?")
                 assert receive_all(client) == b"ok"
             assert daemon.stop() == 0
-        with rspd("-b", backend.address, listen=[f"127.0.0.1:{port}"]) as successor:
-            assert successor.port == port
+        with rspd("-b", backend.address, listen=listen) as successor:
             with successor.connect() as client:
                 client.sendall(b"?")
                 assert receive_all(client) == b"ok"
 
 
 def test_a_successor_can_listen_while_the_predecessor_drains() -> None:
-    with Backend(echo) as backend, rspd("-b", backend.address) as daemon:
-        port = daemon.port
+    listen = [f"127.0.0.1:{free_port()}"]
+    with Backend(echo) as backend, rspd("-b", backend.address, listen=listen) as daemon:
         with daemon.connect() as client:
             talk(client)
             daemon.signal(signal.SIGTERM)
             daemon.wait_for("ending connections=1")
-            with rspd("-b", backend.address, listen=[f"127.0.0.1:{port}"]) as successor, successor.connect() as second:
+            with rspd("-b", backend.address, listen=listen) as successor, successor.connect() as second:
                 talk(second)
                 talk(client)
         assert daemon.wait() == 0
