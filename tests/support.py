@@ -223,7 +223,8 @@ class Backend:
         self.accepted = 0
         self.errors: list[Exception] = []
         self.host = host
-        self.listener = socket.create_server((host, port or free_port()), backlog=backlog)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = socket.create_server((host, port or free_port()), family=family, backlog=backlog)
         self.port: int = self.listener.getsockname()[1]
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []

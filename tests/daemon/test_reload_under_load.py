@@ -27,6 +27,22 @@ WARM_UP = 40  # reloads, until what is made once is there: code of policies, che
 MEMORY_TOLERANCE = 2_500_000
 
 
+def addresses_of(host: str) -> set[str]:
+    """What it stands for; nothing if it is not known, or if one of them is none of this host's."""
+    try:
+        found = {str(where[0]) for *_, where in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+        for address in found:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            socket.create_server((address, 0), family=family).close()
+    except OSError:
+        return set()
+    return found
+
+
+# ::1 too, or 127.0.0.1 alone: with `resolve: each` as many backends.
+LOCAL_NAME = "localhost" if addresses_of("localhost") else WEB
+
+
 def called(name: bytes) -> Callable[[socket.socket], None]:
     """A handler that answers who wants this name with what he says, and others with the name."""
 
@@ -57,12 +73,17 @@ def connect(daemon: Daemon, host: str) -> socket.socket:
 
 @pytest.fixture
 def backends() -> Iterator[dict[str, list[Backend]]]:
-    """Four for each name."""
+    """Four for each name, each at every address of LOCAL_NAME."""
     with ExitStack() as stack:
-        yield {
-            name: [stack.enter_context(Backend(called(name.encode()))) for _ in range(4)]
-            for name in ("web", "mail", "moving", "coming")
-        }
+
+        def backend(name: bytes) -> Backend:
+            server = stack.enter_context(Backend(called(name)))
+            for host in addresses_of(LOCAL_NAME) - {server.host}:
+                stack.enter_context(Backend(called(name), host=host, port=server.port))
+            return server
+
+        names = ("web", "mail", "moving", "coming")
+        yield {name: [backend(name.encode()) for _ in range(4)] for name in names}
 
 
 def some_of(choice: random.Random, backends: list[Backend]) -> list[object]:
@@ -70,7 +91,7 @@ def some_of(choice: random.Random, backends: list[Backend]) -> list[object]:
     chosen = choice.sample(backends, choice.randint(1, len(backends)))
     found: list[dict[str, object]] = []
     for place, backend in enumerate(chosen):
-        host = "localhost" if choice.random() < 0.2 else "127.0.0.1"
+        host = LOCAL_NAME if choice.random() < 0.2 else "127.0.0.1"
         spare = place > 0 and choice.random() < 0.2
         weight = choice.randint(1, 5)
         found.append({"address": f"{host}:{backend.port}", "weight": weight, "backup": spare})
