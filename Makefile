@@ -40,7 +40,7 @@ run: .venv/done
 
 test: .venv/done
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -n 4 --dist loadgroup
+	$(BIN)/coverage run -m pytest -q -rs -n 4 --dist loadgroup
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import let_ports_go, open_descriptors
+from tests.support import KERNEL, let_ports_go, open_descriptors
 
 # What systemd tells a service. Whoever runs the tests may be one; rspd, started by the tests, is none of its.
 FROM_SYSTEMD = (
@@ -32,6 +32,28 @@ settings.register_profile(
     "rspd", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("rspd")
+
+
+def forbidden(config: pytest.Config) -> list[str]:
+    """With REQUIRED=1, why tests were skipped, but for what the kernel lacks."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("REQUIRED") != "1" or not reporter:  # the workers have none
+        return []
+    reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", [])}
+    return sorted(reason for reason in reasons if not reason.startswith(KERNEL))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What is forbidden is a failure."""
+    if forbidden(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was."""
+    for reason in forbidden(config):
+        terminalreporter.write_line(f"REQUIRED=1 forbids to skip a test: {reason}", red=True)
 
 
 @pytest.fixture

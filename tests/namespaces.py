@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import PATIENCE
+from tests.support import PATIENCE, skip_for_kernel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,12 +33,13 @@ rmdir "$folder"
 
 def in_namespace(function: Callable[..., None], *arguments: str, prepare: str = "") -> list[str]:
     """The lines that a function of a test module prints with a loopback of its own; skips where that cannot be had."""
-    if not shutil.which("unshare") or not shutil.which("ip"):
-        pytest.skip("needs unshare(1) and ip(8)")
+    for program, package in (("unshare", "util-linux"), ("ip", "iproute2")):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not here: apt install {package}")
     inside = [*UNSHARE, f'ip link set lo up\n{prepare}\nexec "$@"', "sh"]
     possible = subprocess.run([*inside, "true"], capture_output=True, text=True, check=False)
     if possible.returncode:
-        pytest.skip(f"this machine allows no namespaces of our own: {possible.stderr.strip()}")
+        skip_for_kernel(f"no namespaces of our own ({possible.stderr.strip()})")
     code = f"import sys, {function.__module__} as module; module.{function.__name__}(*sys.argv[1:])"
     command = [*inside, sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 
@@ -141,15 +141,34 @@ def full_tcp() -> Iterator[str]:
             yield f"127.0.0.1:{where[1]}"
 
 
+# How the reason begins why a test is skipped for want of something that no package brings: REQUIRED=1 lets it pass.
+KERNEL = "kernel: "
+
+
+def skip_for_kernel(lacking: str) -> NoReturn:
+    """Skip the test, for want of something in the kernel of this host, or in what its settings allow."""
+    pytest.skip(KERNEL + lacking)
+
+
+def loopback(family: int) -> str:
+    """The loopback address; skips the test where there is none."""
+    host = "127.0.0.1" if family == socket.AF_INET else "::1"
+    try:
+        socket.create_server((host, 0), family=socket.AddressFamily(family)).close()
+    except OSError as error:
+        skip_for_kernel(f"no {host} ({error.strerror})")
+    return host
+
+
 def private_mounts() -> list[str]:
     """The beginning of a command that sees mounts of its own, as root there; skips where that cannot be had."""
     prefix = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
     try:
         possible = subprocess.run([*prefix, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
     except FileNotFoundError:
-        pytest.skip("needs unshare(1)")
+        pytest.skip("unshare is not here: apt install util-linux")
     if possible.returncode:
-        pytest.skip(f"this machine allows no mounts of our own: {possible.stderr.strip()}")
+        skip_for_kernel(f"no mounts of our own ({possible.stderr.strip()})")
     return prefix
 
 

@@ -45,8 +45,8 @@ from tests.support import PATIENCE
 ROOT = Path(__file__).parent.parent
 ANSWER = b"x" * 256
 
-needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="the load needs cc: apt install gcc libc6-dev")
-needs_two_processors = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="bench needs two processors")
+needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="cc is not here: apt install gcc libc6-dev")
+needs_two_processors = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
 
 # Uses the processor for a while, a part of that in a thread that has ended then, and says how much it was.
 BURN = """
@@ -134,7 +134,7 @@ def test_a_quick_run_has_a_figure_of_each_contestant_for_each_work(tmp_path: Pat
 @needs_two_processors
 @pytest.mark.skipif(
     any(peer.missing() for peer in contestants(sys.executable, None) if peer.balances),
-    reason="nginx or HAProxy is missing: apt install nginx libnginx-mod-stream haproxy",
+    reason="nginx or haproxy is not here: apt install nginx libnginx-mod-stream haproxy",
 )
 def test_each_target_for_several_backends_is_judged_by_a_run_beside_the_peers_that_balance(tmp_path: Path) -> None:
     end = bench("--quick", "--only", "balancing", "--output", str(tmp_path), "--peers", "nginx,haproxy,no proxy")

@@ -75,7 +75,7 @@ def completed(request: pytest.FixtureRequest, tmp_path: Path) -> Type:
     """Types a line, inserts all that is offered at its end, and returns the words after `rspd`."""
     name = str(request.param)
     if not shutil.which(name):
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"{name} is not here: apt install {name}")
     command, file, setup = SHELLS[name]
     (tmp_path / file).write_text(setup + COMMAND)
 

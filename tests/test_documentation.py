@@ -229,12 +229,15 @@ def test_rspd_yaml_5_lists_each_key_with_its_default(heading: str, of: Any) -> N
     assert_told(listed, of)
 
 
+PACKAGES = {"man": "man-db", "mandoc": "mandoc"}
+
+
 @pytest.mark.parametrize("path", MAN_PAGES, ids=lambda path: path.name)
 @pytest.mark.parametrize("command", ["mandoc -T lint -W warning", "man --warnings -E UTF-8 -Tutf8 -l"])
 def test_the_man_pages_are_without_mistakes(path: Path, command: str) -> None:
     words = command.split()
     if not shutil.which(words[0]):
-        pytest.skip(f"{words[0]} is not installed")
+        pytest.skip(f"{words[0]} is not here: apt install {PACKAGES[words[0]]}")
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "MANWIDTH": "80"}
     end = subprocess.run([*words, path], capture_output=True, text=True, env=environment, check=False)
     assert (end.stderr, end.returncode) == ("", 0), end.stdout

@@ -14,7 +14,7 @@ import pytest
 
 from rspd.address import Address, SocketAddress, parse_address, resolve
 from rspd.listener import Binding, Listener, ListenError, open_listeners, replace_listeners
-from tests.support import PATIENCE, eventually, free_port, open_descriptors
+from tests.support import PATIENCE, eventually, free_port, open_descriptors, skip_for_kernel
 from tests.test_pipes import no_descriptors, unprivileged
 
 LOOPBACK = SocketAddress(socket.AF_INET, ("127.0.0.1", 0))
@@ -286,7 +286,7 @@ def test_without_descriptors_listening_is_an_error_that_names_the_limit() -> Non
 
 def test_a_low_port_without_privileges_is_an_error_that_tells_what_is_needed() -> None:
     if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 1:
-        pytest.skip("any user may bind any port here")
+        skip_for_kernel("any user may bind any port")
     with unprivileged():
         error = refuse("127.0.0.1:1")
     assert error.errno == errno.EACCES

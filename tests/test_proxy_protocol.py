@@ -35,7 +35,16 @@ from rspd.proxy_protocol import (
 from rspd.relay import Relay
 from rspd.side import Side
 from tests.peers import haproxy, nginx
-from tests.support import PATIENCE, FakeClock, receive_all, reset, run, send_and_close, tcp_pair
+from tests.support import (
+    PATIENCE,
+    FakeClock,
+    loopback,
+    receive_all,
+    reset,
+    run,
+    send_and_close,
+    tcp_pair,
+)
 
 Pair = Callable[[], tuple[socket.socket, socket.socket]]
 
@@ -728,16 +737,6 @@ def test_a_relay_finds_the_data_and_the_end_that_came_with_the_header(
 # Exchanged with others
 
 
-def local(family: int) -> str:
-    """The loopback address; skips where there is none."""
-    host = "127.0.0.1" if family == socket.AF_INET else "::1"
-    try:
-        socket.create_server((host, 0), family=socket.AddressFamily(family)).close()
-    except OSError:
-        pytest.skip("needs IPv6")
-    return host
-
-
 @contextmanager
 def backend() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -782,7 +781,7 @@ def exchange(listener: socket.socket, host: str, port: int) -> None:
 @families
 @pytest.mark.parametrize("option", ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options crc32c,unique-id"])
 def test_what_haproxy_sends_is_parsed(family: int, option: str) -> None:
-    host = local(family)
+    host = loopback(family)
     with backend() as listener:
         config = f"""
 listen test
@@ -832,7 +831,7 @@ listen test
 
 @families
 def test_what_nginx_sends_is_parsed(family: int) -> None:
-    host = local(family)
+    host = loopback(family)
     where = f"[{host}]" if ":" in host else host
     with backend() as listener:
         target = f"127.0.0.1:{listener.getsockname()[1]}"

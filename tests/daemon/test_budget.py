@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Backend, Daemon, echo, eventually, rspd
+from tests.support import (
+    Backend,
+    Daemon,
+    echo,
+    eventually,
+    rspd,
+    skip_for_kernel,
+)
 
 # What one more of each may take, the line in the log included: in serial mode the listener is registered and
 # unregistered for each client, else it stays registered. A change that needs more says in its commit what that buys.
@@ -65,9 +72,9 @@ def cost(work: str, counter: Callable[[Path], Sequence[str]], counted: Callable[
 @pytest.mark.parametrize("work", WORKS)
 def test_it_makes_no_more_system_calls_than_its_budget(work: str, tmp_path: Path) -> None:
     if not shutil.which("strace"):
-        pytest.skip("needs strace: apt install strace")
+        pytest.skip("strace is not here: apt install strace")
     if subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody be traced")
+        skip_for_kernel("nobody may be traced")
 
     def counter(file: Path) -> list[str]:
         return ["strace", "-D", "-f", "-q", "-o", str(file)]

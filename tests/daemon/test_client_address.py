@@ -15,7 +15,17 @@ from rspd.proxy_protocol import SIGNATURE, Header, HostPort, encode
 from tests.daemon.test_reload import File, connect, receive, says, talk
 from tests.daemon.test_who_may_come import told
 from tests.peers import haproxy, nginx, receive_header
-from tests.support import PATIENCE, Backend, Daemon, eventually, is_reset, receive_all, reset, rspd
+from tests.support import (
+    PATIENCE,
+    Backend,
+    Daemon,
+    eventually,
+    is_reset,
+    loopback,
+    receive_all,
+    reset,
+    rspd,
+)
 
 versions = pytest.mark.parametrize("version", ["v1", "v2"])
 
@@ -99,14 +109,11 @@ def test_the_backend_hears_who_the_client_is_and_where_it_connected_to(
 
 
 def test_an_ipv6_client_is_told_as_such(tmp_path: Path, backend: Backend, telling: Telling) -> None:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("needs IPv6")
-    file = File(tmp_path, listen="[::1]:0", backend=backend.address, send_proxy="v2")
-    with file.rspd() as daemon, socket.create_connection(("::1", daemon.port), PATIENCE) as client:
+    host = loopback(socket.AF_INET6)
+    file = File(tmp_path, listen=f"[{host}]:0", backend=backend.address, send_proxy="v2")
+    with file.rspd() as daemon, socket.create_connection((host, daemon.port), PATIENCE) as client:
         talk(client)
-        assert telling.told == [Header(client.getsockname()[:2], ("::1", daemon.port))]
+        assert telling.told == [Header(client.getsockname()[:2], (host, daemon.port))]
 
 
 @versions

@@ -244,7 +244,7 @@ def test_it_hears_signals_that_whoever_started_it_did_not(
 def test_a_daemon_is_left_no_more_descriptors_than_it_may_need(host: Host, journal: Journal, where: str) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 19_000:
-        pytest.skip(f"only {hard} are allowed here")
+        pytest.skip(f"{hard} descriptors are too few: ulimit -Hn 19000")
     # With another number, since few hosts allow more than the real one.
     code = "import sys, rspd.cli, rspd.process; rspd.process.DESCRIPTORS = 16_384; sys.exit(rspd.cli.main())"
     for connections, limit in ((1, 16_384), (8500, 18_024)):

@@ -13,7 +13,15 @@ import pytest
 
 from tests.daemon.test_reload import File, connect, receive, says, talk
 from tests.manager import service
-from tests.support import PATIENCE, Backend, Daemon, echo, eventually, reset
+from tests.support import (
+    PATIENCE,
+    Backend,
+    Daemon,
+    echo,
+    eventually,
+    reset,
+    skip_for_kernel,
+)
 
 ONE, TWO, THREE = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 
@@ -119,10 +127,9 @@ def test_the_word_unix_stands_for_the_clients_of_unix_sockets(tmp_path: Path, ba
 
 def test_a_dual_stack_listener_knows_an_ipv4_client_by_its_ipv4_address(tmp_path: Path, backend: Backend) -> None:
     file = File(tmp_path, listen="127.0.0.1:0", backend=backend.address, deny=TWO)
-    try:
-        listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    except OSError:
-        pytest.skip("needs IPv6")
+    if not socket.has_dualstack_ipv6():
+        skip_for_kernel("no IPv6")
+    listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     with listener, service("-c", str(file.path), sockets={"web": listener}) as daemon:
         assert is_served(daemon, ONE)
         assert not is_served(daemon, TWO)

@@ -306,7 +306,7 @@ def pipes(daemon: Daemon) -> int:
     return sum(names.count(name) == 2 for name in set(names))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be a user with no other pipes")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user with no other pipes")
 def test_a_process_to_which_another_leaves_no_large_pipes_copies_and_the_bytes_are_right() -> None:
     """A user other than root has pages for 64 of them, in all his processes (pipe(7))."""
     data = os.urandom(1 << 20) * 16

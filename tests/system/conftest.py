@@ -64,15 +64,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(f"{name}: {value}")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With REQUIRED=1, what was skipped has failed."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("REQUIRED") == "1" and reporter and reporter.stats.get("skipped"):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        reporter.write_line("\nREQUIRED=1, and tests were skipped: this is a failure")
-
-
 @pytest.fixture(scope="session")
 def deb() -> Path:
     """The package."""
