@@ -181,17 +181,19 @@ def load(port: str, rate: str) -> None:
 
     async def client() -> None:
         began = time.monotonic()
-        name, outcome = "", ""
-        try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
-            name = "{}:{}".format(*writer.get_extra_info("sockname"))
+        outcome = ""
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            sock.bind(("127.0.0.1", 0))  # it has a name also if it is reset before it sees that it is connected
+            name = "{}:{}".format(*sock.getsockname())
+            loop = asyncio.get_running_loop()
             try:
-                writer.write(b"?")
-                outcome = (await reader.read()).decode()
-            finally:
-                writer.close()
-        except OSError as error:
-            outcome = str(error)
+                await loop.sock_connect(sock, ("127.0.0.1", int(port)))
+                await loop.sock_sendall(sock, b"?")
+                while data := await loop.sock_recv(sock, 100):
+                    outcome += data.decode()
+            except OSError as error:
+                outcome = str(error)
         clients.append((name, began, time.monotonic(), outcome))
 
     async def clients_until_end() -> None:

@@ -6,7 +6,9 @@ import itertools
 import re
 import socket
 import time
+from collections import defaultdict, deque
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -58,15 +60,19 @@ def test_killing_backends_in_turn_under_load_costs_only_the_clients_they_had(tmp
         with file.rspd() as daemon, Load(daemon.port, 500) as load:
             expected = restart_each(daemon, processes)
             clients = load.end()
-            ends = {end["client"]: end for end in daemon.wait_for_ends(len(clients))}
+            ends = daemon.wait_for_ends(len(clients))
             assert changes(daemon) == expected
     deaths = {process.address: process.deaths for process in processes}
+    # Clients of one name, which is a port, came one after the other.
+    ends_by_name: dict[str, deque[dict[str, str]]] = defaultdict(deque)
+    for end in ends:
+        ends_by_name[end["client"]].append(end)
     lost = 0
-    for client, began, ended, outcome in clients:
+    for client, began, ended, outcome in sorted(clients, key=itemgetter(1)):
+        end = ends_by_name[client].popleft()
         if outcome == "ok":
             continue
         # It was connected to a backend that was killed while it was there.
-        end = ends[client]
         assert end["cause"] in ("backend-aborted", "backend-closed"), (outcome, end)
         assert any(began <= gone and killed <= ended for killed, gone in deaths[end["backend"]]), (outcome, end)
         lost += 1
