@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import KERNEL, let_ports_go, open_descriptors
+from tests.support import KERNEL, eventually, large_pipes, let_ports_go, open_descriptors
 
 # What systemd tells a service. Whoever runs the tests may be one; rspd, started by the tests, is none of its.
 FROM_SYSTEMD = (
@@ -32,6 +32,31 @@ settings.register_profile(
     "rspd", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("rspd")
+
+
+LARGE_PIPES = "large_pipes(count): needs so many at once; the tests that do run one after the other"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marks of our own."""
+    config.addinivalue_line("markers", LARGE_PIPES)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A user without privileges has pages for 64 large pipes, in all his processes (pipe(7))."""
+    if item.get_closest_marker("large_pipes"):
+        item.add_marker(pytest.mark.xdist_group("large pipes"))
+
+
+@pytest.fixture(autouse=True)
+def as_many_large_pipes_as_needed(request: pytest.FixtureRequest) -> None:
+    """Other tests, or other programs of the user, may have them now; skips if they have them for long."""
+    if mark := request.node.get_closest_marker("large_pipes"):
+        count = mark.args[0]
+        try:
+            eventually(lambda: large_pipes(count))
+        except AssertionError:
+            pytest.skip(f"this user's processes leave fewer than {count} large pipes: sysctl fs.pipe-user-pages-soft=0")
 
 
 def forbidden(config: pytest.Config) -> list[str]:

@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 import pytest
 
 from rspd.loop import Loop
+from rspd.pipes import PIPE_SIZE, Pipe
 
 T = TypeVar("T")
 B = TypeVar("B", bound="Backend")
@@ -30,8 +31,6 @@ PATIENCE = 20.0  # seconds before a wait in a test fails
 # Bytes, more than the kernel holds on the way of a flow: tcp(7) has buffers of 32 MiB at most on the systems known.
 FILL_MAX = 1 << 28
 
-# One after the other: an unprivileged user has pages for 64 large pipes, in all his processes (pipe(7)).
-needs_large_pipes = pytest.mark.xdist_group("large pipes")
 LOG_SIZE = 1 << 19  # bytes of the log that may wait to be read
 LINGER_0 = struct.pack("ii", 1, 0)
 
@@ -44,6 +43,22 @@ def eventually(condition: Callable[[], T], what: str = "", patience: float = PAT
             raise AssertionError(f"still not so after {patience} s: {what or condition}")
         time.sleep(0.005)
     return result
+
+
+def large_pipes(count: int) -> bool:
+    """Whether there are so many to be had."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            pipe = Pipe()
+            stack.callback(pipe.close)
+            if pipe.size < PIPE_SIZE:
+                return False
+    return True
+
+
+def user_of_our_own() -> int:
+    """A number that is no user's on Debian, for root to become: his pages for pipes are used by nobody else."""
+    return 30_000 + os.getpid() % 30_000
 
 
 def open_descriptors() -> int:

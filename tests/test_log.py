@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from rspd.log import LEVELS, Output, quote, set_up
 from rspd.pipes import F_GETPIPE_SZ
-from tests.support import PATIENCE, eventually, needs_large_pipes
+from tests.support import PATIENCE, eventually
 from tests.test_pipes import unprivileged
 
 WHEN = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
@@ -448,7 +448,7 @@ def test_every_line_arrives_whole_and_in_order_or_is_counted(make: Callable[[], 
             assert re.fullmatch(r"line=\d+ x{500}|.*\d+ lines of this log were lost.*", line)
 
 
-@needs_large_pipes
+@pytest.mark.large_pipes(1)
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("size", [10_000, 1_000_000])
 def test_a_long_line_that_does_not_fit_counts_as_lost_and_the_next_begins_a_line(ends: Ends, size: int) -> None:

@@ -12,21 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rspd.pipes import PIPE_SIZE, REFRAIN, USEFUL_SIZE, Pipe, Pipes
-from tests.support import needs_large_pipes, open_descriptors
+from tests.support import open_descriptors, user_of_our_own
 
-pytestmark = needs_large_pipes
-
-NOBODY = 65534
+pytestmark = pytest.mark.large_pipes(4)
 
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Be a user without privileges: as root nobody, anybody else already is one."""
+    """Be a user without privileges: root becomes one of his own, anybody else already is one."""
     if os.geteuid() != 0:
         yield
         return
-    os.setresgid(NOBODY, NOBODY, 0)
-    os.setresuid(NOBODY, NOBODY, 0)
+    user = user_of_our_own()
+    os.setresgid(user, user, 0)
+    os.setresuid(user, user, 0)
     try:
         yield
     finally:

@@ -28,7 +28,6 @@ from tests.support import (
     eventually,
     fill,
     is_reset,
-    needs_large_pipes,
     receive_all,
     reset,
     run,
@@ -684,7 +683,7 @@ def test_a_flow_stops_at_the_end_of_its_turn_and_says_so(monkeypatch: pytest.Mon
     run(main)
 
 
-@needs_large_pipes
+@pytest.mark.large_pipes(1)
 def test_a_pipe_that_comes_free_does_not_overtake_bytes_held_back() -> None:
     data = random_bytes(20 * BUFFER_SIZE)
 

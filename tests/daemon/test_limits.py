@@ -16,7 +16,6 @@ from tests.support import (
     answer,
     echo,
     eventually,
-    needs_large_pipes,
     receive_all,
     reset,
     rspd,
@@ -120,7 +119,7 @@ def test_a_client_that_waits_for_descriptors_is_served_as_soon_as_another_has_en
         assert {end["cause"] for end in daemon.wait_for_ends(50)} <= {"backend-closed", "client-closed"}
 
 
-@needs_large_pipes
+@pytest.mark.large_pipes(2)
 def test_idle_pipes_give_way_to_clients_when_descriptors_are_short() -> None:
     def handler(sock: socket.socket) -> None:
         if sock.recv(1) == b"d":
@@ -179,7 +178,7 @@ def test_the_soft_limit_of_descriptors_is_raised_as_far_as_needed(soft: int) -> 
             assert resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE) == (2000, 2000)
 
 
-@needs_large_pipes
+@pytest.mark.large_pipes(40)
 def test_stalled_readers_do_not_keep_others_from_bulk_transfers() -> None:
     """Each stalled flow holds a pipe; when all are held, the others copy."""
     data = b"x" * 10_000_000
