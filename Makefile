@@ -40,13 +40,13 @@ run: .venv/done
 
 test: .venv/done
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -rs -n 4 --dist loadgroup
+	$(BIN)/coverage run -m pytest -q -rfEs -n 4 --dist loadgroup
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
 # Two workers for each suite: one has the test of a hundred idle exits, and waits.
 test-system: .venv/done
-	$(BIN)/python -m pytest -q -rs -n 4 --dist loadgroup --no-loadscope-reorder tests/system
+	$(BIN)/python -m pytest -q -rfEs -n 4 --dist loadgroup --no-loadscope-reorder tests/system
 
 lint: .venv/done
 	$(BIN)/ruff check

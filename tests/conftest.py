@@ -54,7 +54,7 @@ def as_many_large_pipes_as_needed(request: pytest.FixtureRequest) -> None:
     if mark := request.node.get_closest_marker("large_pipes"):
         count = mark.args[0]
         try:
-            eventually(lambda: large_pipes(count))
+            eventually(lambda: large_pipes(count), patience=5)
         except AssertionError:
             pytest.skip(f"this user's processes leave fewer than {count} large pipes: sysctl fs.pipe-user-pages-soft=0")
 
