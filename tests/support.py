@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import random
 import re
 import resource
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
@@ -56,9 +58,13 @@ def large_pipes(count: int) -> bool:
     return True
 
 
-def user_of_our_own() -> int:
-    """A number that is no user's on Debian, for root to become: his pages for pipes are used by nobody else."""
-    return 30_000 + os.getpid() % 30_000
+# For root to become: a number that is no user's on Debian. Nobody else uses his pages for pipes.
+OUR_USER = random.SystemRandom().randrange(30_000, 60_000)
+
+
+def abstract_name() -> str:
+    """A name for a unix socket, after `@`, that nobody has. Not by process ids: namespaces may share the names."""
+    return f"rspd-test-{uuid.uuid4()}"
 
 
 def open_descriptors() -> int:

@@ -17,7 +17,7 @@ from rspd.config import BackendConfig, Config, ProxyConfig
 from rspd.listener import Binding, Listener, ListenError, adopt_listener, replace_listeners
 from rspd.yamlfile import ConfigError
 from tests.manager import tcp_listener, unix_listener
-from tests.support import PATIENCE
+from tests.support import PATIENCE, abstract_name
 from tests.test_listener import accept, backlog_of, connect, port_of, serves, wanted
 
 # One end systemd keeps, so that what we close listens on.
@@ -54,8 +54,9 @@ def test_an_adopted_listener_knows_its_name_and_address(adopt: Adopt, tmp_path: 
     assert (web.passed, web.name, web.address) == ("web", f"127.0.0.1:{port}", Address("127.0.0.1", port))
     _, local = adopt("local", unix_listener(f"{tmp_path}/s"))
     assert (local.passed, local.name, local.address) == ("local", f"{tmp_path}/s", Address(path=f"{tmp_path}/s"))
-    _, abstract = adopt("", unix_listener("\0rspd-adopted"))
-    assert (abstract.passed, abstract.name, abstract.address) == ("", "@rspd-adopted", Address(path="@rspd-adopted"))
+    name = abstract_name()
+    _, abstract = adopt("", unix_listener(f"\0{name}"))
+    assert (abstract.passed, abstract.name, abstract.address) == ("", f"@{name}", Address(path=f"@{name}"))
 
 
 def test_a_socket_for_both_families_is_known_by_its_port(adopt: Adopt) -> None:
@@ -289,7 +290,7 @@ def test_a_backend_that_is_a_passed_socket_is_refused(adopt: Adopt, host: str) -
 
 
 def test_a_backend_that_is_a_passed_unix_socket_is_refused(adopt: Adopt, tmp_path: Path) -> None:
-    for name in (f"{tmp_path}/s", f"@rspd-test-{os.getpid()}"):
+    for name in (f"{tmp_path}/s", f"@{abstract_name()}"):
         _, listener = adopt("local", unix_listener(name.replace("@", "\0")))
         with pytest.raises(ConfigError, match="is this proxy's own listener"):
             assign(config(backends=(name,)), [listener])

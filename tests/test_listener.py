@@ -14,7 +14,14 @@ import pytest
 
 from rspd.address import Address, SocketAddress, parse_address, resolve
 from rspd.listener import Binding, Listener, ListenError, open_listeners, replace_listeners
-from tests.support import PATIENCE, eventually, free_port, open_descriptors, skip_for_kernel
+from tests.support import (
+    PATIENCE,
+    abstract_name,
+    eventually,
+    free_port,
+    open_descriptors,
+    skip_for_kernel,
+)
 from tests.test_pipes import no_descriptors, unprivileged
 
 LOOPBACK = SocketAddress(socket.AF_INET, ("127.0.0.1", 0))
@@ -151,11 +158,9 @@ def test_accepting_without_descriptors_is_an_error_and_the_client_goes_on_waitin
         sock.close()
 
 
-@pytest.mark.parametrize(
-    "text", ["127.0.0.1:0", "[::1]:0", "localhost:0", "@rspd-test-listener-{pid}", "{folder}/sock"]
-)
+@pytest.mark.parametrize("text", ["127.0.0.1:0", "[::1]:0", "localhost:0", "@{name}", "{folder}/sock"])
 def test_each_kind_of_address_is_listened_on_and_named(text: str, open_all: Open, tmp_path: Path) -> None:
-    text = text.format(pid=os.getpid(), folder=tmp_path)
+    text = text.format(name=abstract_name(), folder=tmp_path)
     listeners = open_all(text)
     for listener in listeners:
         assert serves(listener)

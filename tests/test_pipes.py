@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rspd.pipes import PIPE_SIZE, REFRAIN, USEFUL_SIZE, Pipe, Pipes
-from tests.support import open_descriptors, user_of_our_own
+from tests.support import OUR_USER, open_descriptors
 
 pytestmark = pytest.mark.large_pipes(4)
 
@@ -23,9 +23,8 @@ def unprivileged() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    user = user_of_our_own()
-    os.setresgid(user, user, 0)
-    os.setresuid(user, user, 0)
+    os.setresgid(OUR_USER, OUR_USER, 0)
+    os.setresuid(OUR_USER, OUR_USER, 0)
     try:
         yield
     finally:

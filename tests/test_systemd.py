@@ -19,7 +19,7 @@ import pytest
 
 from rspd.systemd import Notifier
 from tests.manager import OWN_PID, HasFileno, launch, listen_variables, tcp_listener, unix_listener
-from tests.support import PATIENCE, skip_for_kernel, tcp_pair
+from tests.support import PATIENCE, abstract_name, skip_for_kernel, tcp_pair
 
 TAKE = """
 import json, os
@@ -269,7 +269,7 @@ class Receiver:
 
 @pytest.fixture(params=["path", "abstract"])
 def receiver(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
-    name = f"\0rspd-test-{os.getpid()}" if request.param == "abstract" else f"{tmp_path}/n"
+    name = f"\0{abstract_name()}" if request.param == "abstract" else f"{tmp_path}/n"
     receiver = Receiver(name, monkeypatch)
     yield receiver
     receiver.sock.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
@@ -13,10 +12,17 @@ from pathlib import Path
 import pytest
 
 from tests.manager import HasFileno, Service, notify_socket, service, tcp_listener, unix_listener
-from tests.support import PATIENCE, Backend, answer, echo, receive_all
+from tests.support import (
+    PATIENCE,
+    Backend,
+    abstract_name,
+    answer,
+    echo,
+    receive_all,
+)
 from tests.test_listener import backlog_of
 
-ABSTRACT = f"\0rspd-activation-{os.getpid()}"
+ABSTRACT = f"\0{abstract_name()}"
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from tests.support import (
     PATIENCE,
     Backend,
     Daemon,
+    abstract_name,
     answer,
     drop_capabilities,
     eventually,
@@ -97,7 +98,7 @@ def test_a_minimal_file_is_enough_to_relay(file: Path) -> None:
 
 
 def test_every_form_of_an_address_is_listened_on(tmp_path: Path, file: Path) -> None:
-    name = f"rspd-test-{os.getpid()}"
+    name = abstract_name()
     file.write_text(f"listen: [0, '[::1]:0', localhost:0, {tmp_path}/s, '@{name}']\nbackend: a:1\n")
     daemon = Daemon("-c", str(file), wait=False)
     try:

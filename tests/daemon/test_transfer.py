@@ -8,7 +8,15 @@ import socket
 import threading
 import time
 
-from tests.support import PATIENCE, Backend, echo, receive_all, rspd, send_and_close
+from tests.support import (
+    PATIENCE,
+    Backend,
+    abstract_name,
+    echo,
+    receive_all,
+    rspd,
+    send_and_close,
+)
 
 BLOCK = os.urandom(1 << 20)
 
@@ -160,7 +168,7 @@ def test_unix_sockets_at_both_ends(tmp_path: object) -> None:
 
 
 def test_an_abstract_name_and_a_host_name_work_as_addresses() -> None:
-    name = f"rspd-test-{os.getpid()}"
+    name = abstract_name()
     with Backend(echo) as backend, rspd("-b", f"localhost:{backend.port}", listen=(f"@{name}",)):
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(PATIENCE)

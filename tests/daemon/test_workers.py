@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.manager import Service, service, tcp_listener
-from tests.support import PATIENCE, Backend, Daemon, answer, echo, eventually, receive_all, rspd, user_of_our_own
+from tests.support import OUR_USER, PATIENCE, Backend, Daemon, answer, echo, eventually, receive_all, rspd
 
 # Seconds in which a process hears of a client that another was woken for: one look in each, and a busy machine.
 BOUND = 5.0
@@ -312,7 +312,7 @@ def test_a_process_to_which_another_leaves_no_large_pipes_copies_and_the_bytes_a
     data = os.urandom(1 << 20) * 16
     with Backend(lambda sock: sock.sendall(data)) as backend, ExitStack() as stack:
         words = ["-b", backend.address, "--max-connections", "80"]
-        launcher = [sys.executable, "-c", ANOTHER_USER, str(user_of_our_own())]
+        launcher = [sys.executable, "-c", ANOTHER_USER, str(OUR_USER)]
         first, second = [stack.enter_context(rspd(*words, launcher=launcher)) for _ in range(2)]
         stalled = [stack.enter_context(first.connect()) for _ in range(70)]
         # Each holds a pipe as long as its client does not read.
