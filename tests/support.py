@@ -310,7 +310,7 @@ class Backend:
                 sock, _ = self.listener.accept()
             except OSError:
                 return
-            sock.settimeout(PATIENCE)
+            sock.settimeout(4 * PATIENCE)  # a handler waits while the test has several waits of its own
             self.accepted += 1
             self._sockets.append(sock)
             self._start(self._handle, sock)
