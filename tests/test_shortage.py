@@ -14,7 +14,7 @@ import pytest
 
 from rspd.loop import Loop, Task, news
 from rspd.shortage import QUIET, RETRY, SHORT, Shortage
-from tests.support import FakeClock, run
+from tests.support import PATIENCE, FakeClock, run
 from tests.test_loop import advance, rounds
 from tests.test_pipes import no_descriptors
 
@@ -256,6 +256,6 @@ def test_a_second_that_the_clock_cannot_tell_exactly_does_not_stop_the_loop() ->
     """2**20 s after the start of the host, the numbers of the clock get coarser: 1 s later is then not one of them."""
     root = Path(__file__).parent.parent
     log = subprocess.run(
-        [sys.executable, "-c", COARSE], cwd=root, stderr=subprocess.PIPE, text=True, timeout=5, check=True
+        [sys.executable, "-c", COARSE], cwd=root, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=True
     ).stderr
     assert log.splitlines()[1:] == [END]

@@ -209,7 +209,8 @@ def test_after_fail_timeout_exactly_one_client_tries_the_backend(tmp_path: Path)
             for _ in range(100):
                 assert ask(daemon) == "B"
             if time.monotonic() - start < 0.4:  # before the next is due
-                assert connections(daemon, port) == 1
+                # The one that was seen above: the list may lack it now, if it changes while it is read.
+                assert connections(daemon, port) <= 1
             assert receive_all(trial) == b"B"  # when its half of the time is over
 
 
