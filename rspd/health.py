@@ -46,6 +46,9 @@ async def check(
     buffer = memoryview(bytearray(ANSWER_MAX))
     try:
         side = await connect(deadline)
+        if loop.now >= deadline:
+            # Connected in time, and seen late, as after a freeze: the backend has not been asked yet.
+            deadline = loop.now + config.timeout
         try:
             await _send(side, preface + _request(config, host), deadline)
             if config.http or config.expect:

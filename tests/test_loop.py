@@ -738,6 +738,34 @@ def test_more_descriptors_than_one_batch_holds_are_all_served() -> None:
     run(main)
 
 
+def test_whatever_is_ready_is_known_before_any_timer_fires() -> None:
+    """As after a freeze: all have news, more than one batch holds, and all deadlines have passed."""
+    clock = FakeClock()
+    told: list[int] = []
+
+    async def child(loop: Loop, sock: socket.socket) -> None:
+        watch = Watch(sock.fileno())
+        loop.watch(watch, IN | EDGE)
+        loop.current.wake_at(loop.now + 10)
+        await news()
+        told.append(watch.ready)
+        loop.unwatch(watch)
+
+    async def main(loop: Loop) -> None:
+        pairs = [socket.socketpair() for _ in range(300)]
+        for near, _ in pairs:
+            loop.spawn(child(loop, near))
+        for _, far in pairs:
+            far.send(b"x")
+        await advance(loop, clock, 11)
+        assert told == [IN] * 300
+        for pair in pairs:
+            for sock in pair:
+                sock.close()
+
+    run(main, clock)
+
+
 def test_a_descriptor_that_epoll_refuses_is_an_error_and_is_not_watched(tmp_path: Path) -> None:
     async def main(loop: Loop) -> None:
         with (tmp_path / "file").open("wb") as file, pytest.raises(PermissionError):
@@ -792,6 +820,24 @@ def test_an_event_does_not_reach_the_new_owner_of_a_descriptor_closed_in_the_sam
 
     run(main)
     assert found == [0]
+
+
+def test_a_closed_descriptor_of_which_somebody_has_a_copy_does_not_end_the_loop() -> None:
+    async def main(loop: Loop) -> None:
+        with socket_pair() as (near, far), socket_pair() as (other, other_far):
+            watch, next_watch = Watch(near.fileno()), Watch(other.fileno())
+            loop.watch(watch, IN | EDGE)
+            loop.watch(next_watch, IN | EDGE)
+            with near.dup():  # as in a child, or in systemd's store
+                loop.forget(watch)
+                near.close()
+                far.send(b"x")
+                other_far.send(b"x")
+                await wait_for(lambda: next_watch.ready)
+            assert not watch.ready
+            loop.unwatch(next_watch)
+
+    run(main)
 
 
 # Signals
