@@ -18,6 +18,9 @@ EVENTS = IN | OUT | PRI | RDHUP | EDGE
 # stream or an error is still to be read, and urgent data (tcp(7)) cuts a read short where more follows.
 MORE_TO_READ = PRI | RDHUP | HUP | ERR
 
+# A passed descriptor cuts a read short too, and no event tells of it (unix(7)): such a socket is read to EAGAIN.
+MORE_TO_READ_OF_UNIX = MORE_TO_READ | IN
+
 # close(2) of a TCP socket that lingers for 0 seconds sends RST and drops what was not sent (socket(7)).
 LINGER_0 = struct.pack("ii", 1, 0)
 
@@ -25,7 +28,7 @@ LINGER_0 = struct.pack("ii", 1, 0)
 class Side(Watch):
     """A connected, non-blocking stream socket, which it owns, and what epoll says of it."""
 
-    __slots__ = ("events", "loop", "sock")
+    __slots__ = ("_more_to_read", "events", "loop", "sock")
 
     def __init__(self, loop: Loop, sock: socket.SocketType) -> None:
         self.fd = sock.fileno()
@@ -33,6 +36,7 @@ class Side(Watch):
         self.loop = loop
         self.sock = sock
         self.events = EVENTS  # those that resume the task
+        self._more_to_read = MORE_TO_READ_OF_UNIX if sock.family == socket.AF_UNIX else MORE_TO_READ
 
     def watch(self) -> None:
         """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
@@ -66,7 +70,7 @@ class Side(Watch):
         except OSError:
             self.ready |= ERR
             return 0
-        if not count or (count < len(buffer) and not self.ready & MORE_TO_READ):
+        if not count or (count < len(buffer) and not self.ready & self._more_to_read):
             self.ready &= ~IN
         return count
 
@@ -80,7 +84,7 @@ class Side(Watch):
     def read(self, size: int) -> bytes | None:
         """Read what there is: `size` bytes at most, none when nothing more comes, None for not now."""
         data = self._receive(size, 0)
-        if data is not None and (not data or (len(data) < size and not self.ready & MORE_TO_READ)):
+        if data is not None and (not data or (len(data) < size and not self.ready & self._more_to_read)):
             self.ready &= ~IN
         return data
 

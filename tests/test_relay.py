@@ -765,6 +765,30 @@ def test_a_socket_that_cannot_be_spliced_is_copied(refusing: str) -> None:
         os.close(fd)
 
 
+@pipes_or_none
+@pytest.mark.parametrize("size", [3, BUFFER_SIZE + 1])
+def test_bytes_behind_a_passed_descriptor_are_relayed_without_waiting_for_more(size: int, pipes: int) -> None:
+    """A read of a unix socket stops at a passed descriptor, whatever is behind (unix(7)). The descriptor is dropped."""
+    data = random_bytes(3 * size)
+
+    def pair() -> tuple[socket.socket, socket.socket]:
+        """What the client sends is there before the relay looks."""
+        near, far = unix_pair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        if not sent:
+            for begin in range(0, len(data), size):
+                sent.add(begin)
+                socket.send_fds(near, [data[begin : begin + size]], [near.fileno()])
+        return near, far
+
+    sent: set[int] = set()
+
+    def script(_: socket.socket, backend: socket.socket) -> None:
+        assert backend.recv(len(data), socket.MSG_WAITALL) == data
+
+    converse(script, pipes=pipes, pair=pair)
+
+
 def test_an_end_that_cannot_be_passed_on_any_more_shows_the_abort() -> None:
     async def main(loop: Loop) -> None:
         near, far = tcp_pair()
