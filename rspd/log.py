@@ -27,6 +27,8 @@ LEAST_WAIT = 10.0
 
 STDERR = 2
 
+REOPEN_FLAGS = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 LOGGER = logging.getLogger("rspd")  # its modules' loggers are below it
@@ -131,12 +133,22 @@ class Output:
     """
 
     def __init__(self, fd: int, note_lost: Callable[[int], bytes]) -> None:
+        self._own = -1  # what was opened here
         try:
             mode = os.fstat(fd).st_mode
         except OSError:
             # Closed: its number may be a client's socket next.
-            fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            self._own = fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             mode = os.fstat(fd).st_mode
+        # So much a pipe takes without blocking once poll(2) calls it writable (pipe(7)).
+        self._piece = select.PIPE_BUF
+        if stat.S_ISCHR(mode) and self._own < 0:
+            # A terminal may take less, and a blocking write waits for its reader then. Only a descriptor of our own may
+            # be non-blocking: the shell has this one too.
+            try:
+                self._own = fd = os.open(f"/proc/self/fd/{fd}", REOPEN_FLAGS)
+            except OSError:
+                self._piece = 1  # it is another user's, as after su(1)
         self._fd = fd
         self._note_lost = note_lost
         self._sock = socket.SocketType(fileno=fd) if stat.S_ISSOCK(mode) else None
@@ -161,6 +173,8 @@ class Output:
         """Stop writing; the descriptor stays open."""
         if self._sock:
             self._sock.detach()
+        if self._own >= 0:
+            os.close(self._own)
 
     def _put(self, data: bytes) -> bool:
         rest = data = self._cut + data
@@ -170,7 +184,7 @@ class Output:
         except OSError:
             if len(rest) < len(data):
                 self._cut = b"\n"
-            return False
+            return rest == self._cut  # its end comes before the next line: it is not lost
         self._cut = b""
         return True
 
@@ -187,8 +201,7 @@ class Output:
                 self._sock.connect(self._peer)
             return self._sock.send(data, SEND_FLAGS)
         if self._never_full or self._poll.poll(0) or self._wait():
-            # So much a pipe takes without blocking once poll(2) calls it writable (pipe(7)).
-            return os.write(self._fd, data[: select.PIPE_BUF])
+            return os.write(self._fd, data[: self._piece])
         raise BlockingIOError
 
     def _wait(self) -> bool:
