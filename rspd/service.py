@@ -158,6 +158,8 @@ class Service:
                 notifier.reloading()
                 await self._reload()
                 notifier.ready(self._status())
+                if reporter:
+                    reporter.wake()  # it sends again what found no room
             else:
                 await news()
         self._ending = True
@@ -238,8 +240,9 @@ class Service:
                 continue
             self._notifier.alive(self._status())
             watchers.add(task)
-            task.wake_at(loop.now + self._notifier.interval - STATUS_INTERVAL)
-            await news()
+            if not self._notifier.pending:
+                task.wake_at(loop.now + self._notifier.interval - STATUS_INTERVAL)
+                await news()
 
     def _idle_for_long(self) -> bool:
         """Whether there was no connection for `exit_idle_time`; if not, the running task is woken when to ask again."""

@@ -34,7 +34,7 @@ SOCKET_KINDS: dict[int, str] = {
     socket.SOCK_SEQPACKET: "a sequential packet socket",
 }
 
-# Seconds that a message which is sent only once waits for room in systemd's queue before it is dropped.
+# Seconds that the reason why the service cannot start waits for room in systemd's queue.
 PATIENCE = 1.0
 
 # systemd ignores messages of more than 4096 bytes, and a status is read on a line.
@@ -42,6 +42,8 @@ STATUS_MAX = 500
 
 # Systemd wants a sign of life within the time it says; three chances leave room for a lost one.
 SIGNS_OF_LIFE = 3
+
+USEC_INFINITY = 2**64 - 1
 
 
 class PassedSocket(NamedTuple):
@@ -99,55 +101,79 @@ def _take(fd: int, name: str) -> socket.SocketType:
 class Notifier:
     """Tells systemd how the service does; says nothing where NOTIFY_SOCKET is not set.
 
+    Nothing here but `failed` ever waits. A change of state for which systemd's queue has no room is `pending`, until
+    one of the calls after it finds room, or another change takes its place.
     interval: seconds between two signs of life that systemd waits for (sd_watchdog_enabled(3)), or inf.
     """
 
     def __init__(self) -> None:
         self.active = bool(os.environ.get("NOTIFY_SOCKET"))
         self.interval = _watchdog_interval() if self.active else inf
+        # Its `notify` swallows errors: what could not be sent would not be sent again. So its socket is used.
         self._notifier = SystemdNotifier() if self.active else None
+        self._pending: list[str] = []
+
+    @property
+    def pending(self) -> bool:
+        """Whether systemd has yet to hear of a change: call `alive` soon."""
+        return bool(self._pending)
 
     def ready(self, status: str) -> None:
         """The service is at work, for the first time or after a reload."""
-        self._send(PATIENCE, "READY=1", _status(status))
+        self._change("READY=1", _status(status))
 
     def alive(self, status: str) -> None:
-        """A sign of life, and what the service is doing; to be repeated, and never waits."""
-        self._send(0, "WATCHDOG=1", _status(status))
+        """A sign of life, and what the service is doing; to be repeated."""
+        if self._pending:
+            self._change(*self._pending)
+        if not self._pending:
+            self._send("WATCHDOG=1", _status(status))
 
     def reloading(self) -> None:
         """A reload begins; it ends with `ready`, however it went."""
-        self._send(PATIENCE, "RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        self._change("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self, status: str, seconds: float) -> None:
-        """The service is about to end; to be repeated, and never waits.
+        """The service is about to end; to be repeated.
 
         seconds: how long from now systemd is to wait at least; 0 leaves it to the unit.
         """
         extension = [f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}"] if seconds else []
-        self._send(0, "STOPPING=1", "WATCHDOG=1", *extension, _status(status))
+        self._send("STOPPING=1", "WATCHDOG=1", *extension, _status(status))
 
     def failed(self, reason: str, code: int) -> None:
-        """The service cannot start.
+        """The service cannot start. Waits a moment for systemd, if it must.
 
         code: an errno, or 0.
         """
-        self._send(PATIENCE, *([f"ERRNO={code}"] if code else []), _status(reason))
+        self._send(*([f"ERRNO={code}"] if code else []), _status(reason), patience=PATIENCE)
 
-    def _send(self, patience: float, *assignments: str) -> None:
-        if self._notifier and self._notifier.socket:
-            self._notifier.socket.settimeout(patience)
-            self._notifier.notify("\n".join(assignments))
+    def _change(self, *assignments: str) -> None:
+        self._pending = [] if self._send(*assignments) else list(assignments)
+
+    def _send(self, *assignments: str, patience: float = 0.0) -> bool:
+        """Send a message; False if there was no room for it."""
+        if not self._notifier or not self._notifier.socket:
+            return True
+        self._notifier.socket.settimeout(patience)
+        try:
+            self._notifier.socket.send("\n".join(assignments).encode())
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # nobody is there
+        return True
 
 
 def _status(text: str) -> str:
-    # One line, and ASCII: sdnotify encodes latin-1, and drops a message that it cannot encode.
+    # One line, and ASCII: what `systemctl status` shows on any terminal.
     line = "; ".join(text.splitlines()).encode("ascii", "backslashreplace").decode()
     return "STATUS=" + (line if len(line) <= STATUS_MAX else line[: STATUS_MAX - 3] + "...")
 
 
 def _watchdog_interval() -> float:
     usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
-    if not usec.isascii() or not usec.isdigit() or pid != str(os.getpid()):
+    # What sd_watchdog_enabled(3) takes: a 64-bit number, neither 0 nor the largest, which means never.
+    if not usec.isascii() or not usec.isdigit() or len(usec) > 20 or pid != str(os.getpid()):
         return inf
-    return int(usec) / 1e6 / SIGNS_OF_LIFE or inf
+    return int(usec) / 1e6 / SIGNS_OF_LIFE if 0 < int(usec) < USEC_INFINITY else inf

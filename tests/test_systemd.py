@@ -382,7 +382,7 @@ def test_a_receiver_that_has_gone_does_no_harm(receiver: Receiver, make_notifier
 
 
 @pytest.mark.parametrize("receiver", ["path"], indirect=True)
-def test_a_full_queue_is_waited_for_where_a_message_counts_and_not_for_long(
+def test_a_full_queue_is_waited_for_at_the_end_only_and_a_change_of_state_is_told_when_there_is_room(
     receiver: Receiver, make_notifier: MakeNotifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rspd.systemd.PATIENCE", 0.2)
@@ -399,14 +399,18 @@ def test_a_full_queue_is_waited_for_where_a_message_counts_and_not_for_long(
         tell(*arguments)
         return time.monotonic() - begun
 
-    assert 0.2 <= seconds(notifier.ready, "lost") < 5
-    assert 0.2 <= seconds(notifier.reloading) < 5
     assert 0.2 <= seconds(notifier.failed, "lost", 0) < 5
-    assert seconds(notifier.alive, "lost") < 0.2
     assert seconds(notifier.stopping, "lost", 1.0) < 0.2
+    assert not notifier.pending
+    assert seconds(notifier.reloading) < 0.2
+    assert notifier.pending
+    assert seconds(notifier.ready, "late") < 0.2
+    assert seconds(notifier.alive, "lost") < 0.2
+    assert notifier.pending
     assert set(receiver.receive()) == {b"x"}
     notifier.alive("heard")
-    assert receiver.receive() == [b"WATCHDOG=1\nSTATUS=heard"]
+    assert receiver.receive() == [b"READY=1\nSTATUS=late", b"WATCHDOG=1\nSTATUS=heard"]
+    assert not notifier.pending
 
 
 @pytest.mark.parametrize(
@@ -423,6 +427,10 @@ def test_a_full_queue_is_waited_for_where_a_message_counts_and_not_for_long(
         ("-5", "mine", inf),
         ("1e6", "mine", inf),
         ("\u0663", "mine", inf),
+        (str(2**64 - 1), "mine", inf),
+        ("9" * 25, "mine", inf),
+        ("9" * 400, "mine", inf),
+        ("9" * 5000, "mine", inf),
         (None, "mine", inf),
     ],
 )

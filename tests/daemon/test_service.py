@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -340,23 +342,56 @@ def test_a_pid_file_is_written_in_place_also_where_it_does_not_detach(tmp_path: 
     assert not path.exists()
 
 
-def test_a_service_manager_that_reads_nothing_does_not_stop_it() -> None:
+@contextmanager
+def deaf_manager() -> Iterator[tuple[socket.socket, str]]:
+    """A service manager's socket that is full, and its path."""
     with (
         tempfile.TemporaryDirectory() as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler,
-        Backend(answer) as backend,
     ):
         deaf.bind(f"{folder}/n")
+        deaf.settimeout(PATIENCE)
         filler.setblocking(False)
         filler.connect(f"{folder}/n")
         with pytest.raises(BlockingIOError):
             while True:
                 filler.send(b"x")
-        env = {"NOTIFY_SOCKET": f"{folder}/n"}
-        with service("-b", backend.address, listen=["127.0.0.1:0"], env=env) as daemon:
+        yield deaf, f"{folder}/n"
+
+
+def hear(manager: socket.socket, beginning: bytes) -> bytes:
+    """Read on until a message begins like this."""
+    while not (message := manager.recv(4096)).startswith(beginning):
+        pass
+    return message
+
+
+def test_a_service_manager_that_reads_nothing_does_not_stop_it() -> None:
+    with deaf_manager() as (_, path), Backend(answer) as backend:
+        with service("-b", backend.address, listen=["127.0.0.1:0"], env={"NOTIFY_SOCKET": path}) as daemon:
             for _ in range(3):
                 ask(daemon)
+
+
+def test_a_reload_while_the_service_manager_reads_nothing_stops_no_connection_and_is_told_later(
+    tmp_path: Path,
+) -> None:
+    with deaf_manager() as (manager, path), Backend(echo) as backend:
+        file = File(tmp_path, backend=backend.address)
+        with service("-c", str(file.path), env={"NOTIFY_SOCKET": path}) as daemon, daemon.connect() as client:
+            longest = 0.0
+            for count in range(1, 4):
+                daemon.signal(signal.SIGHUP)
+                while len(daemon.find("reloaded")) < count:
+                    begun = time.monotonic()
+                    client.sendall(b"x")
+                    assert client.recv(1) == b"x"
+                    longest = max(longest, time.monotonic() - begun)
+            assert longest < 0.7  # it waited for a second before and after each reload
+            assert hear(manager, b"READY=1").endswith(b"1 served, backend " + backend.address.encode())
+            client.close()
+            hear(manager, b"WATCHDOG=1\nSTATUS=serving 0 of 1, 1 served")
 
 
 # Started by systemd, in other ways than above
