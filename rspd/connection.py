@@ -145,7 +145,7 @@ class Connection:
                 self.peer, self.client_address = self.client_address, header.source
                 host = header.source[0]
         if reason := terms.access.refusal(host):
-            terms.refusals.note(format_socket_address(self.client_address) + self._via(), reason)
+            terms.refusals.note(_printed(self.client_address) + self._via(), reason)
             raise RefusedError(None, reason)
         terms.access.enter(host)
         self.admitted = host
@@ -162,7 +162,7 @@ class Connection:
         if config.send_proxy:
             relay.upload.put_first(self._header())
         if log.isEnabledFor(logging.DEBUG):
-            client, name = format_socket_address(self.client_address), self.backend and self.backend.name
+            client, name = _printed(self.client_address), self.backend and self.backend.name
             log.debug("connection opened client=%s%s backend=%s", client, terms.tag, name)
         return relay
 
@@ -186,7 +186,7 @@ class Connection:
             self.terms.access.leave(self.admitted)
 
     def _via(self) -> str:
-        return "" if self.peer is None else f" via={format_socket_address(self.peer)}"
+        return "" if self.peer is None else f" via={_printed(self.peer)}"
 
     def _log_end(self, cause: Cause, reason: str) -> None:
         level = logging.WARNING if reason and cause != "client-aborted" else logging.INFO
@@ -196,8 +196,16 @@ class Connection:
             via = "" if self.peer is None else self._via()
             write(
                 level,
-                f"connection closed client={format_socket_address(self.client_address)}{via}{self.terms.tag} "
+                f"connection closed client={_printed(self.client_address)}{via}{self.terms.tag} "
                 f"backend={self.backend.name if self.backend else '-'} sent={sent} received={received} "
                 f"seconds={self.terms.loop.now - self.started:.3f} cause={cause}"
                 + (f" reason={quote(reason)}" if reason else ""),
             )
+
+
+def _printed(address: object) -> str:
+    """A client's address for the log. The path of a unix socket is in quotes: whoever bound it chose every byte."""
+    if isinstance(address, tuple):
+        return format_socket_address(address)
+    path = address.decode(errors="surrogateescape") if isinstance(address, bytes) else str(address)
+    return quote(path.replace("\0", "@")) if path else "unix"

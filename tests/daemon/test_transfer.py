@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import tempfile
 import threading
 import time
+
+import pytest
 
 from tests.support import (
     PATIENCE,
     Backend,
     abstract_name,
+    answer,
     echo,
     receive_all,
     rspd,
@@ -165,6 +169,28 @@ def test_unix_sockets_at_both_ends(tmp_path: object) -> None:
             client.close()
             (end,) = daemon.wait_for_ends(1)
             assert (end["client"], end["backend"]) == ("unix", back)
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("{}/x backend=10.0.0.1:80 cause=client-closed", '"{}/x backend=10.0.0.1:80 cause=client-closed"'),
+        ('{}/"\n', '"{}/\\"\\n"'),
+        ("\0{}", '"@{}"'),
+    ],
+    ids=["keys", "quotes", "abstract"],
+)
+def test_the_path_of_a_unix_client_forges_nothing_in_the_log(path: str, shown: str) -> None:
+    with tempfile.TemporaryDirectory() as folder, Backend(answer) as backend:  # a short name, which a path needs
+        with rspd("-b", backend.address, listen=(f"{folder}/s",)) as daemon, socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.bind(path.format(folder))
+            client.connect(f"{folder}/s")
+            client.sendall(b"?")
+            assert receive_all(client) == b"ok"
+            client.close()
+            (line,) = daemon.wait_for("connection closed")
+        assert f"INFO    connection closed client={shown.format(folder)} backend={backend.address} sent=1 " in line
 
 
 def test_an_abstract_name_and_a_host_name_work_as_addresses() -> None:
