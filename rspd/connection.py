@@ -12,12 +12,14 @@ from rspd.backends import Backends
 from rspd.cause import Cause
 from rspd.config import ProxyConfig
 from rspd.dialler import DialError, Dialler
+from rspd.dialling import why
 from rspd.log import quote, write
 from rspd.loop import Cancelled, Loop, Task
 from rspd.networks import Networks
 from rspd.pipes import Pipes
 from rspd.proxy_protocol import HeaderError, HostPort, NoHeaderError, encode, receive
 from rspd.relay import Relay
+from rspd.shortage import Shortage
 from rspd.side import Side
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class Terms(NamedTuple):
     backends: Backends
     dialler: Dialler
     pipes: Pipes
+    shortage: Shortage
     keep_alive: bool
     guarded: bool
     trusted: Networks
@@ -97,7 +100,10 @@ class Connection:
         cause: Cause | None = "error"
         reason = ""
         try:
-            self.client.watch()
+            try:
+                self.client.watch()
+            except OSError as error:
+                await self._watch_client(error)
             if terms.guarded:
                 await self._admit()
             # A client that says nothing is served too: the backend may be the one to speak first.
@@ -124,6 +130,15 @@ class Connection:
         if self.admitted is None and not self.terms.guarded:
             self.admitted = host_of(self.client_address)
         return self.admitted
+
+    async def _watch_client(self, error: OSError) -> None:
+        """Watch the client as soon as that can be done, after it failed. Raises DialError."""
+        terms = self.terms
+        deadline = terms.loop.now + terms.config.connect_timeout
+        try:
+            await terms.shortage.retry(self.client.watch, error, deadline, lambda: False)
+        except OSError as last:
+            raise DialError("backend-unreachable", [f"the client cannot be watched: {why(last)}"]) from None
 
     async def _admit(self) -> None:
         """Find out who the client is, and whether it may come. Raises RefusedError."""

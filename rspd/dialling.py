@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from functools import partial
 from math import inf
 
 from rspd.address import SocketAddress
@@ -37,14 +38,11 @@ async def connect(
     Raises TimeoutError at the deadline, or OSError (connect(2)).
     """
     family, address = where
-    while True:
-        try:
-            sock = socket.SocketType(family, STREAM, 0)
-            break
-        except OSError as error:
-            if error.errno not in SHORT or loop.now >= deadline or (client and client.aborted):
-                raise
-            await shortage.wait(error)
+    try:
+        sock = socket.SocketType(family, STREAM, 0)
+    except OSError as error:
+        attempt = partial(socket.SocketType, family, STREAM, 0)
+        sock = await shortage.retry(attempt, error, deadline, partial(_gone, client))
     side = Side(loop, sock)
     try:
         retry = FIRST_RETRY
@@ -54,7 +52,10 @@ async def connect(
             retry = min(2 * retry, LAST_RETRY)
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
-        side.watch()
+        try:
+            side.watch()
+        except OSError as error:
+            await shortage.retry(side.watch, error, deadline, partial(_gone, client))
         loop.current.wake_at(deadline)
         await news()
         while not side.ready & (OUT | ERR | HUP):
@@ -138,8 +139,12 @@ def _configure(sock: socket.SocketType, address: tuple[str, int]) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def _gone(client: Side | None) -> bool:
+    return client is not None and client.aborted
+
+
 def _check_time(loop: Loop, client: Side | None, deadline: float) -> None:
     if loop.now >= deadline:
         raise TimeoutError("no answer within the connect timeout")
-    if client and client.aborted:
+    if _gone(client):
         raise ConnectionAbortedError(errno.ECONNABORTED, "the client is gone")

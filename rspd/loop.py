@@ -286,11 +286,11 @@ class Loop:
             wait = 0.0 if queue else due - clock()
             events = poll(wait if wait > 0.0 else 0.0, MAX_EVENTS)  # below 0 is for ever
             now = self.now = clock()
-            late = due <= now
-            if late:
-                # After a freeze (SIGSTOP, a paused virtual machine) the poll may have brought nothing, or not all:
-                # what came meanwhile is known before any timer fires.
+            if due <= now:
+                # After a freeze (SIGSTOP, a paused virtual machine) the poll may have brought nothing, or not all. Whom
+                # a timer wakes is to know what came meanwhile.
                 events += poll(0.0, len(watches))
+                self._fire_due()
             # All events are noted before any task runs. A task may close a descriptor and another may get its
             # number: what the batch still holds for the old one must not reach the new one.
             for fd, mask in events:
@@ -300,8 +300,6 @@ class Loop:
                     continue  # closed here, and another process has a copy: epoll goes on reporting it (epoll(7))
                 watch.ready |= mask
                 queue[watch.task] = None
-            if late:
-                self._fire_due()
             # Tasks woken from here on wait for the next turn, after a look at the descriptors.
             self._queue = {}
             for task in queue:

@@ -83,6 +83,7 @@ class Proxy:
             backends=self.backends,
             dialler=self._dialler,
             pipes=self.pipes,
+            shortage=self.shortage,
             keep_alive=inf in (config.idle_timeout, config.half_close_timeout),
             guarded=self._access.needed or bool(config.accept_proxy),
             trusted=Networks(config.accept_proxy),

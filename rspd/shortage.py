@@ -1,16 +1,23 @@
-"""Running out of descriptors: who needs one waits, and the log hears of it twice."""
+"""Running out of descriptors, or of epoll's watches: who needs one waits, and the log hears of it twice."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 from rspd.log import quote
 from rspd.loop import Loop, Task, news
 
-# accept(2) and socket(2): no descriptor in the process, in the system; no memory for a socket.
-SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# accept(2), socket(2) and epoll_ctl(2): no descriptor in the process, in the system; no memory; no watch for this user.
+SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
+
+ADVICE = {
+    errno.EMFILE: "; raise LimitNOFILE or ulimit -n",
+    errno.ENOSPC: "; raise the sysctl fs.epoll.max_user_watches",
+}
 
 # Seconds after which to try again where no connection of ours has ended meanwhile.
 RETRY = 0.1
@@ -19,11 +26,13 @@ RETRY = 0.1
 # one more in before the next failure; that is one shortage.
 QUIET = 1.0
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 
 class Shortage:
-    """The state of descriptors being short. Tasks that failed for want of one wait here, first come first served."""
+    """The state of something being short. Tasks that failed for want of one wait here, first come first served."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -33,7 +42,7 @@ class Shortage:
 
     @property
     def active(self) -> bool:
-        """Whether descriptors have been short a moment ago."""
+        """Whether something has been short a moment ago."""
         return self._last is not None
 
     def keep_spare(self) -> None:
@@ -70,13 +79,27 @@ class Shortage:
             if task in self._waiting:
                 self._waiting.remove(task)
 
+    async def retry(self, attempt: Callable[[], T], error: OSError, deadline: float, given_up: Callable[[], bool]) -> T:
+        """After `attempt` failed: what it returns when it does not, tried again as often as something is short.
+
+        deadline: in the loop's time. given_up: looked at before each attempt.
+        Raises the last OSError if that is no shortage, or at the deadline, or once it is given up.
+        """
+        while error.errno in SHORT and self._loop.now < deadline and not given_up():
+            await self.wait(error)
+            try:
+                return attempt()
+            except OSError as another:
+                error = another
+        raise error
+
     def relieve(self) -> None:
         """A connection has ended: let those who wait try again."""
         while self._waiting:
             self._waiting.pop(0).wake()
 
     async def _report(self, error: OSError) -> None:
-        advice = "; raise LimitNOFILE or ulimit -n" if error.errno == errno.EMFILE else ""
+        advice = ADVICE.get(error.errno or 0, "")
         log.warning("accepting pauses%s reason=%s", advice, quote(error.strerror or str(error)))
         while (over := (self._last or 0) + QUIET) > self._loop.now:
             await self._loop.sleep(over - self._loop.now)

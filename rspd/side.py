@@ -21,6 +21,8 @@ MORE_TO_READ = PRI | RDHUP | HUP | ERR
 # A passed descriptor cuts a read short too, and no event tells of it (unix(7)): such a socket is read to EAGAIN.
 MORE_TO_READ_OF_UNIX = MORE_TO_READ | IN
 
+UNIX = int(socket.AF_UNIX)
+
 # close(2) of a TCP socket that lingers for 0 seconds sends RST and drops what was not sent (socket(7)).
 LINGER_0 = struct.pack("ii", 1, 0)
 
@@ -36,7 +38,7 @@ class Side(Watch):
         self.loop = loop
         self.sock = sock
         self.events = EVENTS  # those that resume the task
-        self._more_to_read = MORE_TO_READ_OF_UNIX if sock.family == socket.AF_UNIX else MORE_TO_READ
+        self._more_to_read = MORE_TO_READ_OF_UNIX if sock.family == UNIX else MORE_TO_READ
 
     def watch(self) -> None:
         """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
@@ -130,7 +132,7 @@ class Side(Watch):
 
     def at_risk(self) -> int:
         """How many bytes an abort now would destroy: those unsent; none of a unix socket's, the peer has them."""
-        return 0 if self.sock.family == socket.AF_UNIX else self.unsent()
+        return 0 if self.sock.family == UNIX else self.unsent()
 
     def keep_alive(self) -> None:
         """Have the kernel ask a silent peer whether it is still there, and abort when it is not (tcp(7))."""

@@ -41,8 +41,8 @@ class File:
         daemon.wait_for("reloaded", count + 1)
 
     @contextmanager
-    def rspd(self) -> Iterator[Daemon]:
-        with rspd("-c", str(self.path), listen=()) as daemon:
+    def rspd(self, **options: Any) -> Iterator[Daemon]:
+        with rspd("-c", str(self.path), listen=(), **options) as daemon:
             yield daemon
 
 

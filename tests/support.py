@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -212,6 +213,14 @@ def drop_capabilities() -> None:
     header, none = struct.pack("=Ii", CAPABILITY_VERSION_3, 0), bytes(24)
     if LIBC.capset(header, none):
         raise OSError(ctypes.get_errno(), "capset")
+
+
+def can_trace() -> None:
+    """Skip the test where strace(1) cannot be used."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not here: apt install strace")
+    if subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True).returncode:
+        skip_for_kernel("nobody may be traced")
 
 
 class FakeClock:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.support import (
-    Backend,
-    Daemon,
-    echo,
-    eventually,
-    rspd,
-    skip_for_kernel,
-)
+from tests.support import Backend, Daemon, can_trace, echo, eventually, rspd
 
 # What one more of each may take, the line in the log included: in serial mode the listener is registered and
 # unregistered for each client, else it stays registered. A change that needs more says in its commit what that buys.
@@ -71,10 +62,7 @@ def cost(work: str, counter: Callable[[Path], Sequence[str]], counted: Callable[
 
 @pytest.mark.parametrize("work", WORKS)
 def test_it_makes_no_more_system_calls_than_its_budget(work: str, tmp_path: Path) -> None:
-    if not shutil.which("strace"):
-        pytest.skip("strace is not here: apt install strace")
-    if subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True).returncode:
-        skip_for_kernel("nobody may be traced")
+    can_trace()
 
     def counter(file: Path) -> list[str]:
         return ["strace", "-D", "-f", "-q", "-o", str(file)]

@@ -6,14 +6,18 @@ import resource
 import socket
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from tests.fleet import File
 from tests.support import (
     PATIENCE,
     Backend,
     Daemon,
     answer,
+    can_trace,
     echo,
     eventually,
     receive_all,
@@ -200,3 +204,53 @@ def test_stalled_readers_do_not_keep_others_from_bulk_transfers() -> None:
             assert len(receive_all(client)) == len(data)
             client.close()
         daemon.wait_for_ends(71)
+
+
+# Watches of epoll (fs.epoll.max_user_watches): all of a user's processes have them together
+
+
+def watches_fail(first: int, last: int) -> list[str]:
+    """A command that runs rspd and has these calls of epoll_ctl(2) fail, by their number, as at the limit.
+
+    The first two are for the loop and the listener, the third is for the first client, the fourth for its backend.
+    """
+    can_trace()
+    return ["strace", "-D", "-qq", "-o", "/dev/null", "-e", f"inject=epoll_ctl:error=ENOSPC:when={first}..{last}"]
+
+
+@pytest.mark.parametrize("first", [3, 4], ids=["client", "backend"])
+def test_a_connection_waits_while_there_is_no_watch_for_one_of_its_sides(first: int) -> None:
+    with Backend(answer) as backend:
+        with rspd("-b", backend.address, "--max-connections", "10", launcher=watches_fail(first, first + 2)) as daemon:
+            with daemon.connect() as client:
+                client.sendall(b"?")
+                assert receive_all(client) == b"ok"
+            (line,) = daemon.wait_for("accepting pauses")
+            assert "raise the sysctl fs.epoll.max_user_watches" in line
+            daemon.wait_for("accepting goes on")
+            (end,) = daemon.wait_for_ends(1)
+            assert float(end["seconds"]) > 0.2
+            assert not daemon.find("backend down")
+
+
+@pytest.mark.parametrize("first", [3, 4], ids=["client", "backend"])
+def test_a_connection_that_gets_no_watch_in_time_is_ended_with_its_reason(tmp_path: Path, first: int) -> None:
+    with Backend(answer) as backend:
+        file = File(tmp_path, backend=backend.address, connect_timeout="300ms")
+        with file.rspd(launcher=watches_fail(first, first + 10)) as daemon:
+            with daemon.connect() as client:
+                assert receive_all(client) == b""
+            (end,) = daemon.wait_for_ends(1)
+            assert end["cause"] == "backend-unreachable"
+            assert "No space left on device" in end["reason"]
+            assert 0.3 <= float(end["seconds"]) < 5
+            assert not daemon.find("backend down")
+            eventually(lambda: exchanged(daemon), "there are watches again")
+
+
+def exchanged(daemon: Daemon) -> bool:
+    with daemon.connect() as client:
+        with suppress(ConnectionResetError):
+            client.sendall(b"?")
+            return receive_all(client) == b"ok"
+    return False
