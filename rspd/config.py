@@ -320,7 +320,8 @@ def contradictions(listen: Sequence[Address], backends: Sequence[Address]) -> It
 def own_listeners(listen: Sequence[Address], backends: Sequence[Address]) -> Iterator[str]:
     """Which backends are the proxy itself."""
     # To dial oneself would open connections without end.
-    for backend in backends:
+    ports = {address.port for address in listen}
+    for backend in [backend for backend in backends if backend.path or backend.port in ports]:
         v4 = backend.host in ("localhost", "0.0.0.0") or backend.host.startswith("127.")
         v6 = backend.host in ("localhost", "::1", "::")
         for address in listen:

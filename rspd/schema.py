@@ -13,10 +13,15 @@ SPELLINGS = {"backend": "backends"}
 
 
 class Report:
-    """What is wrong with a file."""
+    """What is wrong with a file, and what has been read of it.
+
+    read: by who read it and its node's id, what a value means, the key where it was read, and whether it is right. By
+        aliases a value may stand in many places; it is read once.
+    """
 
     def __init__(self, source: str) -> None:
         self.source = source  # the file's name, or what is in its place
+        self.read: dict[tuple[Scalar, int], tuple[Any, str, bool]] = {}
         self._errors: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
@@ -162,9 +167,23 @@ def read_keys(
             first = seen[name]
             report.add(entry.line, place, f"given a second time, first as {first.key} in line {first.line}")
         else:
-            settings.values[name] = keys[name].read(entry.value, place, report)
+            settings.values[name] = _read_once(keys[name], entry, place, report)
         seen.setdefault(name, entry)
     return settings
+
+
+def _read_once(reader: Scalar, entry: Entry, key: str, report: Report) -> Any:
+    """What the value of an entry means; if it was read in another place and is wrong, one error says so."""
+    known = report.read.get((reader, id(entry.value.node)))
+    if not known:
+        before = len(report)
+        meaning = reader.read(entry.value, key, report)
+        report.read[reader, id(entry.value.node)] = meaning, key, len(report) == before
+        return meaning
+    meaning, first, good = known
+    if not good:
+        report.add(entry.line, key, f"wrong, as it is in {first}, by an alias")
+    return meaning
 
 
 def _suggest(key: str, keys: Mapping[str, Scalar]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
@@ -46,6 +47,13 @@ proxies:
 
 Load = Callable[..., Config]
 Errors = Callable[..., list[str]]
+
+
+def aliased(first: str, proxies: int = 200, backends: int = 3000) -> str:
+    """Proxies that all have the same backends, `first` and so many others, by an alias."""
+    addresses = [first, *(f"10.0.{number // 250}.{number % 250}:80" for number in range(1, backends))]
+    own = "".join(f"  p{number}: {{listen: {10000 + number}, backends: *all}}\n" for number in range(1, proxies))
+    return f"proxies:\n  p0: {{listen: 10000, backends: &all [{', '.join(addresses)}]}}\n{own}"
 
 
 @pytest.fixture
@@ -535,6 +543,23 @@ def test_each_address_that_is_taken_is_one_error_though_several_proxies_have_it(
 def test_two_proxies_listen_side_by_side(load: Load, first: str, second: str) -> None:
     config = load(f"proxies: {{a: {{listen: {first}, backend: a:1}}, b: {{listen: {second}, backend: a:1}}}}")
     assert [proxy.name for proxy in config.proxies] == ["a", "b"]
+
+
+def test_what_stands_in_many_places_by_an_alias_is_read_once(load: Load) -> None:
+    begun = time.process_time()
+    config = load(aliased("10.0.0.0:80"))
+    assert time.process_time() - begun < 1
+    assert [len(proxy.backends) for proxy in config.proxies] == [3000] * 200
+    assert len({proxy.backends for proxy in config.proxies}) == 1
+
+
+def test_what_is_wrong_in_many_places_by_an_alias_is_told_in_full_once(errors: Errors) -> None:
+    begun = time.process_time()
+    first, *others = errors(aliased("/"))
+    assert time.process_time() - begun < 1
+    assert first == f"FILE:2: proxies.p0.backends: {DIAL}, found '/'"
+    wrong = "wrong, as it is in proxies.p0.backends, by an alias"
+    assert others == [f"FILE:{2 + number}: proxies.p{number}.backends: {wrong}" for number in range(1, 200)]
 
 
 @given(
