@@ -20,6 +20,7 @@ resolver        names looked up off the loop
 descriptors     room for the descriptors that a configuration needs
 adoption        which socket from systemd goes with which proxy and address
 shortage        running out of descriptors
+ways            which proxies a connection has passed, so that none is passed twice
 listener        listening sockets: bound or adopted, accepted from, closed
 balance         policies: which of several backends gets the next connection
 relay           two flows between two sides, until both have ended
@@ -33,9 +34,9 @@ config          file and command line -> named tuples, all keys and defaults
 schema          a file's entries read by tables of keys, with all that is wrong
 values          single values: durations, numbers, switches, words
 yamlfile        a YAML file as keys and values with their lines
-log             the log on stderr
 networks        networks: which clients are in them, and what a client is known by
 address         addresses: parsed, printed, resolved
+log             the log on stderr
 cause           why a connection ended
 errors          why rspd cannot run
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from typing import Any, NamedTuple
 
+from rspd.log import quote
+
 FORMS = "PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"
 
 # Before the name of a socket that systemd passes.
@@ -35,6 +37,10 @@ class Address(NamedTuple):
         if not self.host:
             return str(self.port)
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+# Where a socket is bound, in a form that compares: host and port, or a unix socket's path, empty for none.
+Place = tuple[str, int] | str
 
 
 class SocketAddress(NamedTuple):
@@ -163,15 +169,22 @@ def _unmapped(host: str) -> str:
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
+def place_of(address: object) -> Place:
+    """A socket address as accept(2), getsockname(2) and connect(2) have it, in the form that compares."""
+    if isinstance(address, tuple):
+        return _unmapped(address[0]), address[1]
+    return address.decode(errors="surrogateescape") if isinstance(address, bytes) else str(address)
+
+
 def host_of(address: object) -> str:
     """The numeric host of a peer's address as accept(2) returns it; empty for a unix socket's."""
     return str(address[0]) if isinstance(address, tuple) else ""
 
 
-def format_socket_address(address: object) -> str:
-    """A peer's or a bound socket's address as accept(2) and getsockname(2) return it, for people.
+def format_peer(address: object) -> str:
+    """A peer's address as accept(2) returns it, for the log.
 
-    A unix client seldom has a name of its own; it is called `unix`.
+    The path of a unix socket is in quotes: whoever bound it chose every byte. Few clients have one; else it is `unix`.
     """
     if isinstance(address, tuple):
         host, port = address[:2]
@@ -179,6 +192,14 @@ def format_socket_address(address: object) -> str:
             return f"{host}:{port}"
         host = _unmapped(host)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    path = place_of(address)
+    return quote(str(path).replace("\0", "@")) if path else "unix"
+
+
+def format_socket_address(address: object) -> str:
+    """The address of a socket that was bound here, or is dialled, for people."""
+    if isinstance(address, tuple):
+        return format_peer(address)
     if isinstance(address, bytes):
         address = address.decode(errors="backslashreplace").replace("\0", "@")
     text = str(address).replace("\0", "@")

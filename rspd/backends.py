@@ -21,6 +21,7 @@ from rspd.proxy_protocol import encode
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
 from rspd.side import Side
+from rspd.ways import Way
 
 # How many backends that are down are tried for one client.
 LAST_RESORTS = 10
@@ -199,15 +200,15 @@ class Backends:
         if backend.open + 1 == backend.limit:
             self.update(backend)
 
-    async def reach(self, backend: Backend, deadline: float, client: Side | None) -> Side:
+    async def reach(self, backend: Backend, deadline: float, client: Side | None, way: Way | None = None) -> Side:
         """Connect to a backend that may have several addresses, or none yet. Raises OSError (see dialling)."""
         if len(backend.addresses) == 1:
-            return await connect(self._loop, self._shortage, backend.addresses[0], deadline, client)
+            return await connect(self._loop, self._shortage, backend.addresses[0], deadline, client, way)
         # Who waits for the answer may wait longer than the backend is configured: then nobody tells the backend of it.
         addresses = backend.addresses or await self._names[backend.address].first_answer(
             deadline, lambda: client is not None and client.aborted
         )
-        return await connect_to_one_of(self._loop, self._shortage, addresses, deadline, client)
+        return await connect_to_one_of(self._loop, self._shortage, addresses, deadline, client, way)
 
     def failed(self, backend: Backend, error: OSError) -> None:
         """A connection to a backend was not to be had."""

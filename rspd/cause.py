@@ -15,6 +15,7 @@ Cause = Literal[
     "connect-timeout",  # no backend was reached within connect_timeout
     "backend-down",  # its backend went down and on_down is abort; or all of them are, by their checks
     "queue-timeout",  # no backend was to be had within queue_timeout
+    "loop",  # the way to the backend led back to the proxy
     "bad-header",  # no PROXY protocol header where accept_proxy expects one
     "header-timeout",  # none of it, or not all, within accept_proxy_timeout
     "drain-timeout",  # still open when drain_timeout had passed, or at the second signal to end

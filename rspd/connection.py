@@ -6,14 +6,14 @@ import logging
 from typing import NamedTuple
 
 from rspd.access import Access, Refusals
-from rspd.address import format_socket_address, host_of
+from rspd.address import format_peer, host_of
 from rspd.backend import Backend
 from rspd.backends import Backends
 from rspd.cause import Cause
 from rspd.config import ProxyConfig
 from rspd.dialler import DialError, Dialler
 from rspd.dialling import why
-from rspd.log import quote, write
+from rspd.log import LOGGER, quote, write
 from rspd.loop import Cancelled, Loop, Task
 from rspd.networks import Networks
 from rspd.pipes import Pipes
@@ -21,6 +21,7 @@ from rspd.proxy_protocol import HeaderError, HostPort, NoHeaderError, encode, re
 from rspd.relay import Relay
 from rspd.shortage import Shortage
 from rspd.side import Side
+from rspd.ways import Way, Ways, came_back
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Terms(NamedTuple):
 
     keep_alive: whether the kernel is to find out which peers are gone.
     guarded: whether anything is asked of a client before it is served.
+    ways: where a backend may be a proxy of this process, under whatever name.
     trusted: whose word on who the client is counts (accept_proxy).
     tag: names the proxy in the log, with a space before it, or is empty.
     """
@@ -42,14 +44,15 @@ class Terms(NamedTuple):
     shortage: Shortage
     keep_alive: bool
     guarded: bool
+    ways: Ways | None
     trusted: Networks
     access: Access
     refusals: Refusals
     tag: str = ""
 
 
-# Why a client that has not got to a backend gets RST: it was not to come, or did not say who it is.
-UNSERVED = frozenset({None, "bad-header", "header-timeout"})
+# Why a client that has not got to a backend gets RST: it was not to come, did not say who it is, or is rspd itself.
+UNSERVED = frozenset({None, "loop", "bad-header", "header-timeout"})
 
 
 class RefusedError(Exception):
@@ -78,6 +81,7 @@ class Connection:
         "started",
         "task",
         "terms",
+        "way",
     )
 
     task: Task  # the one that handles it, set by who spawned that
@@ -92,6 +96,7 @@ class Connection:
         self.started = terms.loop.now
         self.peer: object = None  # who told the client's address, if another did
         self.destination: HostPort | None = None  # where the client connected to, if that was told too
+        self.way: Way | None = None  # where it may lead back to this process
         self.admitted: str | None = None  # as whom the client is counted
 
     async def handle(self) -> None:
@@ -104,10 +109,12 @@ class Connection:
                 self.client.watch()
             except OSError as error:
                 await self._watch_client(error)
+            if terms.ways:
+                self.way = self._find_way(terms.ways)
             if terms.guarded:
                 await self._admit()
             # A client that says nothing is served too: the backend may be the one to speak first.
-            self.backend, side = await terms.dialler.dial(self.client, self.client_address)
+            self.backend, side = await terms.dialler.dial(self.client, self.client_address, self.way)
             cause = await self._open(side).run()
         except (DialError, RefusedError) as error:
             cause, reason = error.cause, str(error)
@@ -140,6 +147,16 @@ class Connection:
         except OSError as last:
             raise DialError("backend-unreachable", [f"the client cannot be watched: {why(last)}"]) from None
 
+    def _find_way(self, ways: Ways) -> Way:
+        """By which proxies of this process the client has come. Raises RefusedError if this is one of them."""
+        name = self.terms.config.name
+        passed = ways.passed(self.client_address)
+        if passed is None:
+            raise RefusedError(None, "")  # it has given up, and who it was for has a line in the log
+        if name in passed:
+            raise RefusedError("loop", came_back((*passed, name)))
+        return Way(ways, (*passed, name))
+
     async def _admit(self) -> None:
         """Find out who the client is, and whether it may come. Raises RefusedError."""
         terms = self.terms
@@ -160,7 +177,7 @@ class Connection:
                 self.peer, self.client_address = self.client_address, header.source
                 host = header.source[0]
         if reason := terms.access.refusal(host):
-            terms.refusals.note(_printed(self.client_address) + self._via(), reason)
+            terms.refusals.note(format_peer(self.client_address) + self._via(), reason)
             raise RefusedError(None, reason)
         terms.access.enter(host)
         self.admitted = host
@@ -176,8 +193,8 @@ class Connection:
             backend.keep_alive()
         if config.send_proxy:
             relay.upload.put_first(self._header())
-        if log.isEnabledFor(logging.DEBUG):
-            client, name = _printed(self.client_address), self.backend and self.backend.name
+        if LOGGER.level <= logging.DEBUG:
+            client, name = format_peer(self.client_address), self.backend and self.backend.name
             log.debug("connection opened client=%s%s backend=%s", client, terms.tag, name)
         return relay
 
@@ -190,6 +207,8 @@ class Connection:
         return encode(self.terms.config.send_proxy, None, None)
 
     def _close(self, cause: Cause | None) -> None:
+        if self.way:
+            self.way.leave()
         if self.relay and self.backend:
             self.relay.close()
             self.terms.backends.release(self.backend)
@@ -201,26 +220,18 @@ class Connection:
             self.terms.access.leave(self.admitted)
 
     def _via(self) -> str:
-        return "" if self.peer is None else f" via={_printed(self.peer)}"
+        return "" if self.peer is None else f" via={format_peer(self.peer)}"
 
     def _log_end(self, cause: Cause, reason: str) -> None:
         level = logging.WARNING if reason and cause != "client-aborted" else logging.INFO
-        if log.isEnabledFor(level):
+        if level >= LOGGER.level:
             sent, received = (self.relay.upload.total, self.relay.download.total) if self.relay else (0, 0)
             sent = sent if sent > 0 else 0  # below, as long as the backend has not got the header
             via = "" if self.peer is None else self._via()
             write(
                 level,
-                f"connection closed client={_printed(self.client_address)}{via}{self.terms.tag} "
+                f"connection closed client={format_peer(self.client_address)}{via}{self.terms.tag} "
                 f"backend={self.backend.name if self.backend else '-'} sent={sent} received={received} "
                 f"seconds={self.terms.loop.now - self.started:.3f} cause={cause}"
                 + (f" reason={quote(reason)}" if reason else ""),
             )
-
-
-def _printed(address: object) -> str:
-    """A client's address for the log. The path of a unix socket is in quotes: whoever bound it chose every byte."""
-    if isinstance(address, tuple):
-        return format_socket_address(address)
-    path = address.decode(errors="surrogateescape") if isinstance(address, bytes) else str(address)
-    return quote(path.replace("\0", "@")) if path else "unix"

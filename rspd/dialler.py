@@ -14,6 +14,7 @@ from rspd.log import quote
 from rspd.loop import Loop, Task, news
 from rspd.shortage import Shortage
 from rspd.side import Side
+from rspd.ways import Way
 
 # Seconds between two attempts at backends that are down while clients wait for one of them.
 RETRY = 0.1
@@ -44,11 +45,12 @@ class Dialler:
         self._next_retry = 0.0
         backends.on_room = self._wake_first
 
-    async def dial(self, client: Side, address: object) -> tuple[Backend, Side]:
+    async def dial(self, client: Side, address: object, way: Way | None = None) -> tuple[Backend, Side]:
         """Connect to the next backend that can be reached: which it is, and its side, watched by the running task.
 
         client: when it aborts, dialling ends.
         address: the client's, as accept(2) returns it.
+        way: see `connect`.
         What is returned counts as open until `Backends.release`. Raises DialError.
         """
         loop, backends = self._loop, self._backends
@@ -91,9 +93,9 @@ class Dialler:
             try:
                 until = deadline if backends.only else self._share(deadline, tried, used)
                 if len(addresses) == 1:
-                    side = await connect(loop, self._shortage, addresses[0], until, client)
+                    side = await connect(loop, self._shortage, addresses[0], until, client, way)
                 else:
-                    side = await backends.reach(backend, until, client)
+                    side = await backends.reach(backend, until, client, way)
             except OSError as error:
                 backends.release(backend)
                 reasons += _reasons(addresses[0] if addresses else backend.address, error)

@@ -12,7 +12,8 @@ from rspd.address import SocketAddress
 from rspd.cause import Cause
 from rspd.loop import ERR, HUP, OUT, Loop, news
 from rspd.shortage import SHORT, Shortage
-from rspd.side import Side
+from rspd.side import Side, UnixSide
+from rspd.ways import LoopError, Way
 
 # Seconds between two attempts at a unix socket whose backlog is full, doubled each time up to the second figure:
 # connect(2) says EAGAIN, and no event tells when there is room.
@@ -30,21 +31,31 @@ STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
 async def connect(
-    loop: Loop, shortage: Shortage, where: SocketAddress, deadline: float, client: Side | None = None
+    loop: Loop,
+    shortage: Shortage,
+    where: SocketAddress,
+    deadline: float,
+    client: Side | None = None,
+    way: Way | None = None,
 ) -> Side:
     """Connect to an address: the side, watched by the running task, and the caller's to close.
 
     client: when it aborts, dialling ends; None where nobody waits for it.
-    Raises TimeoutError at the deadline, or OSError (connect(2)).
+    way: the client's, if it might lead back to this process; its `leave` is to be called when the side is closed.
+    Raises TimeoutError at the deadline, LoopError, or another OSError (connect(2)).
     """
     family, address = where
+    if way and not way.check(where):
+        way = None  # nobody of this process is there
     try:
         sock = socket.SocketType(family, STREAM, 0)
     except OSError as error:
         attempt = partial(socket.SocketType, family, STREAM, 0)
         sock = await shortage.retry(attempt, error, deadline, partial(_gone, client))
-    side = Side(loop, sock)
+    side = UnixSide(loop, sock) if family == socket.AF_UNIX else Side(loop, sock)
     try:
+        if way and family == socket.AF_UNIX:
+            sock.bind("")  # to a name of the kernel's choice (unix(7)), which the proxy there sees
         retry = FIRST_RETRY
         while (code := sock.connect_ex(address)) == errno.EAGAIN:
             _check_time(loop, client, deadline)
@@ -52,6 +63,8 @@ async def connect(
             retry = min(2 * retry, LAST_RETRY)
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
+        if way:
+            way.enter(sock.getsockname(), where)  # before another task accepts it
         try:
             side.watch()
         except OSError as error:
@@ -67,9 +80,11 @@ async def connect(
             if code not in (errno.ECONNRESET, errno.EPIPE):
                 raise OSError(code, os.strerror(code))
         elif family != socket.AF_UNIX:
-            _configure(sock, address)
+            _configure(sock, address, way)
         return side
     except BaseException:
+        if way:
+            way.leave()
         side.close()
         raise
 
@@ -84,7 +99,12 @@ class UnreachableError(OSError):
 
 
 async def connect_to_one_of(
-    loop: Loop, shortage: Shortage, addresses: list[SocketAddress], deadline: float, client: Side | None = None
+    loop: Loop,
+    shortage: Shortage,
+    addresses: list[SocketAddress],
+    deadline: float,
+    client: Side | None = None,
+    way: Way | None = None,
 ) -> Side:
     """Connect to the first of these addresses that answers, as `connect` does; each gets a share of the time.
 
@@ -95,7 +115,8 @@ async def connect_to_one_of(
     errors: list[OSError] = []
     for where in tuple(addresses):
         try:
-            side = await connect(loop, shortage, where, share(loop.now, deadline, len(addresses) - len(errors)), client)
+            until = share(loop.now, deadline, len(addresses) - len(errors))
+            side = await connect(loop, shortage, where, until, client, way)
         except OSError as error:
             reasons.append(f"{where}: {why(error)}")
             errors.append(error)
@@ -117,6 +138,8 @@ def cause_of(error: OSError) -> Cause:
     """Why there is no connection, after an error of this module or of a lookup."""
     if isinstance(error, UnreachableError):
         error = error.last
+    if isinstance(error, LoopError):
+        return "loop"
     if isinstance(error, TimeoutError) and error.errno is None:
         return "connect-timeout"
     if isinstance(error, socket.gaierror):
@@ -129,10 +152,10 @@ def why(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _configure(sock: socket.SocketType, address: tuple[str, int]) -> None:
+def _configure(sock: socket.SocketType, address: tuple[str, int], way: Way | None) -> None:
     # The kernel lets a socket connect to itself when it picks the very port it dials and nobody listens there.
     if address[1] >= UNPRIVILEGED_PORTS:
-        near = sock.getsockname()
+        near = (way and way.near) or sock.getsockname()
         if near[1] == address[1] and near == sock.getpeername():
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     # A relayed message is not to wait for the acknowledgement of the last (Nagle's algorithm, tcp(7)).

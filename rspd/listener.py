@@ -7,10 +7,11 @@ import os
 import socket
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rspd.address import Address, SocketAddress, bound_address, format_socket_address
 from rspd.loop import Watch
+from rspd.side import Side, UnixSide
 
 # accept(2): errors that concern the one client that was to be accepted, not the listener.
 CLIENT_GONE = frozenset(
@@ -71,10 +72,11 @@ class Listener(Watch):
     """A listening socket, which it owns, for one of the configured addresses, or from systemd.
 
     name: where it listens, for people.
+    side: what a client's side is.
     passed: the name of a socket that systemd passed, and will pass to the next process too; None for one of our own.
     """
 
-    __slots__ = ("_inode", "_sock", "address", "backlog", "name", "passed")
+    __slots__ = ("_inode", "_sock", "address", "backlog", "name", "passed", "side")
 
     def __init__(
         self,
@@ -87,8 +89,16 @@ class Listener(Watch):
         self.address = address
         self.name = format_socket_address(sock.getsockname())
         self.passed = passed
+        self.side = UnixSide if sock.family == socket.AF_UNIX else Side
         self._sock = sock
         self._inode = inode
+
+    @property
+    def reached_at(self) -> list[Any]:
+        """Where clients connect to, in socket addresses; both wildcards for a socket that serves both families."""
+        where = self._sock.getsockname()
+        everywhere = bound_address(self._sock)
+        return [where, ("0.0.0.0", everywhere.port)] if everywhere.port and not everywhere.host else [where]
 
     def accept(self) -> tuple[socket.SocketType, object]:
         """The next client's socket, non-blocking and the caller's to close, and its address. Raises OSError."""

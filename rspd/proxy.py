@@ -20,7 +20,7 @@ from rspd.networks import Networks
 from rspd.pipes import Pipes
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
-from rspd.side import Side
+from rspd.ways import Ways
 
 # Seconds without accepting after an error that nobody expected.
 AFTER_ERROR = 1.0
@@ -39,6 +39,7 @@ class Common(NamedTuple):
     """
 
     loop: Loop
+    ways: Ways
     resolver: Resolver
     shortage: Shortage
     pipes: Pipes
@@ -53,6 +54,7 @@ class Proxy:
         self.listeners: list[Listener] = []
         self._accepted = 0
         self.shortage = common.shortage
+        self._ways = common.ways
         self.pipes = common.pipes
         self.watchers = common.watchers
         self.tag = f" proxy={config.name}" if config.name else ""
@@ -86,6 +88,7 @@ class Proxy:
             shortage=self.shortage,
             keep_alive=inf in (config.idle_timeout, config.half_close_timeout),
             guarded=self._access.needed or bool(config.accept_proxy),
+            ways=self._ways if self._ways.may_return(backend.address for backend in config.backends) else None,
             trusted=Networks(config.accept_proxy),
             access=self._access,
             refusals=self._refusals,
@@ -183,7 +186,7 @@ class Proxy:
             self.shortage.keep_spare()
         sock, address = listener.accept()
         self._accepted += 1
-        connection = Connection(self._terms, Side(self.loop, sock), address)
+        connection = Connection(self._terms, listener.side(self.loop, sock), address)
         connection.task = task = self.loop.spawn(connection.handle(), self._connection_ended)
         if not task.done:
             self._connections[task] = connection

@@ -24,6 +24,7 @@ from rspd.proxy import Common, Proxy
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
 from rspd.systemd import Notifier, PassedSocket
+from rspd.ways import Ways
 from rspd.yamlfile import ConfigError
 
 EXIT_CODES = {
@@ -84,11 +85,11 @@ def run(
     gc.freeze()
     gc.set_threshold(GARBAGE)
     with Loop() as loop:
-        common = Common(loop, Resolver(loop), Shortage(loop), Pipes(pipes), set())
+        common = Common(loop, Ways(loop), Resolver(loop), Shortage(loop), Pipes(pipes), set())
         common.shortage.keep_spare()
-        proxies = {
-            proxy.name: Proxy(common, proxy, _listeners_of(parts[proxy.name], listeners)) for proxy in config.proxies
-        }
+        own = {proxy.name: _listeners_of(parts[proxy.name], listeners) for proxy in config.proxies}
+        common.ways.listen(own)
+        proxies = {proxy.name: Proxy(common, proxy, own[proxy.name]) for proxy in config.proxies}
         loop.run(Service(common, config, proxies, adopted, load, notifier).run(on_ready))
 
 
@@ -299,15 +300,16 @@ class Service:
         listeners = replace_listeners(before, bindings)
         # Nothing from here on can fail.
         new: dict[str, Proxy] = {}
+        own = {wanted.name: _listeners_of(parts[wanted.name], listeners) for wanted in config.proxies}
+        self._common.ways.listen(own)
         for wanted in config.proxies:
-            own = _listeners_of(parts[wanted.name], listeners)
             if wanted.name in old:
                 proxy = old[wanted.name]
-                proxy.apply(wanted, own)
+                proxy.apply(wanted, own[wanted.name])
             else:
-                proxy = Proxy(self._common, wanted, own)
+                proxy = Proxy(self._common, wanted, own[wanted.name])
             new[wanted.name] = proxy
-            _log_listening(proxy, [listener for listener in own if listener not in before])
+            _log_listening(proxy, [listener for listener in own[wanted.name] if listener not in before])
         for name, proxy in old.items():
             if name not in new:
                 proxy.listeners.clear()  # they are others' now, or closed

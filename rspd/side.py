@@ -18,11 +18,6 @@ EVENTS = IN | OUT | PRI | RDHUP | EDGE
 # stream or an error is still to be read, and urgent data (tcp(7)) cuts a read short where more follows.
 MORE_TO_READ = PRI | RDHUP | HUP | ERR
 
-# A passed descriptor cuts a read short too, and no event tells of it (unix(7)): such a socket is read to EAGAIN.
-MORE_TO_READ_OF_UNIX = MORE_TO_READ | IN
-
-UNIX = int(socket.AF_UNIX)
-
 # close(2) of a TCP socket that lingers for 0 seconds sends RST and drops what was not sent (socket(7)).
 LINGER_0 = struct.pack("ii", 1, 0)
 
@@ -30,7 +25,9 @@ LINGER_0 = struct.pack("ii", 1, 0)
 class Side(Watch):
     """A connected, non-blocking stream socket, which it owns, and what epoll says of it."""
 
-    __slots__ = ("_more_to_read", "events", "loop", "sock")
+    __slots__ = ("events", "loop", "sock")
+
+    more_to_read = MORE_TO_READ
 
     def __init__(self, loop: Loop, sock: socket.SocketType) -> None:
         self.fd = sock.fileno()
@@ -38,7 +35,6 @@ class Side(Watch):
         self.loop = loop
         self.sock = sock
         self.events = EVENTS  # those that resume the task
-        self._more_to_read = MORE_TO_READ_OF_UNIX if sock.family == UNIX else MORE_TO_READ
 
     def watch(self) -> None:
         """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
@@ -72,7 +68,7 @@ class Side(Watch):
         except OSError:
             self.ready |= ERR
             return 0
-        if not count or (count < len(buffer) and not self.ready & self._more_to_read):
+        if not count or (count < len(buffer) and not self.ready & self.more_to_read):
             self.ready &= ~IN
         return count
 
@@ -86,7 +82,7 @@ class Side(Watch):
     def read(self, size: int) -> bytes | None:
         """Read what there is: `size` bytes at most, none when nothing more comes, None for not now."""
         data = self._receive(size, 0)
-        if data is not None and (not data or (len(data) < size and not self.ready & self._more_to_read)):
+        if data is not None and (not data or (len(data) < size and not self.ready & self.more_to_read)):
             self.ready &= ~IN
         return data
 
@@ -131,8 +127,8 @@ class Side(Watch):
         return int(struct.unpack("i", answer)[0])
 
     def at_risk(self) -> int:
-        """How many bytes an abort now would destroy: those unsent; none of a unix socket's, the peer has them."""
-        return 0 if self.sock.family == UNIX else self.unsent()
+        """How many bytes an abort now would destroy: those unsent."""
+        return self.unsent()
 
     def keep_alive(self) -> None:
         """Have the kernel ask a silent peer whether it is still there, and abort when it is not (tcp(7))."""
@@ -144,6 +140,19 @@ class Side(Watch):
         self.sock.close()
 
     def abort(self) -> None:
-        """Close the socket so that the peer gets RST, at once. A unix socket has no such thing, and is closed."""
+        """Close the socket so that the peer gets RST, at once."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
         self.close()
+
+
+class UnixSide(Side):
+    """The same of a unix socket. It has no RST: `abort` closes it."""
+
+    __slots__ = ()
+
+    # A passed descriptor cuts a read short too, and no event tells of it (unix(7)): it is read to EAGAIN.
+    more_to_read = MORE_TO_READ | IN
+
+    def at_risk(self) -> int:
+        """How many bytes an abort now would destroy: none, the peer has them."""
+        return 0

@@ -313,9 +313,9 @@ def test_a_quoted_value_is_one_printable_word_that_can_be_read_back(text: str) -
 # A log that nobody reads
 
 
-def account(log: str) -> tuple[list[int], int]:
+def account(log: str, rest: str = " x{100}") -> tuple[list[int], int]:
     """The numbers of the lines that arrived whole, and how many more were reported lost."""
-    arrived = [int(number) for number in re.findall(r"line=(\d+) x{100}", log)]
+    arrived = [int(number) for number in re.findall(rf"line=(\d+){rest}", log)]
     lost = sum(int(number) for number in re.findall(r"(\d+) lines of this log were lost", log))
     return arrived, lost
 

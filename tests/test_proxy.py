@@ -20,13 +20,14 @@ from rspd.pipes import Pipes
 from rspd.proxy import Common, Proxy
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
+from rspd.ways import Ways
 from tests.dialled import unix_listener
 from tests.support import PATIENCE, Backend, echo, reset, run
 from tests.test_pipes import no_descriptors
 
 
 def common(loop: Loop) -> Common:
-    return Common(loop, Resolver(loop), Shortage(loop), Pipes(2), set())
+    return Common(loop, Ways(loop), Resolver(loop), Shortage(loop), Pipes(2), set())
 
 
 def test_a_client_that_another_process_has_accepted_first_is_no_error() -> None:
