@@ -61,6 +61,17 @@ class Ways:
             return None
         return self._coming.pop(near, ())
 
+    def forget(self, near: Place) -> None:
+        """The connection with this near end is closed, or about to be."""
+        if not self._coming.pop(near, ()):
+            return  # a proxy has accepted it
+        now = self._loop.now
+        for other, when in list(self._gone.items()):
+            if now - when < GONE_FOR:
+                break
+            del self._gone[other]
+        self._gone[near] = now
+
     def place(self, address: object) -> Place:
         """A socket address, the same for each way to write a path."""
         place = place_of(address)
@@ -109,16 +120,10 @@ class Way:
 
     def leave(self) -> None:
         """What `enter` was told of is closed, or about to be."""
-        ways, near = self._ways, place_of(self.near)
-        self.near = None
-        if ways._coming.pop(near, None) is None:
+        if self.near is None:
             return
-        now = ways._loop.now
-        for other in list(ways._gone):
-            if now - ways._gone[other] < GONE_FOR:
-                break
-            del ways._gone[other]
-        ways._gone[near] = now
+        near, self.near = place_of(self.near), None
+        self._ways.forget(near)
 
     def _refuse(self, place: Place) -> None:
         name = self._ways._at.get(place)
