@@ -15,6 +15,9 @@ RUN_OPTIONS ?= --max-connections 16
 
 BIN = .venv/bin
 
+# sdnotify has no pyproject.toml: an older pip says so, unless it builds as if there were one. A later pip always does.
+PIP = PIP_USE_PEP517=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip
+
 # Where the package is built, from a copy of what .gitignore does not name.
 DEB_TREE = build/deb/rspd
 
@@ -27,7 +30,7 @@ endif
 
 .PHONY: run test test-system lint deb bench clean
 
-run: .venv/done
+run: .venv/run
 	@test -d "$(FOLDER)" || { echo 'make run: FOLDER=$(FOLDER) is not a folder' >&2; exit 1; }
 	@$(BIN)/python -c 'import socket, sys; [socket.create_server(("127.0.0.1", int(p))) for p in sys.argv[1:]]' \
 	$(PORT) $(BACKEND_PORT) 2>/dev/null || \
@@ -38,17 +41,17 @@ run: .venv/done
 	$(BIN)/rspd --foreground $(RUN_OPTIONS) -l 127.0.0.1:$(PORT) -b 127.0.0.1:$(BACKEND_PORT) & proxy=$$!; \
 	until wait $$proxy; [ $$? -lt 128 ]; do :; done
 
-test: .venv/done
+test: .venv/test
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q -rfEs -n 4 --dist loadgroup
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
 # Two workers for each suite: one has the test of a hundred idle exits, and waits.
-test-system: .venv/done
+test-system: .venv/test
 	$(BIN)/python -m pytest -q -rfEs -n 4 --dist loadgroup --no-loadscope-reorder tests/system
 
-lint: .venv/done
+lint: .venv/lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -67,14 +70,26 @@ deb:
 	rm -f dist/rspd_*
 	mv build/deb/rspd_* dist/
 
-bench: .venv/done
+bench: .venv/run
 	$(BIN)/python -m bench $(BENCH_OPTIONS)
 
-.venv/done: pyproject.toml
+# One environment, which grows: each file says that what a target needs is in it.
+.venv/run: pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || \
 	{ echo 'Python 3.10 or later with its venv module is needed: apt install python3-venv' >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -e '.[test,lint]'
+	@echo 'make: making .venv with what rspd needs: some ten seconds, once'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -q -e .
+	@touch $@
+
+.venv/test: .venv/run
+	@echo 'make: adding what the tests need to .venv: some ten seconds, once'
+	@$(PIP) install -q -e '.[test]'
+	@touch $@
+
+.venv/lint: .venv/test
+	@echo 'make: adding ruff and mypy to .venv: some ten seconds, once'
+	@$(PIP) install -q -e '.[test,lint]'
 	@touch $@
 
 clean:
