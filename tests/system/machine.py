@@ -214,10 +214,11 @@ class Machine:
         self.write(f"/etc/systemd/system/{unit}.d/test.conf", text + "\n")
         self.systemctl("daemon-reload")
 
-    def install(self, deb: Path, *options: str) -> None:
-        """Install a package, or upgrade to it."""
+    def install(self, deb: Path, *options: str) -> str:
+        """Install a package, or upgrade to it; what is said meanwhile."""
         shutil.copy(deb, self.path("/root"))
-        self.run("apt-get", "install", "-y", *options, f"/root/{deb.name}")
+        done = self.run("apt-get", "install", "-y", *options, f"/root/{deb.name}")
+        return done.stdout + done.stderr
 
     def journal(self) -> list[dict[str, Any]]:
         """The entries of the journal since the last `mark`, complete up to now."""

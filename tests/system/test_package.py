@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import Backend, answer
+from tests.support import Backend, answer, eventually
 from tests.system.machine import Machine
 from tests.system.traffic import CONFIGURATION, ask
 
@@ -35,6 +36,9 @@ def clean(bare: Machine) -> Iterator[Machine]:
     bare.mark()
     yield bare
     bare.run("dpkg", "--purge", "rspd")
+    bare.shell("rm -rf /etc/systemd/system/rspd* /etc/rspd /usr/sbin/policy-rc.d")
+    bare.systemctl("daemon-reload")
+    bare.systemctl("reset-failed")
 
 
 def listening(machine: Machine) -> set[str]:
@@ -103,7 +107,6 @@ def test_an_upgrade_keeps_an_edited_configuration_and_restarts(clean: Machine, d
     assert not set(before) & set(after), "both run the new version"
     with Backend(answer, port=8000):
         assert [ask(8081), ask(8082)] == [b"ok", b"ok"]
-    clean.shell("rm -r /etc/rspd/one.yaml; systemctl stop rspd@one")
 
 
 def test_an_upgrade_with_the_socket_refuses_nobody(clean: Machine, deb: Path, newer: Path) -> None:
@@ -128,6 +131,110 @@ def copy(machine: Machine, deb: Path) -> Path:
     """Put a package into the machine; where it is there."""
     machine.path(f"/root/{deb.name}").write_bytes(deb.read_bytes())
     return Path("/root", deb.name)
+
+
+WRONG = CONFIGURATION + "max_connection: 3\n"
+
+
+def test_an_upgrade_leaves_what_has_a_wrong_file_alone_and_says_what_is_wrong(
+    clean: Machine, deb: Path, newer: Path
+) -> None:
+    clean.install(deb)
+    clean.write("/etc/rspd/one.yaml", CONFIGURATION.replace(":8080", ":8081"))
+    clean.write("/etc/rspd/two.yaml", CONFIGURATION.replace(":8080", ":8082"))
+    clean.systemctl("enable", "--quiet", "rspd-worker@1")
+    clean.systemctl("restart", "rspd")
+    clean.systemctl("start", "rspd@one", "rspd@two")
+    wrong, right = ["rspd-worker@1.service", "rspd.service", "rspd@one.service"], ["rspd@two.service"]
+    units = [*wrong, *right]
+    eventually(lambda: [clean.show("ActiveState", unit) for unit in units] == ["active"] * 4)
+    clean.write("/etc/rspd.yaml", WRONG)
+    clean.write("/etc/rspd/one.yaml", "nonsense\n")
+    before = {unit: clean.pid(unit) for unit in units}
+
+    said = clean.install(newer)
+    assert said.count("rspd: /etc/rspd.yaml:3: max_connection: unknown key, did you mean max_connections?") == 1
+    assert said.count("rspd: /etc/rspd/one.yaml:1: ") == 1
+    names = " ".join(wrong)
+    assert f"rspd: with a wrong file, not restarted: {names}. Correct it, then: systemctl restart {names}\n" in said
+    assert [unit for unit in units if clean.pid(unit) == before[unit]] == wrong
+    with Backend(answer, port=8000):
+        assert [ask(port) for port in (8080, 8081, 8082)] == [b"ok"] * 3
+
+    clean.write("/etc/rspd.yaml", CONFIGURATION)
+    clean.write("/etc/rspd/one.yaml", CONFIGURATION.replace(":8080", ":8081"))
+    clean.systemctl("restart", *wrong)
+    assert not [unit for unit in units if clean.pid(unit) == before[unit]]
+
+
+def test_a_file_that_its_user_cannot_read_is_a_wrong_one(clean: Machine, deb: Path, newer: Path) -> None:
+    clean.install(deb)
+    before = clean.pid()
+    clean.shell("chmod 600 /etc/rspd.yaml")
+    assert "rspd: /etc/rspd.yaml: cannot be read: Permission denied; " in clean.install(newer)
+    assert clean.pid() == before
+    clean.shell("chmod 644 /etc/rspd.yaml")
+
+
+def test_an_upgrade_checks_the_file_that_a_drop_in_names(clean: Machine, deb: Path, newer: Path) -> None:
+    clean.install(deb)
+    clean.write("/etc/rspd/other.yaml", CONFIGURATION)
+    options = "-c /etc/rspd/other.yaml"
+    start, reload = f"ExecStart=\nExecStart=rspd {options}", f"ExecReload=\nExecReload=rspd --check {options}"
+    clean.drop_in("rspd.service", f"[Service]\n{start}\n{reload}")
+    clean.systemctl("restart", "rspd")
+    before = clean.pid()
+    clean.write("/etc/rspd/other.yaml", WRONG)
+    assert "rspd: /etc/rspd/other.yaml:3: " in clean.install(newer)
+    assert clean.pid() == before
+
+
+def test_an_upgrade_starts_nothing_that_was_stopped(clean: Machine, deb: Path, newer: Path) -> None:
+    clean.install(deb)
+    clean.systemctl("enable", "--quiet", "rspd.socket")
+    clean.systemctl("stop", "rspd")
+    clean.install(newer)
+    units = ["rspd.service", "rspd.socket"]
+    assert [clean.show("ActiveState", unit) for unit in units] == ["inactive"] * 2
+    assert [clean.show("UnitFileState", unit) for unit in units] == ["enabled"] * 2
+
+
+@pytest.mark.parametrize("now", [["--now"], []], ids=["stopped", "running"])
+def test_an_upgrade_leaves_a_masked_service_alone(clean: Machine, deb: Path, newer: Path, now: list[str]) -> None:
+    clean.install(deb)
+    clean.systemctl("mask", "--quiet", *now, "rspd")
+    before = clean.pid()
+    assert "rspd.service" not in clean.install(newer)
+    assert (clean.pid(), clean.show("LoadState")) == (before, "masked")
+
+
+def test_where_the_administrator_forbids_it_an_upgrade_restarts_nothing(clean: Machine, deb: Path, newer: Path) -> None:
+    clean.install(deb)
+    clean.write("/etc/rspd/one.yaml", CONFIGURATION.replace(":8080", ":8082"))
+    clean.systemctl("start", "rspd@one")
+    before = [clean.pid(), clean.pid("rspd@one")]
+    clean.write("/usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n")
+    clean.shell("chmod +x /usr/sbin/policy-rc.d")
+    clean.install(newer)
+    assert [clean.pid(), clean.pid("rspd@one")] == before
+    clean.path("/usr/sbin/policy-rc.d").unlink()
+
+
+def test_installed_again_with_a_wrong_file_it_does_not_start_and_says_why(clean: Machine, deb: Path) -> None:
+    clean.install(deb)
+    clean.run("apt-get", "remove", "-y", "rspd")
+    clean.write("/etc/rspd.yaml", WRONG)
+    said = clean.install(deb)
+    assert "rspd: /etc/rspd.yaml:3: " in said
+    assert "not started: rspd.service. Correct it, then: systemctl restart rspd.service\n" in said
+    assert clean.show("ActiveState") == "inactive"
+
+
+def test_an_installation_says_why_the_service_does_not_run(clean: Machine, deb: Path) -> None:
+    with socket.create_server(("127.0.0.1", 8080)):
+        said = clean.install(deb)
+    reason = "cannot listen on 127.0.0.1:8080: Address already in use; "
+    assert f"rspd: rspd.service does not run: {reason}" in said
 
 
 def test_a_service_that_was_disabled_stays_so_when_it_is_upgraded(clean: Machine, deb: Path, newer: Path) -> None:
