@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
@@ -46,6 +47,11 @@ STATUS_INTERVAL = 1.0
 # draining, the unit's TimeoutStopSec= does.
 STOP_EXTENSION = 30.0
 
+# Seconds for which a start under systemd is tried again where it cannot listen, and between two tries. Who has the port
+# may give it up; and each start that fails costs systemd several lines of the journal, four times a second.
+LISTEN_PATIENCE = 5.0
+LISTEN_AGAIN = 0.5
+
 # Objects made and not freed before the garbage collector looks for cycles. By Python's own figure it would do so
 # while clients come, for each few dozen of them.
 GARBAGE = 20_000
@@ -69,18 +75,9 @@ def run(
     adopted = [adopt_listener(name, sock) for name, sock in sockets]
     try:
         parts = assign(config, adopted)
-        bindings = {
-            address: Binding(_resolve(address), proxy.backlog, proxy.reuse_port)
-            for proxy in config.proxies
-            for address in parts[proxy.name].addresses
-        }
-        pipes = reserve_descriptors(config, len(adopted) + _count(bindings))
-        listeners = replace_listeners(adopted, bindings)
-    except ListenError as error:
-        code = error.errno or 0
-        raise StartError(str(error), EXIT_CODES.get(code, os.EX_UNAVAILABLE), code) from None
     except ConfigError as error:
         raise StartError("\n".join(error.errors), os.EX_CONFIG) from None
+    listeners, pipes = _listen(config, parts, adopted, notifier)
     # What is there by now stays, and a connection leaves no cycles behind, only the lookup of a name does.
     gc.freeze()
     gc.set_threshold(GARBAGE)
@@ -91,6 +88,32 @@ def run(
         common.ways.listen(own)
         proxies = {proxy.name: Proxy(common, proxy, own[proxy.name]) for proxy in config.proxies}
         loop.run(Service(common, config, proxies, adopted, load, notifier).run(on_ready))
+
+
+def _listen(
+    config: Config, parts: Mapping[str, Part], adopted: Sequence[Listener], notifier: Notifier
+) -> tuple[list[Listener], int]:
+    """The listeners of all proxies, and how many pipes there is room for. Raises StartError, maybe after a while."""
+    until = time.monotonic() + (LISTEN_PATIENCE if notifier.active else 0.0)
+    told = False
+    while True:
+        try:
+            bindings = {
+                address: Binding(_resolve(address), proxy.backlog, proxy.reuse_port)
+                for proxy in config.proxies
+                for address in parts[proxy.name].addresses
+            }
+            pipes = reserve_descriptors(config, len(adopted) + _count(bindings))
+            return replace_listeners(adopted, bindings), pipes
+        except ListenError as error:
+            code = EXIT_CODES.get(error.errno or 0, os.EX_UNAVAILABLE)
+            if code != os.EX_UNAVAILABLE or time.monotonic() >= until:
+                raise StartError(str(error), code, error.errno or 0) from None
+            if not told:
+                log.warning("%s; trying again for %g s", error, LISTEN_PATIENCE)
+                notifier.starting(str(error))
+                told = True
+        time.sleep(LISTEN_AGAIN)
 
 
 def _count(bindings: Mapping[Address, Binding]) -> int:

@@ -118,6 +118,10 @@ class Notifier:
         """Whether systemd has yet to hear of a change: call `alive` soon."""
         return bool(self._pending)
 
+    def starting(self, status: str) -> None:
+        """The service is not at work yet, and why."""
+        self._send(_status(status))
+
     def ready(self, status: str) -> None:
         """The service is at work, for the first time or after a reload."""
         self._change("READY=1", _status(status))

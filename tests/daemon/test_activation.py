@@ -80,7 +80,7 @@ def refused(*arguments: str, sockets: dict[str, HasFileno], code: int = 78) -> l
         finally:
             daemon.kill()
     assert not notify.with_field("READY")
-    lines = [line.removeprefix("rspd: ") for line in daemon.lines]
+    lines = [line.removeprefix("rspd: ") for line in daemon.lines if line.startswith("rspd: ")]
     assert notify.status == "; ".join(lines)
     return lines
 

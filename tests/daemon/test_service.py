@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -263,8 +263,8 @@ def test_signs_of_life_go_on_while_it_drains(tmp_path: Path) -> None:
 # What does not start
 
 
-def failed(notify: NotifySocket, *arguments: str, log: str) -> int:
-    """Run rspd, which is not to start for the reason in its log; what it tells systemd is left to look at."""
+def failed(notify: NotifySocket, *arguments: str, log: str, messages: int = 1) -> int:
+    """Run rspd, which is not to start for the reason in its log; so many messages to systemd are left to look at."""
     done = subprocess.run(
         [sys.executable, "-m", "rspd", *arguments],
         env={**os.environ, **notify.env},
@@ -274,19 +274,35 @@ def failed(notify: NotifySocket, *arguments: str, log: str) -> int:
         check=False,
     )
     assert re.search(log, done.stderr)
-    notify.wait_for("STATUS")
+    notify.wait_for("STATUS", messages)
     assert not notify.with_field("READY")
-    assert len(notify.messages) == 1
+    assert len(notify.messages) == messages
     return done.returncode
 
 
-def test_a_port_in_use_is_told_with_its_errno() -> None:
+def test_a_port_in_use_is_waited_for_and_then_told_with_its_errno() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, notify_socket() as notify:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert failed(notify, "-l", address, "-b", "a:1", log=f"cannot listen on {address}") == 69
-    (message,) = notify.messages
+        assert failed(notify, "-l", address, "-b", "a:1", log=f"cannot listen on {address}", messages=2) == 69
+    waiting, message = notify.messages
+    assert waiting.text == "STATUS=" + message.status
+    assert message.when - waiting.when >= 4.5
     assert message.fields["ERRNO"] == str(errno.EADDRINUSE)
     assert message.status.startswith(f"cannot listen on {address}: Address already in use; another process listens ")
+
+
+def test_a_port_that_becomes_free_while_it_waits_is_taken() -> None:
+    with Backend(answer) as backend, ExitStack() as stack:
+        taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with service("-b", backend.address, listen=[address], wait=False) as daemon:
+            (line,) = daemon.wait_for("cannot listen")
+            assert f"WARNING cannot listen on {address}: Address already in use; " in line
+            assert line.endswith("; trying again for 5 s")
+            stack.close()
+            daemon.notify.wait_for("READY=1")
+            ask(daemon)
+            assert len(daemon.find("cannot listen")) == 1
 
 
 def test_all_that_is_wrong_with_a_file_is_told_in_one_line(tmp_path: Path) -> None:
