@@ -277,6 +277,21 @@ def test_purged_it_leaves_nothing_but_the_user(clean: Machine, deb: Path) -> Non
     assert clean.run("getent", "passwd", "rspd").stdout
 
 
+def test_purged_it_takes_its_own_folders_and_leaves_those_of_others(clean: Machine, deb: Path) -> None:
+    clean.install(deb)
+    clean.write("/etc/rspd/one.yaml", "listen: /run/rspd-one/web\nbackend: 127.0.0.1:8000\n")
+    clean.systemctl("start", "rspd@one")
+    clean.write("/run/rspd-other/file", "kept\n")
+    clean.run("dpkg", "--purge", "rspd")
+    assert clean.shell("find /run -path '/run/rspd*'").stdout.split() == ["/run/rspd-other", "/run/rspd-other/file"]
+    clean.shell("rm -r /run/rspd-other")
+
+
+def test_the_names_of_ports_come_along(clean: Machine, deb: Path) -> None:
+    clean.install(deb)
+    assert clean.run("dpkg-query", "-W", "-f", "${Recommends}", "rspd").stdout == "netbase"
+
+
 def test_the_packages_own_test_passes(clean: Machine, deb: Path) -> None:
     clean.install(deb)
     (script,) = (path for path in (PROJECT / "debian/tests").iterdir() if path.name != "control")
