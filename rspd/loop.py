@@ -286,20 +286,24 @@ class Loop:
             wait = 0.0 if queue else due - clock()
             events = poll(wait if wait > 0.0 else 0.0, MAX_EVENTS)  # below 0 is for ever
             now = self.now = clock()
-            if due <= now:
-                # After a freeze (SIGSTOP, a paused virtual machine) the poll may have brought nothing, or not all. Whom
-                # a timer wakes is to know what came meanwhile.
-                events += poll(0.0, len(watches))
-                self._fire_due()
+            late = due <= now
+            if late:
+                # After a freeze (SIGSTOP, a paused virtual machine) the poll may have brought nothing, or not all: what
+                # came meanwhile is known, and told first, before any timer fires.
+                events += poll(0.0, len(watches) + MAX_EVENTS)
             # All events are noted before any task runs. A task may close a descriptor and another may get its
             # number: what the batch still holds for the old one must not reach the new one.
             for fd, mask in events:
                 try:
                     watch = watches[fd]
                 except KeyError:
-                    continue  # closed here, and another process has a copy: epoll goes on reporting it (epoll(7))
+                    # Closed here, and another process has a copy, which epoll goes on reporting (epoll(7)). As soon as
+                    # the number has a new owner, that one gets these events.
+                    continue
                 watch.ready |= mask
                 queue[watch.task] = None
+            if late:
+                self._fire_due()
             # Tasks woken from here on wait for the next turn, after a look at the descriptors.
             self._queue = {}
             for task in queue:

@@ -766,6 +766,36 @@ def test_whatever_is_ready_is_known_before_any_timer_fires() -> None:
     run(main, clock)
 
 
+def test_what_a_thread_has_found_is_told_before_a_timer_fires() -> None:
+    """As after a freeze: the answer is there, and its deadline has passed."""
+    clock = FakeClock()
+    outcomes: list[object] = []
+    seen: list[object] = []
+
+    async def ask(loop: Loop) -> None:
+        task, deadline = loop.current, loop.now + 10
+
+        def take(outcome: object) -> None:
+            outcomes.append(outcome)
+            task.wake()
+
+        loop.run_in_thread(lambda: "answer", take)
+        task.wake_at(deadline)
+        while not outcomes and loop.now < deadline:
+            await news()
+        seen.extend(outcomes)
+
+    async def main(loop: Loop) -> None:
+        threads = threading.active_count()
+        task = loop.spawn(ask(loop))
+        eventually(lambda: threading.active_count() == threads)  # no turn of the loop passes meanwhile
+        await advance(loop, clock, 11)
+        assert task.done
+        assert seen == ["answer"]
+
+    run(main, clock)
+
+
 def test_a_descriptor_that_epoll_refuses_is_an_error_and_is_not_watched(tmp_path: Path) -> None:
     async def main(loop: Loop) -> None:
         with (tmp_path / "file").open("wb") as file, pytest.raises(PermissionError):
