@@ -148,7 +148,8 @@ class Output:
             try:
                 self._own = fd = os.open(f"/proc/self/fd/{fd}", REOPEN_FLAGS)
             except OSError:
-                self._piece = 1  # it is another user's, as after su(1)
+                # Another user's, as after su(1). One byte fits whenever poll(2) says so.
+                self._piece = 1 if os.isatty(fd) else self._piece
         self._fd = fd
         self._note_lost = note_lost
         self._sock = socket.SocketType(fileno=fd) if stat.S_ISSOCK(mode) else None
@@ -170,21 +171,23 @@ class Output:
             self._lost += 1
 
     def close(self) -> None:
-        """Stop writing; the descriptor stays open."""
+        """Stop writing; the descriptor that was given stays open."""
         if self._sock:
             self._sock.detach()
         if self._own >= 0:
             os.close(self._own)
 
     def _put(self, data: bytes) -> bool:
-        rest = data = self._cut + data
+        cut, rest = self._cut, self._cut + data
         try:
             while rest:
                 rest = rest[self._send(rest) :]
         except OSError:
             if len(rest) < len(data):
                 self._cut = b"\n"
-            return rest == self._cut  # its end comes before the next line: it is not lost
+            elif len(rest) < len(cut + data):
+                self._cut = b""
+            return rest == b"\n"  # the line is whole: its end comes before the next one
         self._cut = b""
         return True
 

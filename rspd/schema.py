@@ -15,13 +15,13 @@ SPELLINGS = {"backend": "backends"}
 class Report:
     """What is wrong with a file, and what has been read of it.
 
-    read: by who read it and its node's id, what a value means, the key where it was read, and whether it is right. By
-        aliases a value may stand in many places; it is read once.
+    meanings: by who read it and its node's id, what a value means, the key where it was read, and whether it is right.
+        By aliases a value may stand in many places; it is read once.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source  # the file's name, or what is in its place
-        self.read: dict[tuple[Scalar, int], tuple[Any, str, bool]] = {}
+        self.meanings: dict[tuple[Scalar, int], tuple[Any, str, bool]] = {}
         self._errors: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
@@ -174,11 +174,11 @@ def read_keys(
 
 def _read_once(reader: Scalar, entry: Entry, key: str, report: Report) -> Any:
     """What the value of an entry means; if it was read in another place and is wrong, one error says so."""
-    known = report.read.get((reader, id(entry.value.node)))
+    known = report.meanings.get((reader, id(entry.value.node)))
     if not known:
         before = len(report)
         meaning = reader.read(entry.value, key, report)
-        report.read[reader, id(entry.value.node)] = meaning, key, len(report) == before
+        report.meanings[reader, id(entry.value.node)] = meaning, key, len(report) == before
         return meaning
     meaning, first, good = known
     if not good:

@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class Shortage:
-    """The state of something being short. Tasks that failed for want of one wait here, first come first served."""
+    """The state of descriptors, or watches, being short.
+
+    Tasks that failed for want of one wait here, first come first served.
+    """
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop

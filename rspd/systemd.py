@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -42,6 +43,9 @@ STATUS_MAX = 500
 
 # Systemd wants a sign of life within the time it says; three chances leave room for a lost one.
 SIGNS_OF_LIFE = 3
+
+# What send(2) says where a message may be sent later.
+NO_ROOM = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
 
 USEC_INFINITY = 2**64 - 1
 
@@ -101,8 +105,8 @@ def _take(fd: int, name: str) -> socket.SocketType:
 class Notifier:
     """Tells systemd how the service does; says nothing where NOTIFY_SOCKET is not set.
 
-    Nothing here but `failed` ever waits. A change of state for which systemd's queue has no room is `pending`, until
-    one of the calls after it finds room, or another change takes its place.
+    Nothing here but `failed` ever waits. A change of state for which systemd's queue has no room is `pending` until one
+    of the calls after it finds room; of several reloads, the last.
     interval: seconds between two signs of life that systemd waits for (sd_watchdog_enabled(3)), or inf.
     """
 
@@ -111,7 +115,7 @@ class Notifier:
         self.interval = _watchdog_interval() if self.active else inf
         # Its `notify` swallows errors: what could not be sent would not be sent again. So its socket is used.
         self._notifier = SystemdNotifier() if self.active else None
-        self._pending: list[str] = []
+        self._pending: list[list[str]] = []
 
     @property
     def pending(self) -> bool:
@@ -124,18 +128,20 @@ class Notifier:
 
     def ready(self, status: str) -> None:
         """The service is at work, for the first time or after a reload."""
-        self._change("READY=1", _status(status))
+        self._pending.append(["READY=1", _status(status)])
+        self._send_pending()
 
     def alive(self, status: str) -> None:
         """A sign of life, and what the service is doing; to be repeated."""
-        if self._pending:
-            self._change(*self._pending)
+        self._send_pending()
         if not self._pending:
             self._send("WATCHDOG=1", _status(status))
 
     def reloading(self) -> None:
         """A reload begins; it ends with `ready`, however it went."""
-        self._change("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._pending = [["RELOADING=1", f"MONOTONIC_USEC={usec}"]]
+        self._send_pending()
 
     def stopping(self, status: str, seconds: float) -> None:
         """The service is about to end; to be repeated.
@@ -152,8 +158,9 @@ class Notifier:
         """
         self._send(*([f"ERRNO={code}"] if code else []), _status(reason), patience=PATIENCE)
 
-    def _change(self, *assignments: str) -> None:
-        self._pending = [] if self._send(*assignments) else list(assignments)
+    def _send_pending(self) -> None:
+        while self._pending and self._send(*self._pending[0]):
+            del self._pending[0]
 
     def _send(self, *assignments: str, patience: float = 0.0) -> bool:
         """Send a message; False if there was no room for it."""
@@ -162,10 +169,8 @@ class Notifier:
         self._notifier.socket.settimeout(patience)
         try:
             self._notifier.socket.send("\n".join(assignments).encode())
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass  # nobody is there
+        except OSError as error:
+            return error.errno not in NO_ROOM  # else nobody is there
         return True
 
 
