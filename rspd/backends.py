@@ -21,7 +21,7 @@ from rspd.proxy_protocol import encode
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
 from rspd.side import Side
-from rspd.ways import Way
+from rspd.ways import Way, Ways
 
 # How many backends that are down are tried for one client.
 LAST_RESORTS = 10
@@ -49,6 +49,7 @@ class Backends:
         shortage: Shortage,
         on_down: Callable[[Backend], object] = lambda _: None,
         on_change: Callable[[], object] = lambda: None,
+        ways: Ways | None = None,
     ) -> None:
         """on_down: called when a backend goes down, after those that wait have been given another.
 
@@ -56,6 +57,7 @@ class Backends:
         """
         self._loop = loop
         self._resolver = resolver
+        self._ways = ways
         self._shortage = shortage
         self._on_down = on_down
         self._on_change = on_change
@@ -388,8 +390,14 @@ class Backends:
                 self._checked(backend, True, "")
             return
 
+        ways = self._ways
+        way = Way(ways, (self.config.name,)) if ways else None
+
         def reach(deadline: float) -> Coroutine[Any, Any, Side]:
-            return self.reach(backend, deadline, None)
+            if way:
+                way.end()  # of the check before
+            may_return = ways and ways.may_return(backend.address)
+            return self.reach(backend, deadline, None, way if may_return else None)
 
         def report(healthy: bool, reason: str) -> None:
             self._checked(backend, healthy, reason)

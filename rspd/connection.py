@@ -6,7 +6,7 @@ import logging
 from typing import NamedTuple
 
 from rspd.access import Access, Refusals
-from rspd.address import format_peer, host_of
+from rspd.address import format_peer, host_of, place_of
 from rspd.backend import Backend
 from rspd.backends import Backends
 from rspd.cause import Cause
@@ -19,7 +19,7 @@ from rspd.networks import Networks
 from rspd.pipes import Pipes
 from rspd.proxy_protocol import HeaderError, HostPort, NoHeaderError, encode, receive
 from rspd.relay import Relay
-from rspd.shortage import Shortage
+from rspd.shortage import SHORT, Shortage
 from rspd.side import Side
 from rspd.ways import Way, Ways, came_back
 
@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 class Terms(NamedTuple):
     """What the connections of a proxy have in common, from one reload to the next.
 
+    shortage: where a connection waits that cannot be watched.
     keep_alive: whether the kernel is to find out which peers are gone.
     guarded: whether anything is asked of a client before it is served.
-    ways: where a backend may be a proxy of this process, under whatever name.
+    ways: where some backend may be a proxy of this process, under whatever name.
     trusted: whose word on who the client is counts (accept_proxy).
     tag: names the proxy in the log, with a space before it, or is empty.
     """
@@ -145,14 +146,22 @@ class Connection:
         try:
             await terms.shortage.retry(self.client.watch, error, deadline, lambda: False)
         except OSError as last:
+            if last.errno not in SHORT:
+                raise
             raise DialError("backend-unreachable", [f"the client cannot be watched: {why(last)}"]) from None
 
     def _find_way(self, ways: Ways) -> Way:
         """By which proxies of this process the client has come. Raises RefusedError if this is one of them."""
         name = self.terms.config.name
-        passed = ways.passed(self.client_address)
+        near = place_of(self.client_address)
+        if not ways.knows(near):
+            return Way(ways, (name,))
+        passed = ways.take(near, ways.place(self.client.sock.getsockname()))
         if passed is None:
-            raise RefusedError(None, "")  # it has given up, and who it was for has a line in the log
+            log.debug("client has gone client=%s%s", format_peer(self.client_address), self.terms.tag)
+            raise RefusedError(None, "")  # it was rspd, and the client for whom it came has a line
+        if passed and isinstance(near, str):
+            self.client_address = ""  # its name was made for this only
         if name in passed:
             raise RefusedError("loop", came_back((*passed, name)))
         return Way(ways, (*passed, name))
@@ -208,7 +217,7 @@ class Connection:
 
     def _close(self, cause: Cause | None) -> None:
         if self.way:
-            self.way.leave()
+            self.way.end()
         if self.relay and self.backend:
             self.relay.close()
             self.terms.backends.release(self.backend)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from rspd.backend import Backend
 from rspd.backends import Backends
 from rspd.cause import Cause
-from rspd.dialling import OUR_FAULT, UnreachableError, cause_of, connect, share, why
+from rspd.dialling import UnreachableError, cause_of, connect, is_own_fault, share, why
 from rspd.log import quote
 from rspd.loop import Loop, Task, news
 from rspd.shortage import Shortage
@@ -99,7 +99,7 @@ class Dialler:
             except OSError as error:
                 backends.release(backend)
                 reasons += _reasons(addresses[0] if addresses else backend.address, error)
-                if client.aborted or error.errno in OUR_FAULT:
+                if client.aborted or is_own_fault(error):
                     backends.no_verdict(backend, out_until)
                 else:
                     backends.failed(backend, error)

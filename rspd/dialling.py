@@ -41,7 +41,7 @@ async def connect(
     """Connect to an address: the side, watched by the running task, and the caller's to close.
 
     client: when it aborts, dialling ends; None where nobody waits for it.
-    way: the client's, if it might lead back to this process; its `leave` is to be called when the side is closed.
+    way: the client's, if it might lead back to this process; its `end` is to be called when the side is closed.
     Raises TimeoutError at the deadline, LoopError, or another OSError (connect(2)).
     """
     family, address = where
@@ -55,7 +55,10 @@ async def connect(
     side = UnixSide(loop, sock) if family == socket.AF_UNIX else Side(loop, sock)
     try:
         if way and family == socket.AF_UNIX:
-            sock.bind("")  # to a name of the kernel's choice (unix(7)), which the proxy there sees
+            # A name that the proxy there sees for its client; the kernel's own choice needs Python 3.10.6 or 3.11.1.
+            near = f"\0rspd-{os.urandom(8).hex()}"
+            sock.bind(near)
+            way.begin(near)
         retry = FIRST_RETRY
         while (code := sock.connect_ex(address)) == errno.EAGAIN:
             _check_time(loop, client, deadline)
@@ -63,8 +66,8 @@ async def connect(
             retry = min(2 * retry, LAST_RETRY)
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
-        if way:
-            way.enter(sock.getsockname(), where)  # before another task accepts it
+        if way and not way.near:
+            way.begin(sock.getsockname())  # before another task accepts it
         try:
             side.watch()
         except OSError as error:
@@ -84,7 +87,7 @@ async def connect(
         return side
     except BaseException:
         if way:
-            way.leave()
+            way.end()
         side.close()
         raise
 
@@ -126,7 +129,8 @@ async def connect_to_one_of(
             addresses.remove(where)
             addresses.insert(0, where)
             return side
-    raise UnreachableError(reasons, errors[-1])
+    loops = [error for error in errors if isinstance(error, LoopError)]
+    raise UnreachableError(reasons, (loops or errors)[-1])
 
 
 def share(now: float, deadline: float, attempts: float) -> float:
@@ -145,6 +149,13 @@ def cause_of(error: OSError) -> Cause:
     if isinstance(error, socket.gaierror):
         return "backend-unknown"
     return "backend-refused" if error.errno in REFUSED else "backend-unreachable"
+
+
+def is_own_fault(error: OSError) -> bool:
+    """Whether an error says nothing of the backend: something is short here, or the client's way led back."""
+    if isinstance(error, UnreachableError):
+        error = error.last
+    return error.errno in OUR_FAULT or (isinstance(error, LoopError) and not error.itself)
 
 
 def why(error: OSError) -> str:

@@ -97,8 +97,8 @@ class Listener(Watch):
     def reached_at(self) -> list[Any]:
         """Where clients connect to, in socket addresses; both wildcards for a socket that serves both families."""
         where = self._sock.getsockname()
-        everywhere = bound_address(self._sock)
-        return [where, ("0.0.0.0", everywhere.port)] if everywhere.port and not everywhere.host else [where]
+        bound = bound_address(self._sock)
+        return [where, ("0.0.0.0", bound.port)] if not (bound.path or bound.host) else [where]
 
     def accept(self) -> tuple[socket.SocketType, object]:
         """The next client's socket, non-blocking and the caller's to close, and its address. Raises OSError."""

@@ -59,7 +59,7 @@ class Proxy:
         self.watchers = common.watchers
         self.tag = f" proxy={config.name}" if config.name else ""
         self.backends = Backends(
-            common.loop, config, common.resolver, common.shortage, self._backend_down, self._changed
+            common.loop, config, common.resolver, common.shortage, self._backend_down, self._changed, common.ways
         )
         self._dialler = Dialler(common.loop, self.backends, common.shortage)
         self._access = Access((), (), inf)
@@ -88,7 +88,7 @@ class Proxy:
             shortage=self.shortage,
             keep_alive=inf in (config.idle_timeout, config.half_close_timeout),
             guarded=self._access.needed or bool(config.accept_proxy),
-            ways=self._ways if self._ways.may_return(backend.address for backend in config.backends) else None,
+            ways=self._ways if self._ways.needed else None,
             trusted=Networks(config.accept_proxy),
             access=self._access,
             refusals=self._refusals,

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 
 from rspd import log as log_setup
@@ -85,7 +85,7 @@ def run(
         common = Common(loop, Ways(loop), Resolver(loop), Shortage(loop), Pipes(pipes), set())
         common.shortage.keep_spare()
         own = {proxy.name: _listeners_of(parts[proxy.name], listeners) for proxy in config.proxies}
-        common.ways.listen(own)
+        common.ways.listen(own, _backends(config))
         proxies = {proxy.name: Proxy(common, proxy, own[proxy.name]) for proxy in config.proxies}
         loop.run(Service(common, config, proxies, adopted, load, notifier).run(on_ready))
 
@@ -187,6 +187,7 @@ class Service:
             else:
                 await news()
         self._ending = True
+        self._common.ways.listen({}, ())
         proxies = self._everyone()
         timeouts = {f"{proxy.config.drain_timeout:g}" for proxy in proxies}
         for proxy in proxies:
@@ -324,7 +325,7 @@ class Service:
         # Nothing from here on can fail.
         new: dict[str, Proxy] = {}
         own = {wanted.name: _listeners_of(parts[wanted.name], listeners) for wanted in config.proxies}
-        self._common.ways.listen(own)
+        self._common.ways.listen(own, _backends(config))
         for wanted in config.proxies:
             if wanted.name in old:
                 proxy = old[wanted.name]
@@ -347,6 +348,10 @@ class Service:
             return await self._common.resolver.look_up(address, deadline, lambda: self._ends > 0)
         except OSError as error:
             raise ListenError(address, address, error) from None
+
+
+def _backends(config: Config) -> Iterator[Address]:
+    return (backend.address for proxy in config.proxies for backend in proxy.backends)
 
 
 def _log_listening(proxy: Proxy, listeners: Sequence[Listener]) -> None:
