@@ -301,6 +301,7 @@ def test_a_port_that_becomes_free_while_it_waits_is_taken() -> None:
             assert line.endswith("; trying again for 5 s")
             stack.close()
             daemon.notify.wait_for("READY=1")
+            daemon.wait_for("listening address=")
             ask(daemon)
             assert len(daemon.find("cannot listen")) == 1
 
