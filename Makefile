@@ -22,24 +22,25 @@ PIP = PIP_USE_PEP517=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip
 DEB_TREE = build/deb/rspd
 
 ifneq ($(CHECK),yes)
-export DEB_BUILD_OPTIONS += nocheck
+override DEB_BUILD_OPTIONS += nocheck
 endif
 ifneq ($(filter nocheck,$(DEB_BUILD_OPTIONS)),)
-export DEB_BUILD_PROFILES += nocheck
+override DEB_BUILD_PROFILES += nocheck
 endif
+export DEB_BUILD_OPTIONS DEB_BUILD_PROFILES
 
 .PHONY: run test test-system lint deb bench clean
 
 run: .venv/run
 	@test -d "$(FOLDER)" || { echo 'make run: FOLDER=$(FOLDER) is not a folder' >&2; exit 1; }
-	@$(BIN)/python -c 'import socket, sys; [socket.create_server(("127.0.0.1", int(p))) for p in sys.argv[1:]]' \
-	$(PORT) $(BACKEND_PORT) 2>/dev/null || \
-	{ echo 'make run: port $(PORT) or $(BACKEND_PORT) is taken, choose PORT=... BACKEND_PORT=...' >&2; exit 1; }
+	@why=$$($(BIN)/python -c \
+	'import socket, sys; [socket.create_server(("127.0.0.1", int(p))) for p in sys.argv[1:]]' $(PORT) $(BACKEND_PORT) 2>&1) || \
+	{ echo "make run: port $(PORT) or $(BACKEND_PORT) cannot be used: $${why##*: }; choose PORT=... BACKEND_PORT=..." >&2; exit 1; }
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory "$(FOLDER)" $(BACKEND_PORT) >/dev/null 2>&1 & \
 	backend=$$!; trap 'kill $$backend $$proxy 2>/dev/null' EXIT; trap : INT; trap 'kill $$proxy' TERM HUP; \
 	echo "Open http://127.0.0.1:$(PORT)/ (Ctrl-C ends it)"; \
-	$(BIN)/rspd --foreground $(RUN_OPTIONS) -l 127.0.0.1:$(PORT) -b 127.0.0.1:$(BACKEND_PORT) & proxy=$$!; \
-	until wait $$proxy; [ $$? -lt 128 ]; do :; done
+	$(BIN)/python -m rspd --foreground $(RUN_OPTIONS) -l 127.0.0.1:$(PORT) -b 127.0.0.1:$(BACKEND_PORT) & proxy=$$!; \
+	until wait $$proxy; code=$$?; [ $$code -lt 128 ]; do :; done; exit $$code
 
 test: .venv/test
 	$(BIN)/coverage erase
@@ -57,6 +58,7 @@ lint: .venv/lint
 	$(BIN)/mypy
 
 deb:
+	@case '$(CURDIR)' in *[[:space:]]*) echo 'make deb: pybuild needs a path without blanks, found $(CURDIR)' >&2; exit 1; esac
 	@command -v dpkg-buildpackage >/dev/null || \
 	{ echo 'make deb: expected dpkg-buildpackage, found none: apt install dpkg-dev' >&2; exit 1; }
 # Without what dpkg takes for granted, a compiler: nothing is compiled here.
@@ -78,18 +80,18 @@ bench: .venv/run
 .venv/run: pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || \
 	{ echo 'Python 3.10 or later with its venv module is needed: apt install python3-venv' >&2; exit 1; }
-	@echo 'make: making .venv with what rspd needs: some ten seconds, once'
+	@echo 'make: making .venv with what rspd needs: less than a minute, once'
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install -q -e .
 	@touch $@
 
 .venv/test: .venv/run
-	@echo 'make: adding what the tests need to .venv: some ten seconds, once'
+	@echo 'make: adding what the tests need to .venv: less than a minute, once'
 	@$(PIP) install -q -e '.[test]'
 	@touch $@
 
 .venv/lint: .venv/test
-	@echo 'make: adding ruff and mypy to .venv: some ten seconds, once'
+	@echo 'make: adding ruff and mypy to .venv: less than a minute, once'
 	@$(PIP) install -q -e '.[test,lint]'
 	@touch $@
 
