@@ -167,6 +167,24 @@ def test_an_upgrade_leaves_what_has_a_wrong_file_alone_and_says_what_is_wrong(
     assert not [unit for unit in units if clean.pid(unit) == before[unit]]
 
 
+def test_an_upgrade_checks_the_files_of_services_that_wait_behind_their_sockets(
+    clean: Machine, deb: Path, newer: Path
+) -> None:
+    clean.install(deb)
+    clean.systemctl("stop", "rspd")
+    sockets = ["rspd.socket", "rspd@one.socket", "rspd@two.socket"]
+    clean.systemctl("start", *sockets)
+    clean.write("/etc/rspd.yaml", WRONG)
+    clean.write("/etc/rspd/one.yaml", WRONG)
+    clean.write("/etc/rspd/two.yaml", "backend: 127.0.0.1:8000\n")
+    said = clean.install(newer)
+    for path in ("/etc/rspd.yaml", "/etc/rspd/one.yaml"):
+        assert said.count(f"rspd: {path}:3: max_connection: unknown key") == 1
+    assert "rspd: with a wrong file, not restarted: rspd.service rspd@one.service. Correct it, " in said
+    services = ["rspd.service", "rspd@one.service", "rspd@two.service"]
+    assert [clean.show("ActiveState", unit) for unit in sockets + services] == ["active"] * 3 + ["inactive"] * 3
+
+
 def test_a_file_that_its_user_cannot_read_is_a_wrong_one(clean: Machine, deb: Path, newer: Path) -> None:
     clean.install(deb)
     before = clean.pid()
@@ -189,6 +207,33 @@ def test_an_upgrade_checks_the_file_that_a_drop_in_names(clean: Machine, deb: Pa
     assert clean.pid() == before
 
 
+@pytest.mark.parametrize("setting", ["Group", "SupplementaryGroups"])
+def test_an_upgrade_checks_the_file_with_the_groups_of_the_service(
+    clean: Machine, deb: Path, newer: Path, setting: str
+) -> None:
+    clean.install(deb)
+    clean.shell("getent group cfg || groupadd cfg; chgrp cfg /etc/rspd.yaml; chmod 640 /etc/rspd.yaml")
+    clean.drop_in("rspd.service", f"[Service]\n{setting}=cfg")
+    clean.systemctl("restart", "rspd")
+    before = clean.pid()
+    assert "wrong file" not in clean.install(newer)
+    assert clean.pid() != before
+    clean.systemctl("stop", "rspd")
+
+
+def test_where_the_check_itself_fails_an_upgrade_names_its_command(clean: Machine, deb: Path, newer: Path) -> None:
+    clean.install(deb)
+    clean.write("/etc/rspd/my own.yaml", CONFIGURATION)
+    options = "-c '/etc/rspd/my own.yaml'"
+    start, reload = f"ExecStart=\nExecStart=rspd {options}", f"ExecReload=\nExecReload=rspd --check {options}"
+    clean.drop_in("rspd.service", f"[Service]\n{start}\n{reload}")
+    clean.systemctl("restart", "rspd")
+    before = clean.pid()
+    said = clean.install(newer)
+    assert re.search(r"rspd: the check that failed: setpriv --reuid=rspd .* rspd --check -c .*my own", said)
+    assert clean.pid() == before
+
+
 def test_an_upgrade_starts_nothing_that_was_stopped(clean: Machine, deb: Path, newer: Path) -> None:
     clean.install(deb)
     clean.systemctl("enable", "--quiet", "rspd.socket")
@@ -204,7 +249,8 @@ def test_an_upgrade_leaves_a_masked_service_alone(clean: Machine, deb: Path, new
     clean.install(deb)
     clean.systemctl("mask", "--quiet", *now, "rspd")
     before = clean.pid()
-    assert "rspd.service" not in clean.install(newer)
+    about_it = [line for line in clean.install(newer).splitlines() if "rspd.service" in line]
+    assert about_it == ([] if now else ["rspd: masked, not restarted: rspd.service"])
     assert (clean.pid(), clean.show("LoadState")) == (before, "masked")
 
 
@@ -228,6 +274,18 @@ def test_installed_again_with_a_wrong_file_it_does_not_start_and_says_why(clean:
     assert "rspd: /etc/rspd.yaml:3: " in said
     assert "not started: rspd.service. Correct it, then: systemctl restart rspd.service\n" in said
     assert clean.show("ActiveState") == "inactive"
+
+
+def test_installed_again_with_a_wrong_file_its_socket_does_not_listen(clean: Machine, deb: Path) -> None:
+    clean.install(deb)
+    clean.systemctl("disable", "--quiet", "rspd")
+    clean.systemctl("enable", "--quiet", "rspd.socket")
+    clean.run("apt-get", "remove", "-y", "rspd")
+    clean.write("/etc/rspd.yaml", WRONG)
+    said = clean.install(deb)
+    assert "rspd: /etc/rspd.yaml:3: " in said
+    assert "not started: rspd.socket. Correct it, then: systemctl restart rspd.socket\n" in said
+    assert clean.show("ActiveState", "rspd.socket") == "inactive"
 
 
 def test_an_installation_says_why_the_service_does_not_run(clean: Machine, deb: Path) -> None:
@@ -257,6 +315,28 @@ def test_removed_it_leaves_the_configuration_and_installed_again_it_uses_that(cl
     assert clean.show("ActiveState") == "active"
     with Backend(answer, port=8000):
         assert ask(8081) == b"ok"
+
+
+@pytest.mark.parametrize("how", ["installed", "not removed"])
+def test_what_is_enabled_runs_again(clean: Machine, deb: Path, how: str) -> None:
+    clean.install(deb)
+    for name, port in (("one", 8082), ("two", 8083)):
+        clean.write(f"/etc/rspd/{name}.yaml", CONFIGURATION.replace(":8080", f":{port}"))
+    clean.write("/etc/rspd/three.yaml", "backend: 127.0.0.1:8000\n")
+    enabled = ["rspd.socket", "rspd-worker@1.service", "rspd@one.service", "rspd@three.service", "rspd@three.socket"]
+    clean.systemctl("enable", "--quiet", *enabled)
+    clean.systemctl("stop", "rspd")
+    clean.systemctl("start", "rspd.socket", "rspd@three.socket")
+    clean.systemctl("start", "rspd", "rspd@one", "rspd@three")
+    if how == "installed":
+        clean.run("apt-get", "remove", "-y", "rspd")
+        clean.install(deb)
+    else:
+        clean.shell("echo exit 1 >> /var/lib/dpkg/info/rspd.prerm")
+        assert clean.run("dpkg", "--remove", "rspd", check=False).returncode
+        clean.install(deb, "--reinstall")
+    eventually(lambda: [clean.show("ActiveState", unit) for unit in ["rspd", *enabled]] == ["active"] * 6)
+    assert clean.show("ActiveState", "rspd@two") == "inactive"
 
 
 def test_purged_it_leaves_nothing_but_the_user(clean: Machine, deb: Path) -> None:
