@@ -295,6 +295,23 @@ def test_an_installation_says_why_the_service_does_not_run(clean: Machine, deb: 
     assert f"rspd: rspd.service does not run: {reason}" in said
 
 
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        ("ExecStartPre=sleep 1", "cannot listen on 127.0.0.1:8080: Address already in use; "),
+        ("ExecStart=\nExecStart=false", "see systemctl status rspd.service\n"),
+    ],
+    ids=["not yet", "never"],
+)
+def test_an_installation_waits_for_the_reason_that_the_next_attempt_says(
+    clean: Machine, deb: Path, start: str, reason: str
+) -> None:
+    clean.drop_in("rspd.service", f"[Service]\nRestartSec=0\n{start}")
+    with socket.create_server(("127.0.0.1", 8080)):
+        said = clean.install(deb)
+    assert f"rspd: rspd.service does not run: {reason}" in said
+
+
 def test_a_service_that_was_disabled_stays_so_when_it_is_upgraded(clean: Machine, deb: Path, newer: Path) -> None:
     clean.install(deb)
     clean.systemctl("disable", "--quiet", "--now", "rspd")
