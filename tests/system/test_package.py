@@ -384,6 +384,16 @@ def test_purged_it_takes_its_own_folders_and_leaves_those_of_others(clean: Machi
     clean.shell("rm -r /run/rspd-other")
 
 
+def test_purged_after_its_user_it_takes_its_folder_and_complains_of_nothing(clean: Machine, deb: Path) -> None:
+    clean.install(deb)
+    clean.systemctl("stop", "rspd")
+    clean.run("userdel", "rspd")
+    assert clean.path("/run/rspd").is_dir()
+    purged = clean.run("dpkg", "--purge", "rspd")
+    assert "rspd'" not in purged.stderr
+    assert not clean.path("/run/rspd").exists()
+
+
 def test_the_names_of_ports_come_along(clean: Machine, deb: Path) -> None:
     clean.install(deb)
     assert clean.run("dpkg-query", "-W", "-f", "${Recommends}", "rspd").stdout == "netbase"
