@@ -105,7 +105,7 @@ def test_clients_whose_first_attempts_failed_wait_in_the_order_in_which_they_cam
         where = listener.getsockname()
         stack.enter_context(socket.create_connection(where))  # there is no room for another
         backend = {"address": f"127.0.0.1:{where[1]}", "max_connections": 30}
-        file = File(tmp_path, backends=backend, queue_timeout="20s", connect_timeout="700ms")
+        file = File(tmp_path, backends=backend, queue_timeout="20s", connect_timeout="3s")
         with file.rspd() as daemon, ExitStack() as coming:
             clients = [coming.enter_context(daemon.connect()) for _ in range(30)]
             eventually(lambda: connections(daemon, where[1]) == 30)
