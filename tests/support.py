@@ -277,7 +277,7 @@ class Backend:
         self.port: int = self.listener.getsockname()[1]
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
-        self._start(self._accept)
+        self._acceptor = self._start(self._accept)
 
     @property
     def address(self) -> str:
@@ -297,21 +297,22 @@ class Backend:
         except OSError:
             pass
         self.listener.close()
-        for sock in self._sockets:
+        deadline = time.monotonic() + PATIENCE
+        self._acceptor.join(PATIENCE)  # it may be about to start one more
+        for sock in list(self._sockets):
             try:
                 sock.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
-
-        deadline = time.monotonic() + PATIENCE
         for thread in self._threads:
             thread.join(max(0, deadline - time.monotonic()))
 
-    def _start(self, target: Callable[..., object], *arguments: object) -> None:
+    def _start(self, target: Callable[..., object], *arguments: object) -> threading.Thread:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         thread = threading.Thread(target=target, args=arguments, daemon=True)
         thread.start()
         self._threads.append(thread)
+        return thread
 
     def _accept(self) -> None:
         while True:
