@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import free_port
+from tests.support import PATIENCE, free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,9 @@ def make(folder: Path, *words: str, path: str = "") -> subprocess.CompletedProce
     theirs = ("CHECK", "MAKE", "MFLAGS", "DEB_BUILD_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
     environment["PATH"] = f"{path}:{environment['PATH']}"
-    return subprocess.run(["make", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["make", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,7 @@ def ready(fresh: Path) -> Path:
     (programs / "python").symlink_to(sys.executable)
     (fresh / ".venv/run").touch()
     (fresh / "rspd").mkdir()
+    (fresh / "rspd/__init__.py").touch()  # or another rspd that PYTHONPATH names would come first
     (fresh / "rspd/__main__.py").write_text("import sys; sys.exit(69)")
     return fresh
 

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -29,30 +28,27 @@ def web() -> Iterator[socket.socket]:
 
 
 def test_it_ends_with_0_when_nobody_has_come_for_so_long(web: socket.socket) -> None:
-    with service("-b", "192.0.2.1:80", "--exit-idle-time", "300ms", sockets={"web": web}) as daemon:
+    begun = time.monotonic()
+    with service("-b", "192.0.2.1:80", "--exit-idle-time", "1s", sockets={"web": web}) as daemon:
         assert daemon.wait() == 0
-        began, (ended,) = daemon.find("listening address="), daemon.find("idle seconds=0.3$")
-        assert logged_at(ended) - logged_at(began[0]) >= timedelta(milliseconds=299)
+        assert time.monotonic() - begun >= 1
+        assert daemon.find("idle seconds=1$")
         assert daemon.find("ending connections=0")
         assert daemon.find("ended served=0$")
         daemon.notify.wait_for("STOPPING=1")
 
 
-def logged_at(line: str) -> datetime:
-    return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S.%f")
-
-
 def test_it_does_not_end_while_a_connection_is_open_and_the_time_begins_anew_after_it(web: socket.socket) -> None:
-    with Backend(echo) as backend:
+    with Backend(echo) as backend, client_of(web) as client:  # it is there before rspd
         with service("-b", backend.address, "--exit-idle-time", "500ms", sockets={"web": web}) as daemon:
-            with client_of(web) as client:
-                client.sendall(b"a")
-                assert client.recv(1) == b"a"
-                with pytest.raises(subprocess.TimeoutExpired):
-                    daemon.process.wait(1.2)
-                client.sendall(b"b")
-                assert client.recv(1) == b"b"
-                closed = time.monotonic()
+            client.sendall(b"a")
+            assert client.recv(1) == b"a"
+            with pytest.raises(subprocess.TimeoutExpired):
+                daemon.process.wait(1.2)
+            client.sendall(b"b")
+            assert client.recv(1) == b"b"
+            closed = time.monotonic()
+            client.close()
             assert daemon.wait() == 0
             assert time.monotonic() - closed >= 0.5
             assert daemon.find("ended served=1$")
@@ -60,14 +56,14 @@ def test_it_does_not_end_while_a_connection_is_open_and_the_time_begins_anew_aft
 
 def test_each_connection_begins_the_time_anew(web: socket.socket) -> None:
     with Backend(answer) as backend:
-        with service("-b", backend.address, "--exit-idle-time", "800ms", sockets={"web": web}) as daemon:
+        with service("-b", backend.address, "--exit-idle-time", "2s", sockets={"web": web}) as daemon:
             for _ in range(3):
                 ask(web)
                 last = time.monotonic()
                 with pytest.raises(subprocess.TimeoutExpired):
-                    daemon.process.wait(0.3)
+                    daemon.process.wait(0.8)
             assert daemon.wait() == 0
-            assert time.monotonic() - last >= 0.8
+            assert time.monotonic() - last >= 2
             assert daemon.find("ended served=3$")
 
 
@@ -75,11 +71,11 @@ def test_the_time_is_a_key_of_the_file_which_a_reload_sets_and_clears(web: socke
     file = tmp_path / "rspd.yaml"
     with Backend(echo) as backend:
         file.write_text(f"backend: {backend.address}\nexit_idle_time: 500ms\n")
-        with service("-c", str(file), sockets={"web": web}) as daemon:
-            with client_of(web) as client:
-                client.sendall(b"a")
-                assert client.recv(1) == b"a"
-                reload(daemon, file, f"backend: {backend.address}\n")
+        with client_of(web) as client, service("-c", str(file), sockets={"web": web}) as daemon:
+            client.sendall(b"a")
+            assert client.recv(1) == b"a"
+            reload(daemon, file, f"backend: {backend.address}\n")
+            client.close()
             with pytest.raises(subprocess.TimeoutExpired):
                 daemon.process.wait(1.0)
             reload(daemon, file, f"backend: {backend.address}\nexit_idle_time: 100ms\n")
@@ -193,13 +189,13 @@ def test_nobody_who_comes_when_it_ends_idle_is_lost(web: socket.socket) -> None:
 
 def test_whoever_comes_at_the_very_moment_it_decides_to_end_is_served_by_it_or_the_next(web: socket.socket) -> None:
     with Backend(answer) as backend:
-        with service("-b", backend.address, "--exit-idle-time", "200ms", sockets={"web": web}) as first:
+        with service("-b", backend.address, "--exit-idle-time", "1s", sockets={"web": web}) as first:
             first.signal(signal.SIGSTOP)
             client = client_of(web)
             client.sendall(b"?")
             client.shutdown(socket.SHUT_WR)
             assert select.select([web], [], [], PATIENCE)[0] == [web]
-            time.sleep(0.3)  # it is to wake up with its time over and a client waiting
+            time.sleep(1.1)  # it is to wake up with its time over and a client waiting
             first.signal(signal.SIGCONT)
             assert first.wait() == 0
         with client, service("-b", backend.address, sockets={"web": web}):

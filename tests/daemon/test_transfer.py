@@ -17,6 +17,7 @@ from tests.support import (
     abstract_name,
     answer,
     echo,
+    eventually,
     receive_all,
     rspd,
     send_and_close,
@@ -97,7 +98,8 @@ def test_both_directions_run_at_once() -> None:
     ):
         sent, received = exchange(client)
         daemon.wait_for_ends(1)
-    assert at_backend == [(received[1], (size, sent))]
+        eventually(lambda: at_backend or backend.errors)  # it may have to read on
+    assert at_backend == [(received[1], (size, sent))], backend.errors
     assert received[0] == size
 
 
