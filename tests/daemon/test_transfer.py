@@ -18,6 +18,7 @@ from tests.support import (
     answer,
     echo,
     eventually,
+    free_port,
     receive_all,
     rspd,
     send_and_close,
@@ -206,8 +207,7 @@ def test_an_abstract_name_and_a_host_name_work_as_addresses() -> None:
 
 
 def test_a_bare_port_listens_on_every_address_of_both_families() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with Backend(echo) as backend, rspd("-b", backend.address, listen=(str(port),)) as daemon:
         daemon.wait_for("listening address=", 2)
         for host in ("127.0.0.1", "127.0.0.2", "::1"):
