@@ -55,11 +55,12 @@ def addresses(webs: list[Web]) -> list[str]:
 def exchange(daemon: Daemon) -> str:
     """Have a client served; by whom."""
     with daemon.connect() as client:
-        port = client.getsockname()[1]
+        pattern = f"connection closed client=127.0.0.1:{client.getsockname()[1]} "
+        before = len(daemon.find(pattern))  # the kernel gives a port again
         client.sendall(b"hello")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == b"hello"
-    (line,) = daemon.wait_for(f"connection closed client=127.0.0.1:{port} ")
+    line = daemon.wait_for(pattern, before + 1)[-1]
     return line.partition("backend=")[2].split()[0]
 
 
