@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +32,9 @@ CLIENT_GONE = frozenset(
         errno.ETIMEDOUT,
     }
 )
+
+# tcpi_unacked in struct tcp_info, linux/tcp.h: of a socket that listens, how many wait to be accepted.
+UNACKED = slice(24, 28)
 
 # What bind(2) and socket(2) say where the host has no such family, or no such address.
 NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
@@ -108,6 +113,18 @@ class Listener(Watch):
         client = socket.SocketType(sock.family, socket.SOCK_STREAM, 0, fd)
         client.setblocking(False)
         return client, address
+
+    def waiting(self) -> int | None:
+        """How many clients wait in the backlog; None if some do, and the kernel does not say how many."""
+        try:
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, UNACKED.stop)
+        except OSError:
+            info = b""  # a unix socket
+        if len(info) == UNACKED.stop:
+            return int.from_bytes(info[UNACKED], sys.byteorder)
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        return None if poll.poll(0) else 0
 
     def listen(self, backlog: int) -> None:
         """Listen on, with a new backlog, or again after `rest`."""

@@ -9,6 +9,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,6 +146,40 @@ def test_clients_are_accepted_in_the_order_in_which_they_came(open_all: Open) ->
         assert address == client.getsockname()
         sock.close()
         client.close()
+
+
+def test_a_tcp_listener_knows_how_many_clients_wait(open_all: Open) -> None:
+    [listener] = open_all("127.0.0.1:0")
+    assert listener.waiting() == 0
+    with connect(listener), connect(listener), connect(listener):
+        eventually(lambda: listener.waiting() == 3)
+        accept(listener)[0].close()
+        assert listener.waiting() == 2
+
+
+def test_a_unix_listener_knows_only_that_clients_wait(open_all: Open, tmp_path: Path) -> None:
+    [listener] = open_all(f"{tmp_path}/s")
+    assert listener.waiting() == 0
+    with connect(listener), connect(listener):
+        assert listener.waiting() is None
+        accept(listener)[0].close()
+        accept(listener)[0].close()
+        assert listener.waiting() == 0
+
+
+def test_where_the_kernel_does_not_say_how_many_wait_it_says_that_they_do() -> None:
+    class Short(socket.SocketType):
+        """On a kernel whose struct tcp_info ends before the number."""
+
+        def getsockopt(self, level: int, name: int, size: int = 0) -> Any:
+            return super().getsockopt(level, name, size)[:-4] if size else super().getsockopt(level, name)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        listener = Listener(parse_address("127.0.0.1:1"), Short(server.family, server.type, 0, os.dup(server.fileno())))
+        assert listener.waiting() == 0
+        with socket.create_connection(server.getsockname()):
+            eventually(lambda: listener.waiting() is None)
+        listener.close()
 
 
 def test_accepting_without_descriptors_is_an_error_and_the_client_goes_on_waiting(open_all: Open) -> None:
