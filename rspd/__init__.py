@@ -21,6 +21,7 @@ descriptors     room for the descriptors that a configuration needs
 adoption        which socket from systemd goes with which proxy and address
 shortage        running out of descriptors
 ways            which proxies a connection has passed, so that none is passed twice
+places          all places taken, and clients that wait for one
 listener        listening sockets: bound or adopted, accepted from, closed
 balance         policies: which of several backends gets the next connection
 relay           two flows between two sides, until both have ended
