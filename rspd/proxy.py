@@ -18,6 +18,7 @@ from rspd.listener import CLIENT_GONE, Listener
 from rspd.loop import EXCLUSIVE, IN, Loop, Task, news
 from rspd.networks import Networks
 from rspd.pipes import Pipes
+from rspd.places import Places
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
 from rspd.ways import Ways
@@ -65,6 +66,7 @@ class Proxy:
         self._access = Access((), (), inf)
         self._refusals = Refusals(common.loop, self.tag)
         self._connections: dict[Task, Connection] = {}
+        self.places = Places(common.loop, self.tag, self._connections, self._changed)
         self._accepting = False
         self._leaving = False
         self._watched: list[Listener] = []
@@ -78,6 +80,8 @@ class Proxy:
         self.listeners = list(listeners)
         self._rotation = deque(self.listeners)
         present = [host for connection in self._connections.values() if (host := connection.counts_as()) is not None]
+        self._shared = any(listener.passed is not None for listener in self.listeners)
+        self.places.apply(config.max_connections, self.listeners, self._shared)
         self._access.apply(config.allow, config.deny, config.max_connections_per_client, present)
         self._terms = Terms(
             loop=self.loop,
@@ -124,6 +128,7 @@ class Proxy:
         """Accept nobody any more. Who waits in the backlog is reset by the kernel, or waits on for systemd's next."""
         self._acceptor.cancel()
         self._pause()
+        self.places.close()
         for listener in self.listeners:
             listener.close()
         self.listeners.clear()
@@ -156,7 +161,9 @@ class Proxy:
             if len(self._connections) >= self.config.max_connections:
                 # Who comes now waits in the backlog, in order.
                 self._pause()
-                await news()
+                self.places.all_taken()
+                while len(self._connections) >= self.config.max_connections:
+                    await news()
                 # Often somebody does: then accepting saves asking epoll first.
                 for waited_for in self.listeners:
                     waited_for.ready = IN
@@ -233,6 +240,6 @@ class Proxy:
             self._watched.append(listener)
         self._accepting = True
         self._look_again = inf
-        if any(listener.passed is not None for listener in self.listeners):
+        if self._shared:
             self._look_again = self.loop.now + LOOK_AGAIN
             self.loop.current.wake_at(self._look_again)

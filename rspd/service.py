@@ -361,7 +361,8 @@ def _log_listening(proxy: Proxy, listeners: Sequence[Listener]) -> None:
 
 
 def _doing(proxy: Proxy) -> str:
-    return f"serving {proxy.open} of {proxy.config.max_connections}"
+    waiting = proxy.places.waiting
+    return f"serving {proxy.open} of {proxy.config.max_connections}" + (f", {waiting} waiting" if waiting else "")
 
 
 def _resolve(address: Address) -> list[SocketAddress]:

@@ -7,8 +7,10 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
+from math import inf
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,8 @@ from rspd.resolver import Resolver
 from rspd.shortage import Shortage
 from rspd.ways import Ways
 from tests.dialled import unix_listener
-from tests.support import PATIENCE, Backend, echo, reset, run
+from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, reset, run
+from tests.test_loop import advance, rounds
 from tests.test_pipes import no_descriptors
 
 
@@ -232,3 +235,161 @@ def test_a_proxy_that_leaves_without_a_connection_checks_and_looks_up_no_more() 
                 await loop.sleep(0.01)
 
         run(main)
+
+
+class Crowd:
+    """A serial proxy, one client that is served, and two that wait. Time passes when the test says so.
+
+    kept: the listener once more, as systemd keeps it.
+    """
+
+    def __init__(self, loop: Loop, clock: FakeClock, stack: ExitStack) -> None:
+        self.loop, self.clock = loop, clock
+        backend = stack.enter_context(Backend(echo))
+        self.kept = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.kept.setblocking(False)
+        self.listen = Address(*self.kept.getsockname())
+        backends = (BackendConfig(Address("127.0.0.1", backend.port)),)
+        self.config = ProxyConfig((self.listen,), backends, idle_timeout=inf)
+        self.common = common(loop)
+        self.proxy = Proxy(self.common, self.config, [self.listener()])
+        self.clients = [stack.enter_context(socket.create_connection(self.kept.getsockname())) for _ in range(3)]
+
+    def listener(self) -> Listener:
+        return Listener(self.listen, socket.SocketType(fileno=os.dup(self.kept.fileno())))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Without time passing."""
+        while not condition():
+            await self.loop.yield_turn()
+
+    async def pass_seconds(self, count: int) -> None:
+        for _ in range(count):
+            await advance(self.loop, self.clock, 1.0)
+
+    async def wait(self) -> None:
+        """Until it has told of those who wait."""
+        await self.until(lambda: self.proxy.open == 1)
+        listener = self.proxy.listeners[0]
+        eventually(lambda: listener.waiting() == 2)
+        await self.pass_seconds(1)
+        assert self.proxy.places.waiting == "2"
+
+    async def end(self) -> None:
+        self.proxy.stop_listening()
+        await self.proxy.drain(lambda: True)
+
+
+def crowded(script: Callable[[Crowd], Coroutine[Any, Any, None]]) -> None:
+    """Run a script with a crowd."""
+    clock = FakeClock()
+    with ExitStack() as stack:
+        run(lambda loop: script(Crowd(loop, clock, stack)), clock)
+
+
+FULL = "all places taken, clients wait max_connections=1 waiting=2"
+
+
+def test_clients_that_wait_for_a_place_are_told_until_a_reload_makes_room(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rspd")
+
+    async def script(crowd: Crowd) -> None:
+        proxy = crowd.proxy
+        await crowd.wait()
+        assert caplog.messages == [FULL]
+        proxy.pause()
+        proxy.apply(crowd.config._replace(max_connections=4), proxy.listeners)
+        assert proxy.places.waiting == ""
+        await crowd.until(lambda: proxy.open == 3)
+        await crowd.pass_seconds(3)
+        assert caplog.messages == [FULL, "clients no longer wait for a place max_connections=4"]
+        await crowd.end()
+
+    crowded(script)
+
+
+def test_a_reload_that_takes_places_away_lets_clients_wait_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(crowd: Crowd) -> None:
+        proxy = crowd.proxy
+        await crowd.wait()
+        proxy.pause()
+        proxy.apply(crowd.config._replace(max_connections=4), proxy.listeners)
+        await crowd.until(lambda: proxy.open == 3)
+        await crowd.pass_seconds(61)
+        proxy.pause()
+        proxy.apply(crowd.config, proxy.listeners)
+        with socket.create_connection(crowd.kept.getsockname()):
+            listener = proxy.listeners[0]
+            eventually(lambda: listener.waiting() == 1)
+            await rounds(crowd.loop)
+            await advance(crowd.loop, crowd.clock, 0.5)
+            # One goes, and there are still more than may be: nobody is accepted.
+            crowd.clients[0].close()
+            await crowd.until(lambda: proxy.open == 2)
+            await advance(crowd.loop, crowd.clock, 0.5)
+            assert (proxy.open, proxy.places.waiting) == (2, "1")
+        assert caplog.messages == [FULL, FULL.replace("=2", "=1")]
+        await crowd.end()
+
+    crowded(script)
+
+
+def test_listeners_that_are_replaced_take_their_clients_along() -> None:
+    async def script(crowd: Crowd) -> None:
+        proxy = crowd.proxy
+        await crowd.wait()
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            listener = Listener(Address(*other.getsockname()), socket.SocketType(fileno=os.dup(other.fileno())))
+            proxy.pause()
+            proxy.listeners[0].close()
+            proxy.apply(crowd.config, [listener])
+            assert proxy.places.waiting == ""
+            await crowd.pass_seconds(4)
+            await crowd.end()
+
+    crowded(script)
+
+
+def test_a_proxy_that_stops_tells_of_nobody_who_waits_and_they_wait_on_for_systemd_s_next(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "rspd.places")
+
+    async def script(crowd: Crowd) -> None:
+        proxy = crowd.proxy
+        await crowd.wait()
+        proxy.stop_listening()
+        assert proxy.places.waiting == ""
+        await rounds(crowd.loop)
+        await crowd.pass_seconds(4)
+        assert proxy.places.waiting == ""
+        await proxy.drain(lambda: True)
+        for client in crowd.clients[1:]:
+            waiting, address = crowd.kept.accept()
+            waiting.close()
+            assert address == client.getsockname()
+
+    crowded(script)
+    assert [record.getMessage() for record in caplog.records if record.name == "rspd.places"] == [FULL]
+
+
+def test_clients_that_wait_for_descriptors_do_not_wait_for_a_place(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(crowd: Crowd) -> None:
+        proxy = crowd.proxy
+        await crowd.wait()
+        with no_descriptors():
+            proxy.pause()
+            proxy.apply(crowd.config._replace(max_connections=2), proxy.listeners)
+            await crowd.until(lambda: proxy.shortage.active)
+            assert proxy.places.waiting == ""
+            await advance(crowd.loop, crowd.clock, 60)
+            await crowd.pass_seconds(5)
+            assert proxy.open == 1
+        assert all(message.startswith("accepting pauses") for message in caplog.messages[1:])
+        await crowd.until(lambda: proxy.open == 2)
+        await crowd.pass_seconds(2)
+        assert caplog.messages[-1] == "all places taken, clients wait max_connections=2 waiting=1"
+        await crowd.end()
+        await crowd.pass_seconds(2)
+
+    crowded(script)

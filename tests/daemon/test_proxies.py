@@ -159,6 +159,17 @@ def test_the_status_tells_of_a_backend_that_goes_down_and_comes_up_while_nobody_
                 daemon.notify.wait_for_status("0 served; web serving 0 of 1, 2 of 2 backends up; mail .*", 2)
 
 
+def test_clients_that_wait_for_a_place_are_told_of_for_their_proxy(tmp_path: Path, one: Backend, two: Backend) -> None:
+    file = File(tmp_path, proxies={"web": proxy(WEB, one), "mail": proxy(MAIL, two)})
+    with service("-c", str(file.path)) as daemon, served(daemon, MAIL, b"two") as client, client_of(daemon, MAIL):
+        daemon.wait_for("WARNING all places taken, clients wait proxy=mail max_connections=1 waiting=1$")
+        web = f"web serving 0 of 1, backend {one.address}"
+        mail = f"mail serving 1 of 1{{}}, backend {two.address}"
+        daemon.notify.wait_for_status(f"1 served; {web}; {mail.format(', 1 waiting')}")
+        client.close()
+        daemon.notify.wait_for_status(f"2 served; {web}; {mail.format('')}")
+
+
 def test_each_proxy_has_its_own_limits_and_the_top_of_the_file_is_for_those_without(
     tmp_path: Path, one: Backend, two: Backend
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -9,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 
+from tests.manager import service
 from tests.support import PATIENCE, Backend, Daemon, answer, echo, eventually, receive_all, rspd
 
 
@@ -24,6 +26,12 @@ def ask(daemon: Daemon, got: list[float], started: float) -> socket.socket:
 
     threading.Thread(target=wait, daemon=True).start()
     return client
+
+
+def answer_all(sock: socket.socket) -> None:
+    """A handler that answers each request of a client that stays."""
+    while sock.recv(1):
+        sock.sendall(b"ok")
 
 
 @pytest.mark.parametrize(("limit", "seconds"), [(1, 4.0), (4, 1.0)])
@@ -66,6 +74,31 @@ def test_serially_a_client_that_says_nothing_holds_the_others_until_its_idle_tim
             silent.close()
             polite.close()
             assert daemon.wait_for_ends(2)[0]["cause"] == "idle-timeout"
+
+
+def test_clients_that_wait_for_a_client_that_stays_are_told_of_in_the_log_and_in_the_status() -> None:
+    with Backend(answer_all) as backend, service("-b", backend.address, listen=["127.0.0.1:0"]) as daemon:
+        status = ", {} served, backend " + re.escape(backend.address)
+        with daemon.connect() as stays:
+            stays.sendall(b"?")
+            assert stays.recv(2) == b"ok"
+            waiting = [daemon.connect() for _ in range(3)]
+            for client in waiting:
+                client.sendall(b"?")
+            (line,) = daemon.wait_for("all places taken")
+            assert line.endswith("WARNING all places taken, clients wait max_connections=1 waiting=3")
+            daemon.notify.wait_for_status("serving 1 of 1, 3 waiting" + status.format(1))
+            waiting.append(daemon.connect())
+            daemon.notify.wait_for_status("serving 1 of 1, 4 waiting" + status.format(1))
+        for client in waiting[:3]:
+            assert client.recv(2) == b"ok"
+            client.close()
+        daemon.notify.wait_for_status("serving 1 of 1" + status.format(5))
+        waiting[3].close()
+        daemon.notify.wait_for_status("serving 0 of 1" + status.format(5))
+        (line,) = daemon.wait_for("no longer wait")
+        assert line.endswith("INFO    clients no longer wait for a place max_connections=1")
+        assert len(daemon.find("all places taken")) == 1
 
 
 def test_two_listeners_take_turns_when_both_are_busy() -> None:
