@@ -110,6 +110,16 @@ def test_the_shipped_configuration_is_valid_and_listens_on_the_loopback_address_
     assert config.proxy == ProxyConfig((Address("127.0.0.1", 8080),), (BackendConfig(Address("127.0.0.1", 8000)),))
 
 
+def test_the_shipped_configuration_says_above_listen_what_serial_means_and_which_line_allows_more() -> None:
+    text = SHIPPED.read_text()
+    serial, browser, line = text[: text.index("\nlisten: ")].splitlines()[-3:]
+    assert "serial: it serves one client at a time" in serial
+    assert "A browser" in browser
+    (named,) = re.findall("`(.*)`", line)
+    assert text.splitlines().count(named) == 1
+    assert named == "#max_connections: 1"
+
+
 def test_the_shipped_configuration_explains_each_key_and_shows_its_default() -> None:
     shown = dict(re.findall(r"^#?(\w+): (.*)$", SHIPPED.read_text(), re.MULTILINE))
     listed = {"backends" if key == "backend" else key: text for key, text in shown.items()}
