@@ -9,9 +9,12 @@
  *   load down PORT BYTES STREAMS                receive so many bytes over each stream, up to the end of it
  *   load up PORT BYTES STREAMS                  send so many bytes over each stream, until the backend has them
  *   load hold PORT COUNT                        connections with one request each; then open until standard input ends
+ *   load beside PORT COUNT CONNECTIONS          new connections, all at once, beside connections that ask without a pause
+ *   load beside-down PORT COUNT STREAMS         the same beside streams that are received without an end
  *
  * A client prints one line of JSON: seconds from the first connect to the last answer, its own CPU seconds, and for
- * `rate` the latencies in seconds. What does not arrive is an error: one line on stderr, exit code 1.
+ * `rate` and `beside` the latencies in seconds. `beside` has more: see there. What does not arrive is an error: one
+ * line on stderr, exit code 1.
  *
  * The protocol: a request is 64 bytes, `ask`, `down BYTES` or `up BYTES`, filled with spaces. `ask` is answered by 256
  * bytes and may be repeated; `down` by so many bytes and the end of the stream; `up` is followed by so many bytes and
@@ -34,7 +37,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { REQUEST = 64, ANSWER = 256, DONE = 4, CHUNK = 1 << 18, PATIENCE = 10, OPENING = 64, EVENTS = 256 };
+enum { REQUEST = 64, ANSWER = 256, DONE = 4, CHUNK = 1 << 18, PATIENCE = 10, OPENING = 64, EVENTS = 256, TURN = 16 };
 
 static char chunk[CHUNK]; /* what is sent */
 static char waste[CHUNK]; /* what is received: counted, not looked at */
@@ -69,10 +72,15 @@ static double now(void)
     return seconds_of(CLOCK_MONOTONIC);
 }
 
-static void watch(int operation, int fd, uint32_t events, uint64_t tag)
+static void watch_in(int epoll, int operation, int fd, uint32_t events, uint64_t tag)
 {
     struct epoll_event event = {.events = events, .data.u64 = tag};
-    must(epoll_ctl(epoll_fd, operation, fd, &event), "epoll_ctl");
+    must(epoll_ctl(epoll, operation, fd, &event), "epoll_ctl");
+}
+
+static void watch(int operation, int fd, uint32_t events, uint64_t tag)
+{
+    watch_in(epoll_fd, operation, fd, events, tag);
 }
 
 static void no_delay(int fd)
@@ -96,6 +104,9 @@ struct served {
     enum { ASKING, SENDING, RECEIVING } state;
     long long left;       /* bytes to send or to receive */
 };
+
+/* Downloads have an epoll of their own: at most TURN of them go on before the others are looked at again. */
+static int senders;
 
 static void serve(int fd, struct served *one)
 {
@@ -134,7 +145,8 @@ static void serve(int fd, struct served *one)
     if (one->request[0] == 'd') {
         one->state = SENDING;
         one->left = strtoll(one->request + 5, NULL, 10);
-        watch(EPOLL_CTL_MOD, fd, EPOLLOUT, fd);
+        watch(EPOLL_CTL_DEL, fd, 0, 0);
+        watch_in(senders, EPOLL_CTL_ADD, fd, EPOLLOUT, fd);
     } else if (one->request[0] == 'u') {
         one->state = RECEIVING;
         one->left = strtoll(one->request + 3, NULL, 10);
@@ -150,6 +162,8 @@ static int backend(int listeners)
     struct served *all = calloc(limit.rlim_cur, sizeof *all);
     int *listener_of = calloc(limit.rlim_cur, sizeof *listener_of); /* from 1; 0: not a listener */
     long *connections = calloc(listeners + 1, sizeof *connections);
+    senders = epoll_create1(0);
+    watch(EPOLL_CTL_ADD, senders, EPOLLIN, senders);
     watch(EPOLL_CTL_ADD, STDIN_FILENO, EPOLLIN, STDIN_FILENO);
     for (int i = 0; i < listeners; i++) {
         struct sockaddr_in address = loopback(0);
@@ -176,17 +190,24 @@ static int backend(int listeners)
                 fflush(stdout);
                 continue;
             }
+            if (fd == senders) {
+                struct epoll_event turn[TURN];
+                int ready = epoll_wait(senders, turn, TURN, 0);
+                for (int k = 0; k < ready; k++)
+                    serve(turn[k].data.u64, &all[turn[k].data.u64]);
+                continue;
+            }
             if (!listener_of[fd]) {
                 serve(fd, &all[fd]);
                 continue;
             }
-            int accepted = accept4(fd, NULL, NULL, SOCK_NONBLOCK);
-            if (accepted < 0)
-                continue;
-            connections[listener_of[fd]]++;
-            no_delay(accepted);
-            memset(&all[accepted], 0, sizeof *all);
-            watch(EPOLL_CTL_ADD, accepted, EPOLLIN, accepted);
+            int accepted;
+            while ((accepted = accept4(fd, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
+                connections[listener_of[fd]]++;
+                no_delay(accepted);
+                memset(&all[accepted], 0, sizeof *all);
+                watch(EPOLL_CTL_ADD, accepted, EPOLLIN, accepted);
+            }
         }
     }
 }
@@ -255,10 +276,10 @@ static int go_on(struct client *one, uint32_t events)
     return !count || one->received == one->to_receive;
 }
 
-static int wait_for(struct epoll_event *events, double patience)
+static int wait_for(struct epoll_event *events, int most, double patience)
 {
     struct timespec timeout = {.tv_sec = (time_t)patience, .tv_nsec = (patience - (time_t)patience) * 1e9};
-    int count = epoll_pwait2(epoll_fd, events, EVENTS, &timeout, NULL);
+    int count = epoll_pwait2(epoll_fd, events, most, &timeout, NULL);
     if (count < 0 && errno == EINTR)
         return 0;
     must(count, "epoll_pwait2");
@@ -267,7 +288,7 @@ static int wait_for(struct epoll_event *events, double patience)
 
 static int wait_for_answers(struct epoll_event *events, long done, long wanted)
 {
-    int count = wait_for(events, PATIENCE);
+    int count = wait_for(events, EVENTS, PATIENCE);
     if (!count)
         fail("expected %ld answers, got %ld, then none for %d s", wanted, done, PATIENCE);
     return count;
@@ -357,13 +378,24 @@ static int by_size(const void *a, const void *b)
     return (difference > 0) - (difference < 0);
 }
 
+/* The latencies, and what else there is to say. */
+static void report_latencies(double began, double *latency, long count, const char *more)
+{
+    char text[256];
+    qsort(latency, count, sizeof *latency, by_size);
+    /* The smallest latency that so many of all requests do not exceed. */
+    long p50 = (count * 50 + 99) / 100 - 1, p99 = (count * 99 + 99) / 100 - 1;
+    snprintf(text, sizeof text, ", \"p50\": %.9f, \"p99\": %.9f, \"max\": %.9f%s", latency[p50], latency[p99],
+             latency[count - 1], more);
+    report(began, text);
+}
+
 /* Latency counts from when a request was due: one that waits for a free connection has been waiting already. */
 static void rate(long count, double per_second)
 {
     struct epoll_event events[EVENTS];
     struct client **idle = calloc(clients, sizeof *idle);
     double *latency = calloc(count, sizeof *latency);
-    char text[128];
     int idles = 0;
     open_all();
     for (int i = 0; i < clients; i++)
@@ -379,7 +411,7 @@ static void rate(long count, double per_second)
         }
         if (!idles || issued == count)
             wait = PATIENCE;
-        int ready = wait_for(events, wait);
+        int ready = wait_for(events, EVENTS, wait);
         if (!ready && wait == PATIENCE)
             fail("expected %ld answers, got %ld, then none for %d s", count, done, PATIENCE);
         for (int i = 0; i < ready; i++) {
@@ -391,12 +423,87 @@ static void rate(long count, double per_second)
             done++;
         }
     }
-    qsort(latency, count, sizeof *latency, by_size);
-    /* The smallest latency that so many of all requests do not exceed. */
-    long p50 = (count * 50 + 99) / 100 - 1, p99 = (count * 99 + 99) / 100 - 1;
-    snprintf(text, sizeof text, ", \"p50\": %.9f, \"p99\": %.9f, \"max\": %.9f", latency[p50], latency[p99],
-             latency[count - 1]);
-    report(began, text);
+    report_latencies(began, latency, count, "");
+}
+
+/* At most TURN of those that are busy go on. Returns how many answers they got, or how many bytes of a stream. */
+static long long take_turn(double patience)
+{
+    struct epoll_event events[TURN];
+    long long got = 0;
+    int count = wait_for(events, TURN, patience);
+    for (int i = 0; i < count; i++) {
+        if (events[i].data.u64 >= (uint64_t)clients)
+            continue; /* a new one: they have their own epoll */
+        struct client *one = &all[events[i].data.u64];
+        long long before = one->received;
+        int ended = go_on(one, events[i].events);
+        if (ended && one->to_receive < 0)
+            fail("a stream without an end ended after %lld bytes", one->received);
+        got += one->to_receive < 0 ? one->received - before : ended;
+        if (ended)
+            ask_again(one);
+    }
+    return got;
+}
+
+/*
+ * New connections beside busy ones. Latency is from connecting to the whole answer. Before the first of them, the busy
+ * ones have had WARM answers each, or BEGINNING bytes. New ones are looked at before each turn of the busy ones: how long
+ * these keep the load busy is not to be measured.
+ *
+ * `others`: what the busy ones got from their first connect to the end, answers or bytes; `meanwhile`: how much of that
+ * each second from the first new connection to the answer of the last.
+ */
+static void beside(long count, int streams)
+{
+    enum { WARM = 10, BEGINNING = 1 << 20 };
+    struct epoll_event events[EVENTS];
+    double *latency = calloc(count, sizeof *latency), *since = calloc(count, sizeof *since);
+    char text[128];
+    open_all();
+    if (streams)
+        snprintf(request, REQUEST, "down %lld", INT64_MAX / 2LL);
+    for (int i = 0; i < clients; i++) {
+        all[i].to_receive = streams ? -1 : ANSWER;
+        ask_again(&all[i]);
+    }
+    long long others = 0, before;
+    double deadline = now() + PATIENCE;
+    while (others < (long long)clients * (streams ? BEGINNING : WARM)) {
+        if (now() > deadline)
+            fail("the busy ones have got %lld only within %d s", others, PATIENCE);
+        others += take_turn(PATIENCE);
+    }
+    memset(request, ' ', REQUEST);
+    memcpy(request, "ask", 3);
+    int busy = epoll_fd, fresh = epoll_create1(0);
+    watch(EPOLL_CTL_ADD, fresh, EPOLLIN, clients);
+    before = others;
+    double began = now(), last = began;
+    for (long started = 0, done = 0; done < count;) {
+        epoll_fd = fresh;
+        for (int i = 0; i < TURN && started < count; i++, started++) {
+            since[started] = now();
+            all[clients + started].to_receive = ANSWER;
+            start(&all[clients + started]);
+        }
+        int ready = wait_for(events, EVENTS, 0);
+        for (int i = 0; i < ready; i++) {
+            struct client *one = &all[events[i].data.u64];
+            if (!go_on(one, events[i].events))
+                continue;
+            last = now();
+            latency[done++] = last - since[one - all - clients];
+            close(one->fd);
+        }
+        if (now() > last + PATIENCE)
+            fail("expected %ld answers, got %ld, then none for %d s", count, done, PATIENCE);
+        epoll_fd = busy;
+        others += take_turn(started < count || done == count ? 0 : PATIENCE);
+    }
+    snprintf(text, sizeof text, ", \"meanwhile\": %.3f, \"others\": %lld", (others - before) / (last - began), others);
+    report_latencies(began, latency, count, text);
 }
 
 int main(int argc, char **argv)
@@ -416,7 +523,8 @@ int main(int argc, char **argv)
     port = atoi(argv[2]);
     long long count = atoll(argv[3]);
     clients = !strcmp(mode, "hold") ? count : argc > 4 ? atoi(argv[4]) : 1;
-    all = calloc(clients, sizeof *all);
+    int is_beside = !strncmp(mode, "beside", 6);
+    all = calloc(clients + (is_beside ? count : 0), sizeof *all);
     if (!strcmp(mode, "down") || !strcmp(mode, "up")) {
         bulk(mode[0] == 'd', count);
         return 0;
@@ -439,6 +547,8 @@ int main(int argc, char **argv)
         report(began, "");
     } else if (!strcmp(mode, "rate") && argc > 5) {
         rate(count, atof(argv[5]));
+    } else if (is_beside) {
+        beside(count, !strcmp(mode, "beside-down"));
     } else if (!strcmp(mode, "hold")) {
         open_all();
         report(began, "");
