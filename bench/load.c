@@ -294,10 +294,9 @@ static int wait_for_answers(struct epoll_event *events, long done, long wanted)
     return count;
 }
 
-static void report(double began, const char *more)
+static void report(double seconds, const char *more)
 {
-    double ended = now();
-    printf("{\"seconds\": %.9f, \"cpu\": %.9f%s}\n", ended - began, seconds_of(CLOCK_PROCESS_CPUTIME_ID), more);
+    printf("{\"seconds\": %.9f, \"cpu\": %.9f%s}\n", seconds, seconds_of(CLOCK_PROCESS_CPUTIME_ID), more);
     fflush(stdout);
 }
 
@@ -369,7 +368,7 @@ static void bulk(int download, long long bytes)
             done++;
         }
     }
-    report(began, "");
+    report(now() - began, "");
 }
 
 static int by_size(const void *a, const void *b)
@@ -379,15 +378,15 @@ static int by_size(const void *a, const void *b)
 }
 
 /* The latencies, and what else there is to say. */
-static void report_latencies(double began, double *latency, long count, const char *more)
+static void report_latencies(double seconds, double *latency, long count, const char *more)
 {
-    char text[256];
+    char text[512];
     qsort(latency, count, sizeof *latency, by_size);
     /* The smallest latency that so many of all requests do not exceed. */
     long p50 = (count * 50 + 99) / 100 - 1, p99 = (count * 99 + 99) / 100 - 1;
     snprintf(text, sizeof text, ", \"p50\": %.9f, \"p99\": %.9f, \"max\": %.9f%s", latency[p50], latency[p99],
              latency[count - 1], more);
-    report(began, text);
+    report(seconds, text);
 }
 
 /* Latency counts from when a request was due: one that waits for a free connection has been waiting already. */
@@ -423,7 +422,7 @@ static void rate(long count, double per_second)
             done++;
         }
     }
-    report_latencies(began, latency, count, "");
+    report_latencies(now() - began, latency, count, "");
 }
 
 /* At most TURN of those that are busy go on. Returns how many answers they got, or how many bytes of a stream. */
@@ -447,20 +446,44 @@ static long long take_turn(double patience)
     return got;
 }
 
+/* Let them be busy until they have got so much. Returns how much they have got then. */
+static long long keep_busy(long long got, long long wanted)
+{
+    double deadline = now() + PATIENCE;
+    while (got < wanted) {
+        if (now() > deadline)
+            fail("expected %lld answers or bytes for the busy ones, got %lld within %d s", wanted, got, PATIENCE);
+        got += take_turn(1);
+    }
+    return got;
+}
+
+/* Whether a connection has sent something twice. */
+static int sent_again(int fd)
+{
+    struct tcp_info info;
+    socklen_t size = sizeof info;
+    must(getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size), "TCP_INFO");
+    return info.tcpi_total_retrans > 0;
+}
+
 /*
- * New connections beside busy ones. Latency is from connecting to the whole answer. Before the first of them, the busy
- * ones have had WARM answers each, or BEGINNING bytes. New ones are looked at before each turn of the busy ones: how long
- * these keep the load busy is not to be measured.
+ * New connections beside busy ones. Before the first of them, the busy ones have had WARM answers each, or WARM_BYTES.
+ * New ones are looked at before each turn of the busy ones: how long these keep the load busy is not to be measured. The
+ * busy ones go on until they have had ENOUGH each, or ENOUGH_BYTES.
  *
- * `others`: what the busy ones got from their first connect to the end, answers or bytes; `meanwhile`: how much of that
- * each second from the first new connection to the answer of the last.
+ * Latency is from connecting to the whole answer; who has none after PATIENCE has waited so long, and is not `answered`.
+ * `again`: how many connections had to send something twice, as they must if the proxy's backlog is full. `others`: the
+ * answers of the busy ones from the first to the end, or their bytes; `meanwhile`: how many a second while there were new
+ * connections without an answer.
  */
 static void beside(long count, int streams)
 {
-    enum { WARM = 10, BEGINNING = 1 << 20 };
+    enum { WARM = 10, WARM_BYTES = 1 << 20, ENOUGH = 50, ENOUGH_BYTES = 4 << 20 };
     struct epoll_event events[EVENTS];
     double *latency = calloc(count, sizeof *latency), *since = calloc(count, sizeof *since);
-    char text[128];
+    struct client *new = all + clients;
+    char text[256];
     open_all();
     if (streams)
         snprintf(request, REQUEST, "down %lld", INT64_MAX / 2LL);
@@ -468,42 +491,47 @@ static void beside(long count, int streams)
         all[i].to_receive = streams ? -1 : ANSWER;
         ask_again(&all[i]);
     }
-    long long others = 0, before;
-    double deadline = now() + PATIENCE;
-    while (others < (long long)clients * (streams ? BEGINNING : WARM)) {
-        if (now() > deadline)
-            fail("the busy ones have got %lld only within %d s", others, PATIENCE);
-        others += take_turn(PATIENCE);
-    }
+    long long others = keep_busy(0, (long long)clients * (streams ? WARM_BYTES : WARM)), before = others;
     memset(request, ' ', REQUEST);
     memcpy(request, "ask", 3);
     int busy = epoll_fd, fresh = epoll_create1(0);
     watch(EPOLL_CTL_ADD, fresh, EPOLLIN, clients);
-    before = others;
-    double began = now(), last = began;
-    for (long started = 0, done = 0; done < count;) {
+    double began = now(), ended = began;
+    long started = 0, answered = 0, again = 0;
+    while (answered < count && ended < began + PATIENCE) {
         epoll_fd = fresh;
         for (int i = 0; i < TURN && started < count; i++, started++) {
+            new[started].to_receive = ANSWER;
             since[started] = now();
-            all[clients + started].to_receive = ANSWER;
-            start(&all[clients + started]);
+            start(&new[started]);
         }
         int ready = wait_for(events, EVENTS, 0);
         for (int i = 0; i < ready; i++) {
             struct client *one = &all[events[i].data.u64];
             if (!go_on(one, events[i].events))
                 continue;
-            last = now();
-            latency[done++] = last - since[one - all - clients];
+            latency[one - new] = now() - since[one - new];
+            answered++;
+            again += sent_again(one->fd);
             close(one->fd);
         }
-        if (now() > last + PATIENCE)
-            fail("expected %ld answers, got %ld, then none for %d s", count, done, PATIENCE);
+        ended = now();
         epoll_fd = busy;
-        others += take_turn(started < count || done == count ? 0 : PATIENCE);
+        if (answered < count)
+            others += take_turn(started < count ? 0 : 1);
     }
-    snprintf(text, sizeof text, ", \"meanwhile\": %.3f, \"others\": %lld", (others - before) / (last - began), others);
-    report_latencies(began, latency, count, text);
+    double rate = (others - before) / (ended - began);
+    for (int i = 0; i < started; i++) {
+        if (latency[i])
+            continue;
+        latency[i] = PATIENCE;
+        again += sent_again(new[i].fd);
+        close(new[i].fd);
+    }
+    others = keep_busy(others, (long long)clients * (streams ? ENOUGH_BYTES : ENOUGH));
+    snprintf(text, sizeof text, ", \"answered\": %ld, \"again\": %ld, \"meanwhile\": %.3f, \"others\": %lld", answered,
+             again, rate, others);
+    report_latencies(ended - began, latency, count, text);
 }
 
 int main(int argc, char **argv)
@@ -537,21 +565,21 @@ int main(int argc, char **argv)
         for (int i = 0; i < clients; i++)
             start(&all[i]);
         answers(count, reconnect, clients);
-        report(began, "");
+        report(now() - began, "");
     } else if (!strcmp(mode, "requests")) {
         open_all();
         began = now();
         for (int i = 0; i < clients; i++)
             ask_again(&all[i]);
         answers(count, ask_again, clients);
-        report(began, "");
+        report(now() - began, "");
     } else if (!strcmp(mode, "rate") && argc > 5) {
         rate(count, atof(argv[5]));
     } else if (is_beside) {
         beside(count, !strcmp(mode, "beside-down"));
     } else if (!strcmp(mode, "hold")) {
         open_all();
-        report(began, "");
+        report(now() - began, "");
         while (read(STDIN_FILENO, waste, CHUNK) > 0)
             ;
     } else {
