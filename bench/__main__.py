@@ -21,6 +21,8 @@ from typing import NoReturn
 from bench import peers, report
 from bench.peers import Peer
 from bench.works import (
+    BESIDE,
+    BESIDE_DOWN,
     FOUR,
     GROUPS,
     HUNDRED,
@@ -34,6 +36,7 @@ from bench.works import (
     Work,
     at_rate,
     ground,
+    run_beside,
     run_idle,
     run_start,
     run_work,
@@ -209,6 +212,11 @@ def run(
             found[RATE].notes.append(f"Half of {whose}'s top rate in this run.")
         if IDLE in groups:
             found[IDLE] = run_idle(proxies, place, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        if BESIDE in groups:
+            few = {peers.RSPD, peers.OTHER, peers.NGINX, peers.HAPROXY, peers.DIRECT}
+            those = [peer for peer in here if peer.name in few]
+            for key in (BESIDE, BESIDE_DOWN):
+                found[key] = run_beside(key, those, place)
         if START in groups:
             found[START] = run_start(proxies, place, python)
     if "two" in groups:

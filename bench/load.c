@@ -479,7 +479,7 @@ static int sent_again(int fd)
  */
 static void beside(long count, int streams)
 {
-    enum { WARM = 10, WARM_BYTES = 1 << 20, ENOUGH = 50, ENOUGH_BYTES = 4 << 20 };
+    enum { WARM = 50, WARM_BYTES = 8 << 20, ENOUGH = 70, ENOUGH_BYTES = 10 << 20 };
     struct epoll_event events[EVENTS];
     double *latency = calloc(count, sizeof *latency), *since = calloc(count, sizeof *since);
     struct client *new = all + clients;

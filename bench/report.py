@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.peers import CONNECTIONS, DIRECT, OTHER, RSPD, SERIAL
 from bench.targets import TARGETS, Run, middle
-from bench.works import FOUR_64, Results
+from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, Results
 
 BEGIN, END = "<!-- made by python -m bench -->", "<!-- end of what python -m bench made -->"
 
@@ -58,6 +58,17 @@ def columns(key: str, results: Results) -> list[Column]:
             Column("none", "CPU µs per new connection, none open", 1e6),
             Column("open", "the same beside the idle ones", 1e6),
             Column("growth", "with ÷ without", 1, 2, True),
+        ]
+    if key in (BESIDE, BESIDE_DOWN):
+        meanwhile = ("GB/s of the downloads", 1, 2) if results.unit == "GB" else ("answers/s of the busy", 1, 0)
+        return [
+            Column("p99", "p99, ms", 1e3, 1, True, True),
+            Column("p50", "p50, ms", 1e3, 1, compared=True),
+            Column("all", "until all have an answer, ms", 1e3, 1, compared=True),
+            Column("answered", "answered", 1, 0),
+            Column("again", "sent again", 1, 0),
+            Column("meanwhile", *meanwhile),
+            _cpu(results.unit),
         ]
     if key == "start":
         return [
@@ -215,6 +226,8 @@ PANELS = [
     Panel(FOUR_64, "cpu", "New connection, four backends", "CPU µs, 64 at a time", 1e6, 0, drawn=False),
     Panel("requests-16", "cpu", "Kept-alive request", "CPU µs, 16 connections", 1e6, 1),
     Panel("rate", "p99", "Latency, p99", "ms, at half of nginx's top rate", 1e3, 2),
+    Panel(BESIDE, "p99", "New connection beside 1,000 busy", "ms, p99 of 400", 1e3, 0),
+    Panel(BESIDE_DOWN, "p99", "New connection beside 300 downloads", "ms, p99 of 400", 1e3, 0),
     Panel("idle", "memory", "Idle connection", "KB of its memory", 1e-3, 1),
     Panel("start", "seconds", "Start", "ms until the first answer", 1e3, 0),
 ]

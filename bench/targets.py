@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,7 +18,7 @@ from bench.peers import (
     SOCAT,
     SOCKET_PROXYD_NAME,
 )
-from bench.works import BARE, FOUR_1, FOUR_64, HUNDRED, Results
+from bench.works import BARE, BESIDE, BESIDE_DOWN, FOUR_1, FOUR_64, HUNDRED, Results
 
 Run = dict[str, Results]
 IDLE_OPEN = 5000  # idle connections, without which nothing is said about them
@@ -65,12 +65,12 @@ def _ratio(work: str, peer: str, figure: str = "cpu") -> Callable[[Run], float]:
     return lambda run: middle(run, work, RSPD, figure) / middle(run, work, peer, figure)
 
 
-def _to_best(work: str) -> Callable[[Run], float]:
+def _to_best(work: str, figure: str = "cpu", needed: Sequence[str] = (NGINX, HAPROXY)) -> Callable[[Run], float]:
     def value(run: Run) -> float:
         peers = [name for name in run[work].rounds if name not in (*OURS, DIRECT)]
-        if not {NGINX, HAPROXY, SOCKET_PROXYD_NAME} <= set(peers):
+        if not set(needed) <= set(peers):
             raise KeyError(work)
-        return middle(run, work, RSPD, "cpu") / min(middle(run, work, name, "cpu") for name in peers)
+        return middle(run, work, RSPD, figure) / min(middle(run, work, name, figure) for name in peers)
 
     return value
 
@@ -93,8 +93,9 @@ def _slow_ground(run: Run) -> str | None:
 
 
 def _list() -> list[Target]:
+    good = (NGINX, HAPROXY, SOCKET_PROXYD_NAME)
     found = [
-        Target(f"CPU per GB, {title}: rspd ÷ best peer", 0.8, _to_best(work))
+        Target(f"CPU per GB, {title}: rspd ÷ best peer", 0.8, _to_best(work, needed=good))
         for work, title in (
             ("down-1", "download, 1 stream"),
             ("down-8", "download, 8 streams"),
@@ -118,6 +119,11 @@ def _list() -> list[Target]:
             Target(text + "nginx", 1.2, _ratio(work, NGINX)),
             Target(text + "HAProxy", 1.0, _ratio(work, HAPROXY), aim=True),
         ]
+    beside = [
+        Target(f"new connections beside {title}, {name}: rspd ÷ better of nginx and HAProxy", 1, _to_best(work, figure))
+        for work, title in ((BESIDE, "1,000 busy ones"), (BESIDE_DOWN, "300 downloads"))
+        for figure, name in (("p50", "p50"), ("p99", "p99"), ("all", "until all have an answer"))
+    ]
     return [
         *found,
         Target(
@@ -128,6 +134,7 @@ def _list() -> list[Target]:
         Target("CPU per kept-alive request: rspd ÷ nginx", 1.4, _ratio("requests-16", NGINX)),
         Target("CPU per kept-alive request: rspd ÷ socket-proxyd", 0.8, _ratio("requests-16", SOCKET_PROXYD_NAME)),
         Target("p99 at half of nginx's top rate: rspd ÷ nginx", 1.5, _ratio("rate", NGINX, "p99"), hidden=_slow_ground),
+        *beside,
         Target("memory of an idle connection", 3000, _idle("memory"), " B"),
         Target("CPU per new connection, 5,000 idle ones open ÷ none", 1.1, _idle("growth")),
         Target(

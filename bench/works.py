@@ -53,11 +53,14 @@ class Sizes:
     rate_seconds: float = 3.0
     idle: int = 5000
     beside_idle: int = 1000
+    burst: int = 400  # new connections beside busy ones
+    busy: int = 1000
+    busy_streams: int = 300
     starts: int = 9
     rounds: int = 5
 
 
-QUICK = Sizes(100, 200, 300, 500, 20_000_000, 0.1, 100, 50, 1, 1)
+QUICK = Sizes(100, 200, 300, 500, 20_000_000, 0.1, 100, 50, 40, 100, 30, 1, 1)
 
 
 @dataclass
@@ -258,7 +261,8 @@ WORKS = [
     _requests("two-requests-64", f"two processes: kept-alive requests, {MANY} connections", MANY, two=True),
 ]
 IDLE, RATE, START, BARE = "idle", "rate", "start", "python3 -c pass"
-GROUPS = ("bulk", "connections", "requests", "idle", "start", "two", "balancing")
+BESIDE, BESIDE_DOWN = "beside", "beside-down"
+GROUPS = ("bulk", "connections", "requests", "idle", BESIDE, "start", "two", "balancing")
 
 
 @dataclass
@@ -390,6 +394,37 @@ def run_idle(peers: Sequence[Peer], place: Ground, descriptors: int) -> Results:
         elif peer.idle_max < sizes.idle:
             results.notes.append(f"{peer.name} was given {peer.idle_max}: it has a process for each.")
     return run(results, peers, place, False, measure, min(3, sizes.rounds))
+
+
+def run_beside(key: str, peers: Sequence[Peer], place: Ground) -> Results:
+    """New connections, all at once, beside many that are busy: that ask without a pause, or download without an end.
+
+    p50, p99: seconds of a new one, from connecting to its whole answer; all: until the last of them has it; answered:
+    how many have one after 10 s: the others count as 10 s; again: how many sent something twice, for instance since the
+    backlog was full; meanwhile: answers, or GB, per second of the busy ones until then. cpu: CPU seconds of the
+    contestant for an answer, or for a GB, all in all: from the first busy connection until all are closed.
+    """
+    sizes = place.sizes
+    busy, unit, scale = (sizes.busy, "answer", 1.0) if key == BESIDE else (sizes.busy_streams, "GB", 1e9)
+
+    def measure(one: Running, share: float) -> Figures:
+        count = int(sizes.burst * share)
+        before = counters.settled(one.cpu)
+        found = place.load(key, one.port, count, int(busy * share))
+        used = counters.settled(one.cpu) - before
+        one.check()
+        amount = found["others"] / scale + (count if key == BESIDE else 0)
+        figures = {name: found[name] for name in ("p50", "p99", "answered", "again")}
+        figures |= {"all": found["seconds"], "meanwhile": found["meanwhile"] / scale}
+        return figures if isinstance(one.peer, Direct) else {**figures, "cpu": used / amount}
+
+    others = f"{busy:,} busy ones" if key == BESIDE else f"{busy} downloads"
+    results = Results(f"{sizes.burst} new connections beside {others}", unit)
+    results.notes.append(
+        "*Answered*: who had an answer within ten seconds; the others count as ten seconds. "
+        "*Sent again*: who had to send something twice, mostly to connect, since the backlog was full."
+    )
+    return run(results, peers, place, False, measure, sizes.rounds)
 
 
 def run_start(peers: Sequence[Peer], place: Ground, python: str) -> Results:

@@ -13,6 +13,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from bench.peers import (
     first_answer,
     running,
 )
-from bench.works import FOUR_64, WORKS, Figures, Results, check_spread, ground, run, run_work
+from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, WORKS, Figures, Results, check_spread, ground, run, run_work
 from bench.works import QUICK as SIZES
 from tests.support import PATIENCE
 
@@ -109,12 +110,13 @@ def test_a_quick_run_has_a_figure_of_each_contestant_for_each_work(tmp_path: Pat
     expected = {"down-1", "down-8", "up-1", "up-8", "new-1", "new-64", "new-1-logs", "new-64-logs"}
     expected |= {"requests-1", "requests-16", "rate", "idle", "start", "two-new-64", "two-requests-64"}
     balancing = {"four-1": ["rspd"], "four-64": ["rspd"], "hundred-64": ["rspd", "rspd, 100 backends"]}
-    expected |= balancing.keys()
+    beside = {"beside": ["rspd", "no proxy"], "beside-down": ["rspd", "no proxy"]}
+    expected |= balancing.keys() | beside.keys()
     assert works.keys() == expected
     for key, work in works.items():
         second = "rspd, two processes" if key.startswith("two-") else "asyncio"
-        if key in balancing:
-            assert list(work["rounds"]) == balancing[key]
+        if some := {**balancing, **beside}.get(key):
+            assert list(work["rounds"]) == some
         else:
             assert {"rspd", second} <= work["rounds"].keys(), key
         assert work["absent"] == (["asyncio"] if key in ("four-1", "four-64") else []), key
@@ -292,6 +294,47 @@ def test_a_stall_is_in_the_latency_of_each_request_that_was_due_meanwhile(load: 
     assert found["p50"] < found["p99"] <= found["max"]
     assert found["p99"] > 0.2
     assert found["max"] >= 0.3
+
+
+@needs_compiler
+def test_new_connections_come_all_at_once_and_are_timed_beside_the_busy_ones(load: Path) -> None:
+    busy, new, delay = 3, 5, 0.2
+    all_here = threading.Barrier(new)
+
+    def serve(client: socket.socket, number: int) -> None:
+        with client:
+            while len(client.recv(64, socket.MSG_WAITALL)) == 64:
+                if number >= busy:
+                    all_here.wait(PATIENCE)
+                    time.sleep(delay)
+                client.sendall(ANSWER)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(busy + new) as pool:
+        words = ["beside", listener.getsockname()[1], new, busy]
+        with subprocess.Popen([load, *map(str, words)], stdout=subprocess.PIPE, text=True) as process:
+            for number in range(busy + new):
+                pool.submit(serve, listener.accept()[0], number)
+            output, _ = process.communicate(timeout=PATIENCE)
+    found = json.loads(output)
+    assert delay <= found["p50"] <= found["p99"] <= found["max"] <= found["seconds"]
+    assert (found["answered"], found["again"]) == (new, 0)
+    assert found["others"] >= 70 * busy
+    assert 0 < found["meanwhile"] <= found["others"] / found["seconds"]
+
+
+@needs_compiler
+def test_a_download_without_an_end_may_not_end(load: Path) -> None:
+    def serve(client: socket.socket) -> None:
+        client.recv(64, socket.MSG_WAITALL)
+        client.sendall(ANSWER)
+        client.recv(64, socket.MSG_WAITALL)
+        client.sendall(b"x" * 10)
+
+    with server(serve) as port:
+        words = ["beside-down", str(port), "1", "1"]
+        run = subprocess.run([load, *words], capture_output=True, text=True, timeout=PATIENCE)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "load: a stream without an end ended after 10 bytes\n"
 
 
 @needs_compiler
@@ -473,11 +516,33 @@ def test_bulk_is_judged_beside_all_good_peers_and_idle_connections_if_there_are_
     assert [value for value in judged if value is not None] == [0.5, 1, 1]
 
 
+@pytest.mark.parametrize(("key", "busy"), [(BESIDE, "1,000 busy ones"), (BESIDE_DOWN, "300 downloads")])
+def test_new_connections_beside_busy_ones_are_judged_by_the_better_of_nginx_and_haproxy(key: str, busy: str) -> None:
+    rest = {"answered": 400.0, "again": 7.0, "meanwhile": 1.0, "cpu": 1.0}
+    rounds = {
+        RSPD: figures(p50=0.002, p99=0.030, all=0.04, **rest),
+        NGINX: figures(p50=0.001, p99=0.060, all=0.08, **rest),
+        DIRECT: figures(p50=0.001, p99=0.001, all=0.001, **rest),
+    }
+    run = {key: Results("beside", "answer", rounds)}
+    assert not any(target.measured(run) for target in targets.TARGETS)
+    rounds[HAPROXY] = figures(p50=0.004, p99=0.020, all=0.05, **rest)
+    judged = [target for target in targets.TARGETS if target.measured(run) is not None]
+    text = f"new connections beside {busy}, {{}}: rspd ÷ better of nginx and HAProxy"
+    assert [target.text for target in judged] == [
+        text.format(what) for what in ("p50", "p99", "until all have an answer")
+    ]
+    assert [target.measured(run) for target in judged] == pytest.approx([2, 1.5, 0.8])
+    assert "| nginx | 60.0 | 60.0 to 60.0 | 0.50 | 1.0 | 2.00 | 80.0 | 0.50 | 400 | 7 |" in report.markdown(ABOUT, run)
+    assert "ms, p99 of 400 | **30** | 60 (0.50) |" in report.summary(ABOUT, run)
+
+
 def test_each_target_is_judged_by_figures_that_a_run_makes() -> None:
     _, run = report.load(ROOT / "bench" / "results")
     missing = [target.text for target in targets.TARGETS if target.measured(run) is None]
-    # The works with several backends may not have been published yet; a run of them is judged further up.
-    assert missing == [] if FOUR_64 in run else all("backends" in text for text in missing)
+    # Some works may not have been published yet. Those with several backends: a run of them is judged further up.
+    later = ["backends"] * (FOUR_64 not in run) + ["beside"] * (BESIDE not in run)
+    assert [text for text in missing if not any(word in text for word in later)] == []
 
 
 def test_who_has_one_backend_only_takes_no_part_where_there_are_four() -> None:
