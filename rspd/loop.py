@@ -32,9 +32,6 @@ RDHUP = select.EPOLLRDHUP
 EDGE = select.EPOLLET
 EXCLUSIVE = select.EPOLLEXCLUSIVE
 
-# How many events one epoll_wait fetches: more costs memory at each call, fewer costs calls under load.
-MAX_EVENTS = 128
-
 # Seconds. epoll_wait takes no more than 24 days; a day's wait for nothing costs nothing either.
 LONGEST_WAIT = 86400.0
 
@@ -88,7 +85,7 @@ class Task:
 
     def wake(self) -> None:
         """Resume the task in the loop's next round; of no effect once it is done."""
-        self._loop._queue[self] = None
+        self._loop.next_turn[self] = None
 
     def wake_at(self, when: float) -> None:
         """Resume the task once at the loop's time `when`, in place of an earlier deadline; `inf` for never."""
@@ -113,6 +110,7 @@ class Loop:
 
     clock: returns monotonic seconds; tests pass their own.
     now: the time of this turn.
+    this_turn, next_turn: the tasks to be resumed in this turn and in the next one, in this order.
     current: the task that is running.
     """
 
@@ -122,7 +120,8 @@ class Loop:
         self._clock = clock
         self._epoll = select.epoll()
         self._watches: dict[int, Watch] = {}
-        self._queue: dict[Task, None] = {}  # to be resumed in the next turn, in this order
+        self.this_turn: dict[Task, None] = {}
+        self.next_turn: dict[Task, None] = {}
         self._stopped = False
         self._timers: list[tuple[float, int, Task]] = []  # never empty: the loop's own task has one
         self._sequence = count()
@@ -163,8 +162,13 @@ class Loop:
         task = Task(self, coroutine, on_done)
         self._tasks.add(task)
         caller = getattr(self, "current", task)
+        self.current = task
         try:
-            self._resume(task)
+            task._send(None)
+        except (StopIteration, Cancelled):
+            self._end(task)
+        except Exception:
+            self._fail(task)
         finally:
             self.current = caller
         return task
@@ -281,16 +285,17 @@ class Loop:
         """Wait and resume whom it concerns, again and again, until the main task is done."""
         poll, clock, watches, timers = self._epoll.poll, self._clock, self._watches, self._timers
         while not self._stopped:
-            queue = self._queue
+            self.this_turn = turn = self.next_turn
             due = timers[0][0]
-            wait = 0.0 if queue else due - clock()
-            events = poll(wait if wait > 0.0 else 0.0, MAX_EVENTS)  # below 0 is for ever
+            wait = 0.0 if turn else due - clock()
+            # All that is ready is in the turn: else tasks that are woken in each would run more often than others.
+            events = poll(wait if wait > 0.0 else 0.0, len(watches))  # below 0 is for ever
             now = self.now = clock()
             late = due <= now
             if late:
-                # After a freeze (SIGSTOP, a paused virtual machine) the poll may have brought nothing, or not all: what
-                # came meanwhile is known, and told first, before any timer fires.
-                events += poll(0.0, len(watches) + MAX_EVENTS)
+                # After a freeze (SIGSTOP, a paused virtual machine) the poll may have brought nothing. What came
+                # meanwhile is known, and told first, before any timer fires.
+                events += poll(0.0, len(watches))
             # All events are noted before any task runs. A task may close a descriptor and another may get its
             # number: what the batch still holds for the old one must not reach the new one.
             for fd, mask in events:
@@ -301,24 +306,26 @@ class Loop:
                     # the number has a new owner, that one gets these events.
                     continue
                 watch.ready |= mask
-                queue[watch.task] = None
+                turn[watch.task] = None
             if late:
                 self._fire_due()
             # Tasks woken from here on wait for the next turn, after a look at the descriptors.
-            self._queue = {}
-            for task in queue:
+            self.next_turn = {}
+            for task in turn:
                 if not task.done:
-                    self._resume(task)
+                    self.current = task
+                    try:
+                        task._send(None)
+                    except (StopIteration, Cancelled):
+                        self._end(task)
+                    except Exception:
+                        self._fail(task)
 
-    def _resume(self, task: Task) -> None:
-        self.current = task
-        try:
-            task._send(None)
-            return
-        except (StopIteration, Cancelled):
-            pass
-        except Exception:
-            log.exception("a task failed; this is a bug")
+    def _fail(self, task: Task) -> None:
+        log.exception("a task failed; this is a bug")
+        self._end(task)
+
+    def _end(self, task: Task) -> None:
         task.done = True
         self._tasks.discard(task)
         if task._on_done:

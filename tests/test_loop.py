@@ -738,6 +738,34 @@ def test_more_descriptors_than_one_batch_holds_are_all_served() -> None:
     run(main)
 
 
+def test_a_task_woken_in_each_turn_runs_no_more_often_than_each_of_many_with_descriptors_ready() -> None:
+    pairs = [socket.socketpair() for _ in range(300)]
+
+    async def main(loop: Loop) -> int:
+        heard: list[int] = []
+
+        async def listen(fd: int) -> None:
+            loop.watch(watch := Watch(fd), IN)
+            while not watch.ready:
+                await news()
+            heard.append(fd)
+            loop.unwatch(watch)
+
+        for near, far in pairs:
+            near.send(b"x")
+            loop.spawn(listen(far.fileno()))
+        turns = 0
+        while len(heard) < len(pairs):
+            await loop.yield_turn()
+            turns += 1
+        return turns
+
+    assert run(main) == 2
+    for near, far in pairs:
+        near.close()
+        far.close()
+
+
 def test_whatever_is_ready_is_known_before_any_timer_fires() -> None:
     """As after a freeze: all have news, more than one batch holds, and all deadlines have passed."""
     clock = FakeClock()
