@@ -30,6 +30,10 @@ AFTER_ERROR = 1.0
 # client (EPOLLEXCLUSIVE, epoll_ctl(2)); if that one ends, or has no descriptor left, the others have not heard of it.
 LOOK_AGAIN = 1.0
 
+# How many clients are accepted in one turn of the loop, of one listener: about 5 ms of work. And where other processes
+# share the listener: who has accepted a client serves it, even while the others have nothing to do.
+BATCH, SHARED_BATCH = 64, 4
+
 log = logging.getLogger(__name__)
 
 
@@ -70,6 +74,7 @@ class Proxy:
         self._accepting = False
         self._leaving = False
         self._watched: list[Listener] = []
+        self._rush: object = None  # the turn after one in which nobody was found missing
         self._look_again = inf  # when to, while accepting
         self._last_end = common.loop.now
         self._set(config, listeners)
@@ -158,37 +163,60 @@ class Proxy:
 
     async def _serve(self) -> None:
         while True:
-            if len(self._connections) >= self.config.max_connections:
-                # Who comes now waits in the backlog, in order.
-                self._pause()
-                self.places.all_taken()
-                while len(self._connections) >= self.config.max_connections:
-                    await news()
-                # Often somebody does: then accepting saves asking epoll first.
-                for waited_for in self.listeners:
-                    waited_for.ready = IN
-                continue
             try:
-                if listener := self._next_ready():
-                    self._accept(listener)
-                elif self._accepting and self.loop.now < self._look_again:
-                    await news()
+                if self._accept_ready():
+                    # Who comes now waits in the backlog, in order.
+                    self._pause()
+                    self.places.all_taken()
+                    while len(self._connections) >= self.config.max_connections:
+                        await news()
+                    # Often somebody does: then accepting saves asking epoll first.
+                    for waited_for in self.listeners:
+                        waited_for.ready = IN
                 else:
-                    self._pause()
-                    self._resume()
+                    if not self._accepting or self.loop.now >= self._look_again:
+                        self._pause()
+                        self._resume()
+                    await news()
             except OSError as error:
-                if error.errno not in CLIENT_GONE:
-                    self._pause()
-                    self.pipes.close()
-                    await self.shortage.wait(error)
+                self._pause()
+                self.pipes.close()
+                await self.shortage.wait(error)
             except Exception:
                 log.exception("unexpected error while accepting; please report it")
                 self._pause()
                 await self.loop.sleep(AFTER_ERROR)
 
+    def _accept_ready(self) -> bool:
+        """Accept at each listener where somebody waits; whether all places are taken. Raises OSError.
+
+        One client, but as many as wait, up to a bound, if somebody waited in the turn before already: so a call that
+        finds nobody is made at the end of a rush only.
+        """
+        limit, connections, rotation = self.config.max_connections, self._connections, self._rotation
+        for _ in self.listeners:
+            free = limit - len(connections)
+            if free <= 0:
+                return True
+            # From now on this one comes last: where places are few, a busy one does not starve the others.
+            listener = rotation[0]
+            rotation.rotate(-1)
+            if listener.ready:
+                # Its events are not edge-triggered: it is ready again in the next turn if another client waits.
+                listener.ready = 0
+                most = 1
+                if self._rush is self.loop.this_turn or not self._accepting:
+                    most = min(free, BATCH if listener.passed is None else SHARED_BATCH)
+                try:
+                    for _ in range(most):
+                        self._accept(listener)
+                    self._rush = self.loop.next_turn
+                except OSError as error:
+                    if error.errno not in CLIENT_GONE:
+                        raise
+        return len(connections) >= limit
+
     def _accept(self, listener: Listener) -> None:
-        # Its events are not edge-triggered: it is ready again at once if another client waits.
-        listener.ready = 0
         if self.shortage.spare < 0:
             self.shortage.keep_spare()
         sock, address = listener.accept()
@@ -218,15 +246,6 @@ class Proxy:
             for connection in self._connections.values():
                 if connection.backend is backend:
                     connection.cut("backend-down")
-
-    def _next_ready(self) -> Listener | None:
-        """A listener with a client waiting; asked last from then on, so that a busy one does not starve the others."""
-        for listener in self._rotation:
-            if listener.ready:
-                self._rotation.remove(listener)
-                self._rotation.append(listener)
-                return listener
-        return None
 
     def _pause(self) -> None:
         self._accepting = False

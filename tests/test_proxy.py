@@ -237,6 +237,74 @@ def test_a_proxy_that_leaves_without_a_connection_checks_and_looks_up_no_more() 
         run(main)
 
 
+class CountedListener(Listener):
+    """Counts how often somebody is asked for, and found."""
+
+    asked = found = 0
+
+    def accept(self) -> tuple[socket.SocketType, object]:
+        self.asked += 1
+        accepted = super().accept()
+        self.found += 1
+        return accepted
+
+
+@pytest.mark.parametrize(
+    ("passed", "limit", "turns"),
+    [
+        pytest.param(None, 1000, range(3, 5), id="64 in a turn, after the first one"),
+        pytest.param("web", 1000, range(26, 28), id="4 in a turn where others may share the socket"),
+        pytest.param(None, 40, range(2, 4), id="no more than there are places"),
+    ],
+)
+def test_clients_that_come_at_once_are_accepted_in_few_turns(passed: str | None, limit: int, turns: range) -> None:
+    with ExitStack() as stack:
+        backend = stack.enter_context(Backend(echo))
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=200))
+        server.setblocking(False)
+        listen = Address(*server.getsockname())
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(server.getsockname()))
+
+        async def main(loop: Loop) -> int:
+            own = socket.SocketType(fileno=os.dup(server.fileno()))
+            backends = (BackendConfig(Address("127.0.0.1", backend.port)),)
+            config = ProxyConfig((listen,), backends, max_connections=limit)
+            proxy = Proxy(common(loop), config, [CountedListener(listen, own, passed=passed)])
+            turns = 0
+            while proxy.served < min(limit, 100):
+                await loop.yield_turn()
+                turns += 1
+            assert proxy.open == min(limit, 100)
+            proxy.stop_listening()
+            await proxy.drain(lambda: True)
+            return turns
+
+        assert run(main) in turns
+
+
+def test_nobody_is_asked_for_in_vain_where_clients_come_one_by_one() -> None:
+    with Backend(echo) as backend, socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        listen = Address(*server.getsockname())
+        config = ProxyConfig((listen,), (BackendConfig(Address("127.0.0.1", backend.port)),), max_connections=4)
+
+        async def main(loop: Loop) -> None:
+            listener = CountedListener(listen, socket.SocketType(fileno=os.dup(server.fileno())))
+            proxy = Proxy(common(loop), config, [listener])
+            for number in range(1, 11):
+                with socket.create_connection(server.getsockname()):
+                    while proxy.served < number:
+                        await loop.sleep(0.001)
+                while proxy.open:
+                    await loop.sleep(0.001)
+            assert (listener.asked, listener.found) == (10, 10)
+            proxy.stop_listening()
+            await proxy.drain(lambda: False)
+
+        run(main)
+
+
 class Crowd:
     """A serial proxy, one client that is served, and two that wait. Time passes when the test says so.
 
