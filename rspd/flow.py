@@ -14,9 +14,6 @@ from rspd.side import Side
 BUFFER_SIZE = 1 << 16
 BUFFER = memoryview(bytearray(BUFFER_SIZE))
 
-# Bytes after which a flow lets the others run; about a third of a millisecond of work.
-TURN = 1 << 20
-
 SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
@@ -30,6 +27,7 @@ class Flow:
     __slots__ = (
         "_bulk",
         "_can_splice",
+        "_end",
         "_held_back",
         "_pipe",
         "_pipes",
@@ -55,6 +53,7 @@ class Flow:
         self._bulk = False
         self._can_splice = True
         self._held_back = False
+        self._end = 0  # the total at which others come first
 
     def pump(self) -> bool:
         """Move bytes until the source is dry or the target full; True if the flow stopped before, at its turn's end.
@@ -78,8 +77,8 @@ class Flow:
             more = self._keep(count, size)
         else:
             more = True
-        end = self.total + TURN
-        while more and self.total < end:
+        self._end = self.total + self._pipes.allowance(source.loop.this_turn)
+        while more and self.total < self._end:
             # What was read before comes first: a pipe must not overtake it.
             if self.held:
                 more = self._write_held()
@@ -163,7 +162,9 @@ class Flow:
         # Only an empty pipe is filled. One with bytes in it may be out of slots, which many small segments use
         # up long before the bytes do, and EAGAIN would not tell that from an empty socket.
         try:
-            pipe.held = os.splice(source.fd, pipe.write_fd, pipe.size, flags=SPLICE)
+            pipe.held = os.splice(
+                source.fd, pipe.write_fd, min(pipe.size, max(self._end - self.total, BUFFER_SIZE)), flags=SPLICE
+            )
         except BlockingIOError:
             if source.ready & PRI:
                 return self._leave_splice()

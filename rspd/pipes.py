@@ -14,6 +14,11 @@ USEFUL_SIZE = 1 << 16
 
 PIPES_MAX = 64
 
+# Bytes that all flows together may move in a turn of the loop, about 5 ms of work; and what one of them may at least,
+# a buffer full, and at most.
+TURN = 1 << 24
+LEAST, MOST = 1 << 16, 1 << 20
+
 # How often to do without before asking for a pipe again, after one was too small or there was no descriptor.
 REFRAIN = 256
 
@@ -53,6 +58,20 @@ class Pipes:
         self.made = 0
         self._refrain = 0
         self._idle: list[Pipe] = []
+        self._turn: object = None
+        self._flows = self._flows_before = 0  # that have had an allowance in this turn, in the one before
+
+    def allowance(self, turn: object) -> int:
+        """How many bytes a flow may move in this turn of the loop: less, the more flows there are that have many.
+
+        turn: what is another object in another turn.
+        """
+        if turn is not self._turn:
+            self._turn = turn
+            self._flows_before, self._flows = self._flows, 0
+        self._flows += 1
+        share = TURN // max(self._flows, self._flows_before)
+        return MOST if share > MOST else max(share, LEAST)
 
     def borrow(self) -> Pipe | None:
         """An empty pipe, to be given back; None where there is none to be had: do without."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.pipes import PIPE_SIZE, REFRAIN, USEFUL_SIZE, Pipe, Pipes
+from rspd.pipes import LEAST, MOST, PIPE_SIZE, REFRAIN, TURN, USEFUL_SIZE, Pipe, Pipes
 from tests.support import OUR_USER, eventually, open_descriptors
 
 pytestmark = pytest.mark.large_pipes(4)
@@ -221,3 +221,14 @@ def test_no_bytes_and_no_descriptors_leak_whatever_the_order(limit: int, steps: 
     pool.close()
     assert pool.made == 0
     assert open_descriptors() == before
+
+
+@pytest.mark.parametrize(("flows", "bytes_each"), [(1, MOST), (16, MOST), (64, TURN // 64), (1000, LEAST)])
+def test_what_a_flow_may_move_in_a_turn_shrinks_with_the_number_of_flows(flows: int, bytes_each: int) -> None:
+    pipes = Pipes()
+    turns = [object(), object(), object()]
+    first = [pipes.allowance(turns[0]) for _ in range(flows)]
+    assert first == sorted(first, reverse=True)
+    assert [pipes.allowance(turns[1]) for _ in range(flows)] == [bytes_each] * flows
+    pipes.allowance(turns[2])
+    assert pipes.allowance(object()) == MOST, "the others have come to rest"

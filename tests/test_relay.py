@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rspd.flow
 import rspd.pipes
 from rspd.cause import Cause
 from rspd.flow import BUFFER_SIZE, Flow
@@ -658,7 +657,7 @@ def test_what_comes_while_the_target_is_full_wakes_nobody_and_is_not_lost() -> N
 
 
 def test_a_flow_stops_at_the_end_of_its_turn_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rspd.flow, "TURN", BUFFER_SIZE)
+    monkeypatch.setattr(rspd.pipes, "MOST", BUFFER_SIZE)
     monkeypatch.setattr(rspd.pipes, "PIPE_SIZE", BUFFER_SIZE)
 
     async def main(loop: Loop) -> None:
@@ -680,6 +679,44 @@ def test_a_flow_stops_at_the_end_of_its_turn_and_says_so(monkeypatch: pytest.Mon
         flow.drop()
         flow.source.close()
         flow.target.close()
+
+    run(main)
+
+
+def test_flows_with_bulk_data_at_once_share_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rspd.pipes, "TURN", 4 * BUFFER_SIZE)
+
+    async def main(loop: Loop) -> None:
+        pipes = Pipes(4)
+        flows, ends = [], []
+        for _ in range(4):
+            near, source = unix_pair()
+            target, far = unix_pair()
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * BUFFER_SIZE)
+            target.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * BUFFER_SIZE)
+            near.sendall(b"x" * (3 * BUFFER_SIZE))
+            flow = Flow(side_of(loop, source), side_of(loop, target), pipes)
+            flow.source.watch()
+            flow.target.watch()
+            flows.append(flow)
+            ends += [near, far]
+        while not all(flow.source.ready & IN and flow.target.ready & OUT for flow in flows):
+            await news()
+        for _ in flows:
+            pipes.allowance(loop.this_turn)  # as many as there are in the turn before
+        await loop.yield_turn()
+        assert all(flow.pump() for flow in flows)
+        assert [flow.total for flow in flows] == [2 * BUFFER_SIZE] * 4, "a buffer full that opens it, and its share"
+        await loop.yield_turn()
+        for flow in flows:
+            flow.pump()
+        assert [flow.total for flow in flows] == [3 * BUFFER_SIZE] * 4
+        for end in ends:
+            end.close()
+        for flow in flows:
+            flow.drop()
+            flow.source.close()
+            flow.target.close()
 
     run(main)
 
