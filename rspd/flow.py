@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from rspd.loop import ERR, IN, OUT, PRI
+from rspd.loop import IN, OUT, PRI
 from rspd.pipes import Pipe, Pipes
 from rspd.side import Side
 
@@ -56,7 +56,7 @@ class Flow:
         self._end = 0  # the total at which others come first
 
     def pump(self) -> bool:
-        """Move bytes until the source is dry or the target full; True if the flow stopped before, at its turn's end.
+        """Move bytes until the source is dry or the target full; True if the flow stopped before, for this turn.
 
         To be called when the source has something to read, or the flow is `waiting`.
         """
@@ -69,7 +69,8 @@ class Flow:
             if not size:
                 if size == 0:
                     self.eof = self.finished = True
-                return False
+                    return False
+                return bool(source.ready & IN)  # for want of memory
             count = target.write(BUFFER[:size])
             self.total += count
             if count == size < BUFFER_SIZE and not source.ready & IN:
@@ -98,6 +99,9 @@ class Flow:
                 source.ignore(IN | PRI)
             else:
                 source.heed(IN | PRI)
+        if not more and target.ready & OUT:
+            # What is still ready now was not moved for want of memory.
+            more = self.waiting or (bool(source.ready & IN) and not self.eof)
         return more
 
     def put_first(self, data: bytes) -> None:
@@ -174,8 +178,7 @@ class Flow:
             if error.errno == errno.EINVAL:  # this kind of socket cannot be spliced from
                 self._can_splice = False
                 return self._leave_splice()
-            source.ready |= ERR
-            self.eof = True
+            self.eof = source.broken_by(error)
             return False
         if not pipe.held:
             return self._leave_splice()
@@ -197,7 +200,7 @@ class Flow:
             return False
         except OSError as error:
             if error.errno != errno.EINVAL:
-                target.ready |= ERR
+                target.broken_by(error)
                 return False
             self._can_splice = False  # nor to
             held = os.read(pipe.read_fd, pipe.held)

@@ -5,6 +5,7 @@ This is all that a relay asks of a socket. Calls never block; BlockingIOError is
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import socket
 import struct
@@ -20,6 +21,9 @@ MORE_TO_READ = PRI | RDHUP | HUP | ERR
 
 # close(2) of a TCP socket that lingers for 0 seconds sends RST and drops what was not sent (socket(7)).
 LINGER_0 = struct.pack("ii", 1, 0)
+
+# The kernel had no memory for this one call (send(2)); the connection is as it was.
+NO_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
 
 
 class Side(Watch):
@@ -65,9 +69,8 @@ class Side(Watch):
         except BlockingIOError:
             self.ready &= ~IN
             return None
-        except OSError:
-            self.ready |= ERR
-            return 0
+        except OSError as error:
+            return 0 if self.broken_by(error) else None
         if not count or (count < len(buffer) and not self.ready & self.more_to_read):
             self.ready &= ~IN
         return count
@@ -104,12 +107,22 @@ class Side(Watch):
             count = self.sock.send(data)
         except BlockingIOError:
             count = 0
-        except OSError:
-            self.ready |= ERR
+        except OSError as error:
+            self.broken_by(error)
             return 0
         if count < len(data):
             self.ready &= ~OUT
         return count
+
+    def broken_by(self, error: OSError) -> bool:
+        """Whether a call that failed shows that the connection broke, which is noted then.
+
+        Want of memory does not. `ready` stays as it was: no event will tell when there is memory, so try again.
+        """
+        if error.errno in NO_MEMORY:
+            return False
+        self.ready |= ERR
+        return True
 
     def end(self) -> None:
         """Tell the peer that nothing more comes; it may go on sending."""

@@ -14,6 +14,7 @@ from tests.support import (
     Backend,
     Daemon,
     answer,
+    can_trace,
     echo,
     eventually,
     fill,
@@ -176,6 +177,31 @@ def test_a_peer_that_reads_nothing_is_ended_and_the_next_one_served(tmp_path: ob
         ended.set()
         assert served(daemon)
         assert daemon.wait_for_ends(2)[0]["cause"] == "idle-timeout"
+
+
+# What strace(1) makes fail. What is not to be spliced is copied.
+COPY = "splice:error=EINVAL"
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["splice:error=ENOMEM:when=2+3"],
+        [COPY, "sendto:error=ENOBUFS:when=2+3"],
+        [COPY, "recvfrom:error=ENOMEM:when=3"],
+    ],
+    ids=["splice", "send", "receive"],
+)
+def test_want_of_memory_in_the_kernel_costs_no_bytes(faults: list[str]) -> None:
+    can_trace()
+    data = os.urandom(10_000_000)
+    tracer = ["strace", "-D", "-f", "-q", "-o", os.devnull]
+    for fault in faults:
+        tracer += ["-e", f"inject={fault}"]
+    with Backend(lambda sock: sock.sendall(data)) as backend, rspd("-b", backend.address, launcher=tracer) as daemon:
+        with daemon.connect() as client:
+            assert receive_all(client) == data
+        assert daemon.wait_for_ends(1)[0]["cause"] == "backend-closed"
 
 
 def test_requests_that_come_while_the_backend_restarts_are_served_once_it_is_back() -> None:
