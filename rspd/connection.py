@@ -124,9 +124,9 @@ class Connection:
         except Exception:
             log.exception("unexpected error, this connection ends; please report it")
         finally:
-            self._close(cause)
+            lost = self._close(cause)
             if cause:
-                self._log_end(cause, reason)
+                self._log_end(cause, reason, lost)
 
     def cut(self, cause: Cause) -> None:
         """End the connection here and now, and say why in the log."""
@@ -215,11 +215,13 @@ class Connection:
             return encode(self.terms.config.send_proxy, source[:2], destination[:2])
         return encode(self.terms.config.send_proxy, None, None)
 
-    def _close(self, cause: Cause | None) -> None:
+    def _close(self, cause: Cause | None) -> int:
+        """Close what is open; how many bytes were lost by that."""
+        lost = 0
         if self.way:
             self.way.end()
         if self.relay and self.backend:
-            self.relay.close()
+            lost = self.relay.close()
             self.terms.backends.release(self.backend)
         elif cause in UNSERVED:
             self.client.abort()
@@ -227,12 +229,13 @@ class Connection:
             self.client.close()
         if self.admitted is not None:
             self.terms.access.leave(self.admitted)
+        return lost
 
     def _via(self) -> str:
         return "" if self.peer is None else f" via={format_peer(self.peer)}"
 
-    def _log_end(self, cause: Cause, reason: str) -> None:
-        level = logging.WARNING if reason and cause != "client-aborted" else logging.INFO
+    def _log_end(self, cause: Cause, reason: str, lost: int) -> None:
+        level = logging.WARNING if lost or (reason and cause != "client-aborted") else logging.INFO
         if level >= LOGGER.level:
             sent, received = (self.relay.upload.total, self.relay.download.total) if self.relay else (0, 0)
             sent = sent if sent > 0 else 0  # below, as long as the backend has not got the header
@@ -242,5 +245,6 @@ class Connection:
                 f"connection closed client={format_peer(self.client_address)}{via}{self.terms.tag} "
                 f"backend={self.backend.name if self.backend else '-'} sent={sent} received={received} "
                 f"seconds={self.terms.loop.now - self.started:.3f} cause={cause}"
+                + (f" lost={lost}" if lost else "")
                 + (f" reason={quote(reason)}" if reason else ""),
             )

@@ -114,6 +114,12 @@ class Flow:
         """Pass the end of the stream on. Only for a finished flow: it must not overtake data."""
         self.target.end()
 
+    @property
+    def held_back(self) -> int:
+        """How many bytes of the source's have been read and not taken by the target."""
+        ours = min(self.total, 0)  # below, as long as what was put first is not taken
+        return len(self.held) + (self._pipe.held if self._pipe else 0) + ours
+
     def drop(self) -> None:
         """Give up what has been read and not passed on."""
         self.held = b""

@@ -103,17 +103,18 @@ class Relay:
                 task.wake()
             yield  # as `news` does, without an object each time
 
-    def close(self) -> None:
+    def close(self) -> int:
         """Close both sides: each with FIN if all that was sent to it has been passed on, else with RST.
 
-        So what was cut short does not look complete.
+        So what was cut short does not look complete. Returns how many bytes were lost by that: read for a side that had
+        not aborted itself, and not acknowledged by it.
         """
-        for flow in (self.upload, self.download):
-            if flow.finished and not flow.source.aborted:
-                flow.target.close()
-            else:
-                flow.drop()
-                flow.target.abort()
+        client, backend, upload, download = self.client, self.backend, self.upload, self.download
+        if upload.finished and download.finished and not (client.ready | backend.ready) & ERR:
+            backend.close()
+            client.close()
+            return 0
+        return cut(upload, download) + cut(download, upload)
 
     def _acknowledged(self) -> bool:
         """Whether a peer has taken bytes from the kernel's buffers since the last call: slow is not idle."""
@@ -157,3 +158,26 @@ class Relay:
                 loop.current.wake_at(deadline)
                 await news()
         return cause
+
+
+def cut(flow: Flow, other: Flow) -> int:
+    """Close a flow's target, not all being in order; how many bytes were lost by that."""
+    target = flow.target
+    whole = flow.finished and not flow.source.aborted
+    # Of a socket that is closed with bytes of the peer's unread the kernel makes a reset too (tcp(7)).
+    resets = not whole or (not other.finished and target.peek(1))
+    lost = at_risk(flow) if resets and not target.aborted else 0
+    if whole:
+        target.close()
+    else:
+        flow.drop()
+        target.abort()
+    return lost
+
+
+def at_risk(flow: Flow) -> int:
+    """How many bytes of a flow's source RST to its target now would destroy, those in rspd and those in the kernel."""
+    # The kernel counts an end passed on as a byte, and holds what rspd put first, which is not in the flow's total.
+    target = flow.target
+    in_kernel = max(target.at_risk() - target.ended, 0)
+    return flow.held_back + min(in_kernel, max(flow.total, 0))

@@ -134,8 +134,13 @@ class Side(Watch):
             # The peer's acknowledgement makes room to write, but nothing more will be written.
             self.ignore(OUT)
 
+    @property
+    def ended(self) -> bool:
+        """Whether `end` was called."""
+        return not self.events & OUT
+
     def unsent(self) -> int:
-        """How many bytes the kernel holds that the peer has not acknowledged (SIOCOUTQ, tcp(7))."""
+        """How many bytes the kernel holds that the peer has not acknowledged, an end as one (SIOCOUTQ, tcp(7))."""
         answer = fcntl.ioctl(self.fd, termios.TIOCOUTQ, b"\0\0\0\0")
         return int(struct.unpack("i", answer)[0])
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from math import inf
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ import rspd.pipes
 from rspd.cause import Cause
 from rspd.flow import BUFFER_SIZE, Flow
 from rspd.loop import IN, OUT, Loop, news
-from rspd.pipes import Pipe, Pipes
+from rspd.pipes import PIPE_SIZE, Pipe, Pipes
 from rspd.relay import Relay
 from rspd.side import Side, UnixSide
 from tests.support import (
@@ -50,10 +52,26 @@ def side_of(loop: Loop, sock: socket.socket) -> Side:
     return UnixSide(loop, own) if own.family == socket.AF_UNIX else Side(loop, own)
 
 
+class Outcome(NamedTuple):
+    """How a relay ended, and the bytes: both ways, and lost."""
+
+    cause: Cause
+    sent: int
+    received: int
+    lost: int
+
+
 def converse(
     script: Script, idle: float = PATIENCE, half_close: float = PATIENCE, pipes: int = 4, pair: Pair = tcp_pair
 ) -> tuple[Cause, int, int]:
     """Run a script in a thread as client and backend, with a relay between; the cause, and the bytes both ways."""
+    return outcome_of(script, idle, half_close, pipes, pair)[:3]
+
+
+def outcome_of(
+    script: Script, idle: float = PATIENCE, half_close: float = PATIENCE, pipes: int = 4, pair: Pair = tcp_pair
+) -> Outcome:
+    """The same, with the bytes that were lost."""
     client, client_far = pair()
     backend, backend_far = pair()
     failures: list[BaseException] = []
@@ -69,7 +87,7 @@ def converse(
 
     thread = threading.Thread(target=play)
 
-    async def main(loop: Loop) -> tuple[Cause, int, int]:
+    async def main(loop: Loop) -> Outcome:
         client_side, backend_side = side_of(loop, client_far), side_of(loop, backend_far)
         client_side.watch()
         backend_side.watch()
@@ -79,10 +97,10 @@ def converse(
         try:
             cause = await relay.run()
         finally:
-            relay.close()
+            lost = relay.close()
             pool.close()
             assert pool.made == 0, "a pipe was not given back"
-        return cause, relay.upload.total, relay.download.total
+        return Outcome(cause, relay.upload.total, relay.download.total, lost)
 
     try:
         result = run(main)
@@ -557,6 +575,105 @@ def test_a_reader_that_has_stopped_is_idle_however_much_waits_for_it() -> None:
         eventually(lambda: backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
     assert converse(script, idle=1.0)[0] == "idle-timeout"
+
+
+# What a reset destroys
+
+
+def narrow_reader() -> tuple[socket.socket, socket.socket]:
+    """TCP sockets; of what the near one does not read, its kernel takes little."""
+    near, far = tcp_pair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    return near, far
+
+
+def left_to_read(sock: socket.socket) -> int:
+    """How many bytes the kernel has for a reader whose connection is over, which is waited for."""
+    over = select.poll()
+    over.register(sock, 0)
+    assert over.poll(PATIENCE * 1000)
+    got = 0
+    with suppress(ConnectionResetError):
+        while data := sock.recv(1 << 20):
+            got += len(data)
+    return got
+
+
+@pytest.mark.parametrize("why", ["idle-timeout", "half-close-timeout", "backend-aborted"])
+@pytest.mark.parametrize("pair", [narrow_reader, unix_pair])
+@pipes_or_none
+def test_what_a_reader_had_not_taken_when_it_was_reset_is_lost(why: Cause, pair: Pair, pipes: int) -> None:
+    got: list[int] = []
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        fill(backend)
+        if why == "half-close-timeout":
+            client.shutdown(socket.SHUT_WR)
+        elif why == "backend-aborted":
+            client.sendall(b"?")  # unread, it makes the end a reset
+            eventually(lambda: backend.recv(1, socket.MSG_PEEK))
+            backend.close()
+        got.append(left_to_read(client))
+
+    idle = 0.5 if why == "idle-timeout" else PATIENCE
+    cause, _, received, lost = outcome_of(script, idle=idle, half_close=0.5, pipes=pipes, pair=pair)
+    assert cause == why
+    assert lost > 0
+    # Besides what the client's socket took and did not pass on, what rspd held.
+    assert 0 <= lost - (received - got[0]) <= (PIPE_SIZE if pipes else BUFFER_SIZE)
+
+
+@pairs
+def test_a_reader_that_was_reset_when_it_had_everything_has_lost_nothing(pair: Pair) -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        backend.sendall(b"whole")
+        assert client.recv(100) == b"whole"
+        assert left_to_read(client) == 0
+
+    assert outcome_of(script, idle=0.2, pair=pair) == ("idle-timeout", 0, 5, 0)
+
+
+@pipes_or_none
+def test_what_a_client_does_not_take_that_aborts_is_not_lost(pipes: int) -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        client.sendall(b"request")
+        assert backend.recv(100) == b"request"
+        fill(backend)
+        client.close()  # with bytes unread, so that the kernel sends RST
+        assert is_reset(backend)
+
+    cause, sent, received, lost = outcome_of(script, pipes=pipes, pair=narrow_reader)
+    assert (cause, sent, lost) == ("client-aborted", 7, 0)
+    assert received > 0
+
+
+def test_what_a_client_has_not_taken_of_a_whole_answer_is_lost_if_it_is_reset_for_what_it_sends() -> None:
+    """Of a socket that is closed with bytes unread the kernel makes a reset."""
+    got: list[int] = []
+
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        # The relay's socket takes all of the answer, the client's does not.
+        backend.sendall(b"x" * 300_000)
+        backend.shutdown(socket.SHUT_WR)
+        fill(client)
+        got.append(left_to_read(client))
+
+    cause, _, received, lost = outcome_of(script, half_close=0.5, pair=narrow_reader)
+    assert (cause, received) == ("half-close-timeout", 300_000)
+    assert 0 < received - got[0] <= lost
+
+
+def test_a_header_of_our_own_is_not_lost() -> None:
+    async def main(loop: Loop) -> None:
+        near, source = tcp_pair()
+        target, far = tcp_pair()
+        relay = Relay(loop, side_of(loop, source), side_of(loop, target), Pipes(0), PATIENCE, PATIENCE)
+        relay.upload.put_first(b"PROXY UNKNOWN\r\n")
+        assert relay.close() == 0
+        near.close()
+        far.close()
+
+    run(main)
 
 
 # Against a model

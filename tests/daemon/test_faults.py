@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
 import threading
 import time
 
 import pytest
 
+from rspd.pipes import PIPE_SIZE
 from tests.support import (
     PATIENCE,
     Backend,
@@ -177,6 +180,46 @@ def test_a_peer_that_reads_nothing_is_ended_and_the_next_one_served(tmp_path: ob
         ended.set()
         assert served(daemon)
         assert daemon.wait_for_ends(2)[0]["cause"] == "idle-timeout"
+
+
+@pytest.mark.parametrize("cause", ["idle-timeout", "half-close-timeout", "backend-aborted", "drain-timeout"])
+def test_bytes_that_a_reset_destroys_are_a_warning_and_counted(tmp_path: object, cause: str) -> None:
+    idle = "500ms" if cause == "idle-timeout" else "10m"
+    options = configured(tmp_path, idle_timeout=idle, half_close_timeout="500ms", drain_timeout="1ms")
+    over = threading.Event()
+
+    def handler(sock: socket.socket) -> None:
+        fill(sock)
+        if cause == "backend-aborted":
+            reset(sock)
+        elif cause == "drain-timeout":
+            daemon.signal(signal.SIGTERM)
+        elif cause == "half-close-timeout":
+            client.shutdown(socket.SHUT_WR)
+        over.wait(PATIENCE)
+
+    with Backend(handler) as backend, rspd(*options, "-b", backend.address) as daemon, daemon.connect() as client:
+        (line,) = daemon.wait_for("connection closed")
+        over.set()
+        got = 0
+        with pytest.raises(ConnectionResetError):
+            while data := client.recv(1 << 20):
+                got += len(data)
+        (end,) = daemon.wait_for_ends(1)
+    assert " WARNING connection closed " in line
+    assert re.search(rf" cause={cause} lost=\d+$", line), line
+    # What rspd held, a pipe at most, had not come to the client's socket yet.
+    assert 0 <= int(end["lost"]) - (int(end["received"]) - got) <= PIPE_SIZE
+
+
+def test_a_client_that_aborts_its_own_download_is_no_warning() -> None:
+    with Backend(fill) as backend, rspd("-b", backend.address) as daemon:
+        client = daemon.connect()
+        assert client.recv(1)
+        reset(client)
+        (line,) = daemon.wait_for("connection closed")
+    assert " INFO " in line
+    assert line.endswith("cause=client-aborted")
 
 
 # What strace(1) makes fail. What is not to be spliced is copied.
