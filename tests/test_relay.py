@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import select
 import socket
+import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from math import inf
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rspd.pipes
@@ -587,6 +590,11 @@ def narrow_reader() -> tuple[socket.socket, socket.socket]:
     return near, far
 
 
+def unacknowledged(sock: socket.socket) -> int:
+    """How many bytes the kernel has that the peer's has not (tcp(7))."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 def left_to_read(sock: socket.socket) -> int:
     """How many bytes the kernel has for a reader whose connection is over, which is waited for."""
     over = select.poll()
@@ -734,6 +742,124 @@ def test_each_side_gets_what_the_other_sent_and_then_its_end(
 
     cause, _, _ = converse(script, pipes=pipes, pair=pair)
     assert cause in ("client-closed", "backend-closed")
+
+
+# Around where copying and splicing meet: a buffer, a pipe, a segment of the loopback interface.
+SMALL_PIPE = 2 * BUFFER_SIZE
+SAMPLE = os.urandom(8 << 20)
+
+sizes = st.builds(
+    lambda edge, more: max(1, edge + more),
+    st.sampled_from([1, 1448, 65483, BUFFER_SIZE, SMALL_PIPE, SMALL_PIPE + BUFFER_SIZE, 2 * SMALL_PIPE]),
+    st.integers(-2, 2),
+)
+moves = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["send", "send", "read", "answer"]), sizes),
+        st.tuples(st.just("let the relay run"), st.integers(1, 4)),
+        st.tuples(st.sampled_from(["take a pipe", "give it back"]), st.just(1)),
+    ),
+    max_size=24,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    moves=moves,
+    last=st.sampled_from(["end", "close", "reset"]),
+    who=st.sampled_from(["client", "backend"]),
+    pipes=st.sampled_from([0, 1, 2]),
+    room=st.sampled_from([0, 1 << 14, BUFFER_SIZE, 1 << 20]),
+    pair=st.sampled_from([tcp_pair, unix_pair]),
+)
+def test_however_copying_and_splicing_alternate_all_bytes_arrive_in_order_before_the_end(
+    moves: list[tuple[str, int]],
+    last: str,
+    who: str,
+    pipes: int,
+    room: int,
+    pair: Pair,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One task plays both peers, so that the moves alone say what happens when.
+
+    last: how the sender ends. A reset takes along what the sender's kernel had not passed on, and nothing else.
+    room: in the buffers between rspd and the reader; 0 for what the kernel gives.
+    """
+    monkeypatch.setattr(rspd.pipes, "PIPE_SIZE", SMALL_PIPE)
+
+    async def main(loop: Loop) -> None:
+        sender, source = pair()
+        reader, target = pair()
+        if room:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+            target.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
+        sender.setblocking(False)
+        reader.setblocking(False)
+        sides = [side_of(loop, source), side_of(loop, target)]
+        client, backend = sides if who == "client" else reversed(sides)
+        pool = Pipes(pipes)
+        ends: list[tuple[Cause, int]] = []
+
+        async def relay() -> None:
+            client.watch()
+            backend.watch()
+            relay = Relay(loop, client, backend, pool, PATIENCE, PATIENCE)
+            cause = await relay.run()
+            ends.append((cause, relay.close()))
+
+        loop.spawn(relay())
+        taken: list[Pipe] = []
+        sent, answered, got = 0, 0, bytearray()
+        for move, size in moves:
+            with suppress(BlockingIOError):
+                if move == "send":
+                    sent += sender.send(SAMPLE[sent : sent + size])
+                elif move == "read":
+                    got += reader.recv(size)
+                elif move == "answer":
+                    answered += reader.send(b"x" * size)
+                elif move == "take a pipe":
+                    taken += filter(None, [pool.borrow()])
+                elif move == "give it back" and taken:
+                    pool.give_back(taken.pop())
+            for _ in range(size if move == "let the relay run" else 0):
+                await loop.yield_turn()
+        tcp = sender.family != socket.AF_UNIX
+        # Bytes that are unread, or come after the end, make a reset of it too.
+        hows = {"reset"} if last == "reset" and tcp else {"end", "reset"} if answered and last != "end" else {"end"}
+        passed = sent - unacknowledged(sender) if tcp and "reset" in hows else sent
+        if last == "end":
+            sender.shutdown(socket.SHUT_WR)
+        elif last == "close":
+            sender.close()
+        else:
+            reset(sender)
+        how = ""
+        while not how:
+            await loop.yield_turn()
+            try:
+                data = reader.recv(1 << 20)
+                got += data
+                how = "" if data else "end"
+            except BlockingIOError:
+                pass
+            except ConnectionResetError:
+                how = "reset"
+        reader.close()
+        sender.close()
+        while not ends:
+            await loop.yield_turn()
+        while taken:
+            pool.give_back(taken.pop())
+        pool.close()
+        assert pool.made == 0
+        assert passed <= len(got) <= sent
+        assert got == SAMPLE[: len(got)]
+        assert how in hows
+        assert ends[0][1] == 0
+
+    run(main)
 
 
 # A single flow
