@@ -64,7 +64,7 @@ class ProxyConfig(NamedTuple):
     backends: tuple[BackendConfig, ...]
     name: str = ""  # empty where the file has one proxy, without a name
     max_connections: int = 1
-    backlog: int = 128
+    backlog: int = 4096
     reuse_port: bool = False  # of TCP listeners of our own
     connect_timeout: float = 5.0
     idle_timeout: float = 60.0

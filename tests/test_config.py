@@ -79,7 +79,7 @@ def test_two_lines_are_a_configuration_and_the_rest_is_defaults(load: Load) -> N
                 listen=(Address(port=8080),),
                 backends=relayed_to(Address("127.0.0.1", 8000)),
                 max_connections=1,
-                backlog=128,
+                backlog=4096,
                 reuse_port=False,
                 connect_timeout=5.0,
                 idle_timeout=60.0,
@@ -96,7 +96,7 @@ def test_every_key_can_be_set(load: Load) -> None:
     config = load(
         "listen: [8080, '[::1]:8081', /run/rspd.sock, '@rspd']\n"
         "backends:\n- a:1\n- '[::1]:2'\n- /run/b\n- '@c'\n"
-        "max_connections: 100\nbacklog: 4096\nreuse_port: true\nconnect_timeout: 500ms\nidle_timeout: off\n"
+        "max_connections: 100\nbacklog: 500\nreuse_port: true\nconnect_timeout: 500ms\nidle_timeout: off\n"
         "half_close_timeout: 2m\n"
         "drain_timeout: 1.5h\nlog_level: debug\nexit_idle_time: 5m\n"
     )
@@ -111,7 +111,7 @@ def test_every_key_can_be_set(load: Load) -> None:
                 ),
                 backends=relayed_to(Address("a", 1), Address("::1", 2), Address(path="/run/b"), Address(path="@c")),
                 max_connections=100,
-                backlog=4096,
+                backlog=500,
                 reuse_port=True,
                 connect_timeout=0.5,
                 idle_timeout=inf,

@@ -6,12 +6,14 @@ import re
 import socket
 import threading
 import time
+from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from tests.manager import service
-from tests.support import PATIENCE, Backend, Daemon, answer, echo, eventually, receive_all, rspd
+from tests.support import PATIENCE, Backend, Daemon, answer, echo, eventually, receive_all, rspd, skip_for_kernel
 
 
 def ask(daemon: Daemon, got: list[float], started: float) -> socket.socket:
@@ -116,3 +118,18 @@ def test_two_listeners_take_turns_when_both_are_busy() -> None:
         ends = daemon.wait_for_ends(11)[1:]
         served = [arrived_at[int(end["client"].rpartition(":")[2])] for end in ends]
         assert all(one != other for one, other in pairwise(served)), served
+
+
+def test_hundreds_of_clients_that_come_at_once_have_a_place_in_the_backlog() -> None:
+    limit = int(Path("/proc/sys/net/core/somaxconn").read_text())
+    if limit < 600:
+        skip_for_kernel(f"net.core.somaxconn is {limit}")
+    with Backend(echo) as backend, rspd("-b", backend.address) as daemon, ExitStack() as stack:
+        first = stack.enter_context(daemon.connect())
+        first.sendall(b"x")
+        assert first.recv(1) == b"x"
+        for _ in range(500):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", daemon.port))
+        daemon.wait_for("all places taken, clients wait max_connections=1 waiting=500")
