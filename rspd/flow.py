@@ -29,8 +29,10 @@ class Flow:
         "_can_splice",
         "_end",
         "_held_back",
+        "_in_memory",
         "_pipe",
         "_pipes",
+        "_slow",
         "eof",
         "finished",
         "held",
@@ -53,6 +55,8 @@ class Flow:
         self._bulk = False
         self._can_splice = True
         self._held_back = False
+        self._slow = False  # the pipe went to somebody else, and the reader has not caught up since
+        self._in_memory = 0  # bytes of `held` that were in a pipe
         self._end = 0  # the total at which others come first
 
     def pump(self) -> bool:
@@ -122,8 +126,27 @@ class Flow:
 
     def drop(self) -> None:
         """Give up what has been read and not passed on."""
-        self.held = b""
+        self._keep_rest(b"")
         self._give_back()
+
+    def empty_into_memory(self) -> None:
+        """Keep what is in the pipe in `held`, and copy until the reader has caught up: another flow gets the pipe."""
+        pipe = self._pipe
+        assert pipe
+        parts = []
+        while pipe.held:
+            parts.append(os.read(pipe.read_fd, pipe.held))
+            pipe.held -= len(parts[-1])
+        self._pipe = None
+        self.held = memoryview(b"".join(parts))
+        self._in_memory = len(self.held)
+        self._slow = True
+
+    def _keep_rest(self, rest: memoryview | bytes) -> None:
+        self.held = rest
+        if self._in_memory and not rest:
+            self._pipes.memory_is_free(self._in_memory)
+            self._in_memory = 0
 
     def _give_back(self) -> None:
         if self._pipe:
@@ -153,11 +176,15 @@ class Flow:
     def _write_held(self) -> bool:
         count = self.target.write(self.held)
         self.total += count
-        self.held = self.held[count:]
+        self._keep_rest(self.held[count:])
         return not self.held
 
     def _borrow(self) -> bool:
-        self._pipe = self._pipes.borrow()
+        if self._slow:
+            if self.target.unsent() > BUFFER_SIZE:
+                return False
+            self._slow = False
+        self._pipe = self._pipes.borrow(self, self.source.loop.now)
         return self._pipe is not None
 
     def _splice(self) -> bool:

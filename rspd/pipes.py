@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from typing import Protocol
 
 # Bytes per pipe. Measured per GB: 256 KiB cost a third more CPU time than 1 MiB, larger ones gained nothing.
 PIPE_SIZE = 1 << 20
@@ -19,14 +20,44 @@ PIPES_MAX = 64
 TURN = 1 << 24
 LEAST, MOST = 1 << 16, 1 << 20
 
+# Bytes of pipes that may be in memory instead, all together: so that flows which move get the pipes of others.
+IN_MEMORY_MAX = 1 << 24
+
+# Bytes per second below which a borrower is slow: where nothing moves fast, a pipe saves little.
+SLOW = 10_000_000
+
+# Bytes that a flow has passed on before others are asked for their pipes: as much as its reader would not have let
+# through without reading, by the kernel's usual buffers (tcp(7)).
+PROVEN = 1 << 24
+
+# Seconds over which slowness is measured, and between two looks for somebody slow.
+LOOK = 0.1
+
 # How often to do without before asking for a pipe again, after one was too small or there was no descriptor.
 REFRAIN = 256
+
+
+class Borrower(Protocol):
+    """Who borrows a pipe: a flow."""
+
+    @property
+    def total(self) -> int:
+        """How many bytes it has passed on so far."""
+
+    def empty_into_memory(self) -> None:
+        """Keep what is in the pipe elsewhere: it goes to somebody else."""
 
 
 class Pipe:
     """A pipe: `size` bytes of room; `held` of them are taken. Owns its two descriptors."""
 
-    __slots__ = ("held", "read_fd", "size", "write_fd")
+    __slots__ = ("borrower", "held", "read_fd", "since", "size", "slow", "total", "write_fd")
+
+    # While it is lent: to whom; when its borrower's pace was last looked at, its `total` then, and what was found.
+    borrower: Borrower
+    since: float
+    total: int
+    slow: bool
 
     def __init__(self) -> None:
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -58,6 +89,9 @@ class Pipes:
         self.made = 0
         self._refrain = 0
         self._idle: list[Pipe] = []
+        self._lent: dict[Pipe, None] = {}
+        self._in_memory = 0
+        self._next_look = 0.0
         self._turn: object = None
         self._flows = self._flows_before = 0  # that have had an allowance in this turn, in the one before
 
@@ -73,10 +107,19 @@ class Pipes:
         share = TURN // max(self._flows, self._flows_before)
         return MOST if share > MOST else max(share, LEAST)
 
-    def borrow(self) -> Pipe | None:
-        """An empty pipe, to be given back; None where there is none to be had: do without."""
-        if self._idle:
-            return self._idle.pop()
+    def borrow(self, borrower: Borrower, now: float) -> Pipe | None:
+        """An empty pipe, to be given back; None where there is none to be had: do without.
+
+        Where all are lent, one is taken from a borrower that hardly moves.
+        now: seconds, monotonic.
+        """
+        pipe = self._idle.pop() if self._idle else self._make() or self._take(borrower, now)
+        if pipe:
+            pipe.borrower, pipe.since, pipe.total, pipe.slow = borrower, now, borrower.total, False
+            self._lent[pipe] = None
+        return pipe
+
+    def _make(self) -> Pipe | None:
         if self.made >= self.limit:
             return None
         if self._refrain:
@@ -94,8 +137,25 @@ class Pipes:
         self.made += 1
         return pipe
 
+    def _take(self, borrower: Borrower, now: float) -> Pipe | None:
+        """A pipe of somebody slow, whose bytes are in memory then: the one with the fewest."""
+        if borrower.total < PROVEN or now < self._next_look:
+            return None
+        pipe = min(filter(lambda lent: _is_slow(lent, now), list(self._lent)), key=lambda lent: lent.held, default=None)
+        if pipe is None or self._in_memory + pipe.held > IN_MEMORY_MAX:
+            self._next_look = now + LOOK
+            return None
+        self._in_memory += pipe.held
+        pipe.borrower.empty_into_memory()
+        return pipe
+
+    def memory_is_free(self, size: int) -> None:
+        """So many bytes that `empty_into_memory` had to keep have been passed on, or given up."""
+        self._in_memory -= size
+
     def give_back(self, pipe: Pipe) -> None:
         """Take a pipe back. One with bytes in it is closed: they must not reach another flow."""
+        del self._lent[pipe]
         if pipe.held or self.made > self.limit:
             pipe.close()
             self.made -= 1
@@ -113,3 +173,12 @@ class Pipes:
             pipe.close()
         self.made -= len(self._idle)
         self._idle.clear()
+
+
+def _is_slow(pipe: Pipe, now: float) -> bool:
+    """Whether a pipe's borrower hardly moves, by the last look at it, which is now if that was a while ago."""
+    seconds = now - pipe.since
+    if seconds >= LOOK:
+        pipe.slow = pipe.borrower.total - pipe.total < SLOW * seconds
+        pipe.since, pipe.total = now, pipe.borrower.total
+    return pipe.slow

@@ -11,7 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.pipes import LEAST, MOST, PIPE_SIZE, REFRAIN, TURN, USEFUL_SIZE, Pipe, Pipes
+from rspd.pipes import (
+    LEAST,
+    LOOK,
+    MOST,
+    PIPE_SIZE,
+    PROVEN,
+    REFRAIN,
+    SLOW,
+    TURN,
+    USEFUL_SIZE,
+    Pipe,
+    Pipes,
+)
 from tests.support import OUR_USER, eventually, open_descriptors
 
 pytestmark = pytest.mark.large_pipes(4)
@@ -67,10 +79,38 @@ def pipes() -> Iterator[Pipes]:
     pool.close()
 
 
+class Holder:
+    """Who borrows pipes and has passed on so many bytes; what it held in the last one that was taken away."""
+
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
+        self.in_memory: bytes | None = None
+        self.pipe: Pipe | None = None
+
+    def empty_into_memory(self) -> None:
+        assert self.pipe
+        self.in_memory = os.read(self.pipe.read_fd, self.pipe.held) if self.pipe.held else b""
+        self.pipe.held = 0
+        self.pipe = None
+
+
+def ask(pool: Pipes, borrower: Holder | None = None, now: float = 0.0) -> Pipe | None:
+    """A pipe for somebody, if there is one."""
+    borrower = borrower or Holder()
+    borrower.pipe = pool.borrow(borrower, now)
+    return borrower.pipe
+
+
 def borrow(pool: Pipes) -> Pipe:
-    pipe = pool.borrow()
+    pipe = ask(pool)
     assert pipe is not None
     return pipe
+
+
+def put(holder: Holder, size: int) -> None:
+    """Have bytes in the pipe that was borrowed."""
+    assert holder.pipe
+    holder.pipe.held += os.write(holder.pipe.write_fd, b"x" * size)
 
 
 def test_a_borrowed_pipe_is_empty_large_and_never_blocks(pipes: Pipes) -> None:
@@ -93,16 +133,16 @@ def test_a_borrowed_pipe_is_empty_large_and_never_blocks(pipes: Pipes) -> None:
 def test_no_more_pipes_are_lent_than_the_limit(pipes: Pipes) -> None:
     lent = [borrow(pipes) for _ in range(3)]
     assert len({pipe.read_fd for pipe in lent}) == 3
-    assert pipes.borrow() is None
+    assert ask(pipes) is None
     pipes.give_back(lent[1])
-    assert pipes.borrow() is lent[1]
-    assert pipes.borrow() is None
+    assert ask(pipes) is lent[1]
+    assert ask(pipes) is None
     for pipe in lent:
         pipes.give_back(pipe)
 
 
 def test_a_pool_without_room_for_pipes_lends_none() -> None:
-    assert Pipes(0).borrow() is None
+    assert ask(Pipes(0)) is None
 
 
 def test_a_pipe_that_was_given_back_is_lent_again_before_another_is_made(pipes: Pipes) -> None:
@@ -138,7 +178,7 @@ def test_pipes_above_a_lowered_limit_are_closed_when_they_come_back(pipes: Pipes
     assert open_descriptors() == before + 2
     assert pipes.made == 1
     last = borrow(pipes)
-    assert pipes.borrow() is None
+    assert ask(pipes) is None
     pipes.give_back(last)
 
 
@@ -150,7 +190,7 @@ def test_closing_the_pool_frees_what_is_not_in_use_and_it_serves_on(pipes: Pipes
     assert open_descriptors() == before + 2
     assert pipes.made == 1
     lent = [borrow(pipes), borrow(pipes)]
-    assert pipes.borrow() is None
+    assert ask(pipes) is None
     for pipe in [kept, *lent]:
         pipes.give_back(pipe)
     pipes.close()
@@ -160,17 +200,17 @@ def test_closing_the_pool_frees_what_is_not_in_use_and_it_serves_on(pipes: Pipes
 @pytest.mark.parametrize("spare", [0, 1])
 def test_without_descriptors_the_pool_does_without_for_a_while_and_then_asks_again(pipes: Pipes, spare: int) -> None:
     with no_descriptors(spare):
-        assert pipes.borrow() is None
-    assert [pipes.borrow() for _ in range(REFRAIN)] == [None] * REFRAIN
+        assert ask(pipes) is None
+    assert [ask(pipes) for _ in range(REFRAIN)] == [None] * REFRAIN
     pipes.give_back(borrow(pipes))
 
 
 def test_a_pipe_at_hand_is_lent_where_there_are_no_descriptors(pipes: Pipes) -> None:
     first, second = borrow(pipes), borrow(pipes)
     with no_descriptors():
-        assert pipes.borrow() is None
+        assert ask(pipes) is None
         pipes.give_back(first)
-        assert pipes.borrow() is first
+        assert ask(pipes) is first
     for pipe in (first, second):
         pipes.give_back(pipe)
 
@@ -179,7 +219,7 @@ def test_with_the_quota_of_pipe_pages_used_up_small_pipes_are_not_lent_and_not_k
     def none_is_lent() -> bool:
         with unprivileged(), pipe_quota_used_up():
             before = open_descriptors()
-            if pipe := pipes.borrow():  # another program of this user has given pages back in this moment
+            if pipe := ask(pipes):  # another program of this user has given pages back in this moment
                 pipes.give_back(pipe)
                 pipes.close()
                 return False
@@ -188,9 +228,70 @@ def test_with_the_quota_of_pipe_pages_used_up_small_pipes_are_not_lent_and_not_k
             return True
 
     eventually(none_is_lent)
-    assert [pipes.borrow() for _ in range(REFRAIN)] == [None] * REFRAIN
+    assert [ask(pipes) for _ in range(REFRAIN)] == [None] * REFRAIN
     with unprivileged():
         pipes.give_back(borrow(pipes))
+
+
+def test_a_pipe_is_taken_from_who_hardly_moves_for_who_moves(pipes: Pipes) -> None:
+    most, least, fast = Holder(), Holder(), Holder()
+    for holder, size in ((most, 3000), (least, 2000), (fast, 1000)):
+        ask(pipes, holder, now=1.0)
+        put(holder, size)
+    wanted = least.pipe
+    fast.total += int(SLOW)
+    who = Holder(PROVEN)
+    assert ask(pipes, who, now=2.0) is wanted
+    assert wanted
+    assert wanted.held == 0
+    assert least.in_memory == b"x" * 2000
+    assert most.in_memory is None
+    assert fast.in_memory is None
+
+
+def test_no_pipe_is_taken_before_its_borrower_had_time_to_move(pipes: Pipes) -> None:
+    holders = [Holder() for _ in range(3)]
+    for holder in holders:
+        ask(pipes, holder, now=1.0)
+        put(holder, 1000)
+    assert ask(pipes, Holder(PROVEN), now=1.0 + LOOK / 2) is None
+    assert ask(pipes, Holder(PROVEN), now=1.0 + 2 * LOOK) is not None
+
+
+def test_no_pipe_is_taken_for_who_has_not_moved_much_himself(pipes: Pipes) -> None:
+    for _ in range(3):
+        ask(pipes, holder := Holder(), now=1.0)
+        put(holder, 1000)
+    assert ask(pipes, Holder(PROVEN - 1), now=10.0) is None
+    assert ask(pipes, Holder(PROVEN), now=10.0) is not None
+
+
+def test_who_is_slow_is_looked_for_again_after_a_while_only(pipes: Pipes) -> None:
+    holders = [Holder() for _ in range(3)]
+    for holder in holders:
+        ask(pipes, holder, now=1.0)
+        put(holder, 1000)
+        holder.total += int(SLOW * 1.0)
+    assert ask(pipes, Holder(PROVEN), now=2.0) is None
+    assert ask(pipes, Holder(PROVEN), now=2.0 + LOOK / 2) is None
+    assert ask(pipes, Holder(PROVEN), now=2.0 + LOOK) is not None, "all have stood still since"
+
+
+def test_no_more_bytes_are_in_memory_than_may_be_and_room_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rspd.pipes.IN_MEMORY_MAX", 2500)
+    pool = Pipes(3)
+    slow = [Holder() for _ in range(3)]
+    for holder in slow:
+        ask(pool, holder, now=1.0)
+        put(holder, 1000)
+    fast = [Holder(PROVEN) for _ in range(3)]
+    assert [ask(pool, holder, now=2.0) is not None for holder in fast] == [True, True, False]
+    pool.memory_is_free(1000)
+    assert ask(pool, fast[2], now=2.0 + 2 * LOOK) is not None
+    for holder in slow + fast:
+        if holder.pipe:
+            pool.give_back(holder.pipe)
+    pool.close()
 
 
 @given(st.integers(0, 3), st.lists(st.tuples(st.sampled_from("bgdlc"), st.integers(0, 3)), max_size=40))
@@ -200,7 +301,7 @@ def test_no_bytes_and_no_descriptors_leak_whatever_the_order(limit: int, steps: 
     lent: list[Pipe] = []
     for action, number in steps:
         if action == "b":
-            pipe = pool.borrow()
+            pipe = ask(pool)
             assert (pipe is None) == (len(lent) >= pool.limit)
             if pipe:
                 assert pipe not in lent
