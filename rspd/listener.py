@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import stat
+import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ CLIENT_GONE = frozenset(
         errno.ETIMEDOUT,
     }
 )
+
+# The shortest time for SO_RCVTIMEO, as struct timeval: 0 would be for ever (socket(7)).
+MOMENT = struct.pack("ll", 0, 1)
 
 # tcpi_unacked in struct tcp_info, linux/tcp.h: of a socket that listens, how many wait to be accepted.
 UNACKED = slice(24, 28)
@@ -159,6 +163,9 @@ class Listener(Watch):
 
 def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
     """A listener on a socket that listens already and belongs to systemd as well. It owns our descriptor of it."""
+    # Whether accept(2) waits is a flag that all processes share, and systemd clears it whenever it starts another one
+    # on the socket (NonBlocking=, systemd.service(5)). This one is the socket's own: nobody waits there for long.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, MOMENT)
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as for those of our own, see _open
     return Listener(bound_address(sock), sock, passed=name)

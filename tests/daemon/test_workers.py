@@ -187,6 +187,23 @@ def test_looking_again_costs_almost_no_cpu_time(shared: socket.socket) -> None:
 # Ends, restarts, reloads
 
 
+@pytest.mark.parametrize("limit", ["1", "8"])
+def test_a_shared_socket_that_somebody_makes_wait_again_stops_nobody(shared: socket.socket, limit: str) -> None:
+    """systemd clears O_NONBLOCK, which all processes share, when it starts another one on the socket."""
+    with Backend(echo) as backend, ExitStack() as stack:
+        [process] = stack.enter_context(workers(1, shared, "-b", backend.address, "--max-connections", limit))
+        process.wait_for("listening")
+        shared.setblocking(True)
+        for served in range(0, 60, 3):
+            clients = [stack.enter_context(client_of(shared)) for _ in range(3)]
+            for client in clients:
+                client.sendall(b"?")
+            for client in clients:
+                assert client.recv(1) == b"?"
+                client.close()
+            process.wait_for_ends(served + 3)
+
+
 def test_a_killed_process_takes_its_own_clients_along_and_no_other(shared: socket.socket) -> None:
     with Backend(answer) as backend, ExitStack() as stack:
         arguments = ["-b", backend.address, "--max-connections", "8"]
