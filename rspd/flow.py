@@ -6,7 +6,7 @@ import errno
 import os
 
 from rspd.loop import IN, OUT, PRI
-from rspd.pipes import Pipe, Pipes
+from rspd.pipes import Pace, Pipe, Pipes
 from rspd.side import Side
 
 # One buffer serves all copying: nothing stays in it between two calls. A read that fills it is bulk data,
@@ -28,11 +28,11 @@ class Flow:
         "_bulk",
         "_can_splice",
         "_end",
+        "_from_pipe",
         "_held_back",
-        "_in_memory",
+        "_pace",
         "_pipe",
         "_pipes",
-        "_slow",
         "eof",
         "finished",
         "held",
@@ -55,8 +55,8 @@ class Flow:
         self._bulk = False
         self._can_splice = True
         self._held_back = False
-        self._slow = False  # the pipe went to somebody else, and the reader has not caught up since
-        self._in_memory = 0  # bytes of `held` that were in a pipe
+        self._pace: Pace | None = None  # since another flow got the pipe, until the reader reads again
+        self._from_pipe = 0  # bytes that were in a pipe, as long as any of them are in `held`
         self._end = 0  # the total at which others come first
 
     def pump(self) -> bool:
@@ -82,12 +82,12 @@ class Flow:
             more = self._keep(count, size)
         else:
             more = True
-        self._end = self.total + self._pipes.allowance(source.loop.this_turn)
+        self._end = self.total + self._pipes.allowance(source.loop.turn)
         while more and self.total < self._end:
             # What was read before comes first: a pipe must not overtake it.
             if self.held:
                 more = self._write_held()
-            elif self._pipe or (self._bulk and self._borrow()):
+            elif self._pipe or (self._bulk and not self.eof and self._borrow()):
                 more = self._splice()
             else:
                 more = self._copy()
@@ -129,24 +129,28 @@ class Flow:
         self._keep_rest(b"")
         self._give_back()
 
-    def empty_into_memory(self) -> None:
-        """Keep what is in the pipe in `held`, and copy until the reader has caught up: another flow gets the pipe."""
+    def empty_into_memory(self, pace: Pace) -> int:
+        """Keep what is in the pipe in `held`; how many bytes. Another flow gets the pipe; this one copies while slow.
+
+        Raises OSError or MemoryError, with all as it was.
+        """
+        self._pipe_to_held()
+        self._pipe = None
+        self._pace = pace
+        self._from_pipe = len(self.held)
+        return self._from_pipe
+
+    def _pipe_to_held(self) -> None:
         pipe = self._pipe
         assert pipe
-        parts = []
-        while pipe.held:
-            parts.append(os.read(pipe.read_fd, pipe.held))
-            pipe.held -= len(parts[-1])
-        self._pipe = None
-        self.held = memoryview(b"".join(parts))
-        self._in_memory = len(self.held)
-        self._slow = True
+        self.held = os.read(pipe.read_fd, pipe.held) if pipe.held else b""  # all that is there, pipe(7)
+        pipe.held = 0
 
     def _keep_rest(self, rest: memoryview | bytes) -> None:
-        self.held = rest
-        if self._in_memory and not rest:
-            self._pipes.memory_is_free(self._in_memory)
-            self._in_memory = 0
+        self.held = rest or b""  # an empty view would keep all that it is a view of
+        if self._from_pipe and not rest:
+            self._pipes.free_memory(self._from_pipe)
+            self._from_pipe = 0
 
     def _give_back(self) -> None:
         if self._pipe:
@@ -176,15 +180,17 @@ class Flow:
     def _write_held(self) -> bool:
         count = self.target.write(self.held)
         self.total += count
-        self._keep_rest(self.held[count:])
+        self._keep_rest(memoryview(self.held)[count:])
         return not self.held
 
     def _borrow(self) -> bool:
-        if self._slow:
-            if self.target.unsent() > BUFFER_SIZE:
+        now = self.source.loop.now
+        if self._pace:
+            self._pace.look(self.total, now)
+            if self._pace.slow:
                 return False
-            self._slow = False
-        self._pipe = self._pipes.borrow(self, self.source.loop.now)
+            self._pace = None
+        self._pipe = self._pipes.borrow(self, now)
         return self._pipe is not None
 
     def _splice(self) -> bool:
@@ -236,11 +242,8 @@ class Flow:
                 target.broken_by(error)
                 return False
             self._can_splice = False  # nor to
-            held = os.read(pipe.read_fd, pipe.held)
-            pipe.held -= len(held)
-            self._leave_splice()
-            self.held = held
-            return True
+            self._pipe_to_held()
+            return self._leave_splice()
         pipe.held -= count
         self.total += count
         return True

@@ -85,7 +85,7 @@ class Task:
 
     def wake(self) -> None:
         """Resume the task in the loop's next round; of no effect once it is done."""
-        self._loop.next_turn[self] = None
+        self._loop._queue[self] = None
 
     def wake_at(self, when: float) -> None:
         """Resume the task once at the loop's time `when`, in place of an earlier deadline; `inf` for never."""
@@ -110,7 +110,7 @@ class Loop:
 
     clock: returns monotonic seconds; tests pass their own.
     now: the time of this turn.
-    this_turn, next_turn: the tasks to be resumed in this turn and in the next one, in this order.
+    turn: its number.
     current: the task that is running.
     """
 
@@ -120,8 +120,7 @@ class Loop:
         self._clock = clock
         self._epoll = select.epoll()
         self._watches: dict[int, Watch] = {}
-        self.this_turn: dict[Task, None] = {}
-        self.next_turn: dict[Task, None] = {}
+        self._queue: dict[Task, None] = {}  # to be resumed in the next turn, in this order
         self._stopped = False
         self._timers: list[tuple[float, int, Task]] = []  # never empty: the loop's own task has one
         self._sequence = count()
@@ -131,6 +130,7 @@ class Loop:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self.now = clock()
+        self.turn = 0
         self._tasks: set[Task] = set()
         self.spawn(self._receive_wakeups())
 
@@ -284,10 +284,13 @@ class Loop:
     def _run_turns(self) -> None:
         """Wait and resume whom it concerns, again and again, until the main task is done."""
         poll, clock, watches, timers = self._epoll.poll, self._clock, self._watches, self._timers
-        while not self._stopped:
-            self.this_turn = turn = self.next_turn
+        turns = count(self.turn + 1)
+        for self.turn in turns:
+            if self._stopped:
+                break
+            queue = self._queue
             due = timers[0][0]
-            wait = 0.0 if turn else due - clock()
+            wait = 0.0 if queue else due - clock()
             # All that is ready is in the turn: else tasks that are woken in each would run more often than others.
             events = poll(wait if wait > 0.0 else 0.0, len(watches))  # below 0 is for ever
             now = self.now = clock()
@@ -306,12 +309,12 @@ class Loop:
                     # the number has a new owner, that one gets these events.
                     continue
                 watch.ready |= mask
-                turn[watch.task] = None
+                queue[watch.task] = None
             if late:
                 self._fire_due()
             # Tasks woken from here on wait for the next turn, after a look at the descriptors.
-            self.next_turn = {}
-            for task in turn:
+            self._queue = {}
+            for task in queue:
                 if not task.done:
                     self.current = task
                     try:

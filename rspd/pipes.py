@@ -1,10 +1,10 @@
-"""Pipes for splice(2): the kernel's buffers between two sockets, shared by the flows that need one now."""
+"""What the flows share: pipes for splice(2), the kernel's buffers between two sockets, and the time of a turn."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 # Bytes per pipe. Measured per GB: 256 KiB cost a third more CPU time than 1 MiB, larger ones gained nothing.
 PIPE_SIZE = 1 << 20
@@ -15,26 +15,47 @@ USEFUL_SIZE = 1 << 16
 
 PIPES_MAX = 64
 
-# Bytes that all flows together may move in a turn of the loop, about 5 ms of work; and what one of them may at least,
-# a buffer full, and at most.
+# Bytes that all flows together may move in a turn of the loop, about 5 ms of work; and what one of them may at least, a
+# buffer full, and at most.
 TURN = 1 << 24
 LEAST, MOST = 1 << 16, 1 << 20
 
-# Bytes of pipes that may be in memory instead, all together: so that flows which move get the pipes of others.
-IN_MEMORY_MAX = 1 << 24
+# Bytes that a flow has passed on when its reader has shown that it reads. One that reads nothing takes as much as the
+# buffers of two sockets hold: 4 MiB to send, by default, and little to receive (tcp(7)).
+PROVEN = 1 << 23
 
-# Bytes per second below which a borrower is slow: where nothing moves fast, a pipe saves little.
+# The part of the pipes that only proven flows get: one in so many.
+RESERVED = 8
+
+# Bytes per second below which a flow is slow: what moves so little costs little, spliced or copied.
 SLOW = 10_000_000
 
-# Bytes that a flow has passed on before others are asked for their pipes: as much as its reader would not have let
-# through without reading, by the kernel's usual buffers (tcp(7)).
-PROVEN = 1 << 24
-
-# Seconds over which slowness is measured, and between two looks for somebody slow.
+# Seconds over which the pace is measured, and between two looks for somebody slow.
 LOOK = 0.1
+
+# Bytes of pipes that may be in memory, all together, so that others have these pipes.
+IN_MEMORY_MAX = 1 << 24
 
 # How often to do without before asking for a pipe again, after one was too small or there was no descriptor.
 REFRAIN = 256
+
+
+class Pace:
+    """How fast somebody passes bytes on. `slow`: by the last look at it."""
+
+    __slots__ = ("_since", "_total", "slow")
+
+    def __init__(self, total: int, now: float) -> None:
+        self._since = now
+        self._total = total
+        self.slow = False
+
+    def look(self, total: int, now: float) -> None:
+        """Judge by what was passed on since the last look, if that was a while ago."""
+        seconds = now - self._since
+        if seconds >= LOOK:
+            self.slow = total - self._total < SLOW * seconds
+            self._since, self._total = now, total
 
 
 class Borrower(Protocol):
@@ -44,20 +65,25 @@ class Borrower(Protocol):
     def total(self) -> int:
         """How many bytes it has passed on so far."""
 
-    def empty_into_memory(self) -> None:
-        """Keep what is in the pipe elsewhere: it goes to somebody else."""
+    def empty_into_memory(self, pace: Pace) -> int:
+        """Keep what is in the pipe elsewhere, for the pipe goes to somebody else; how many bytes.
+
+        pace: that by which it is slow.
+        Raises OSError or MemoryError, with all as it was.
+        """
+
+
+class Loan(NamedTuple):
+    """Who has a pipe, and how fast that one has moved since."""
+
+    borrower: Borrower
+    pace: Pace
 
 
 class Pipe:
     """A pipe: `size` bytes of room; `held` of them are taken. Owns its two descriptors."""
 
-    __slots__ = ("borrower", "held", "read_fd", "since", "size", "slow", "total", "write_fd")
-
-    # While it is lent: to whom; when its borrower's pace was last looked at, its `total` then, and what was found.
-    borrower: Borrower
-    since: float
-    total: int
-    slow: bool
+    __slots__ = ("held", "read_fd", "size", "write_fd")
 
     def __init__(self) -> None:
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -89,23 +115,28 @@ class Pipes:
         self.made = 0
         self._refrain = 0
         self._idle: list[Pipe] = []
-        self._lent: dict[Pipe, None] = {}
-        self._in_memory = 0
+        self._lent: dict[Pipe, Loan] = {}
+        self.in_memory = 0  # bytes that were in pipes
         self._next_look = 0.0
-        self._turn: object = None
-        self._flows = self._flows_before = 0  # that have had an allowance in this turn, in the one before
+        self._turn = 0
+        self._flows = 0  # that have had an allowance in this turn
+        self._expected = 0  # how many will, by the turn before
+        self._left = 0  # bytes of TURN
 
-    def allowance(self, turn: object) -> int:
-        """How many bytes a flow may move in this turn of the loop: less, the more flows there are that have many.
+    def allowance(self, turn: int) -> int:
+        """How many bytes a flow may move in this turn of the loop: its share, by the number of flows that ask.
 
-        turn: what is another object in another turn.
+        All together they get TURN, and LEAST each after that.
         """
-        if turn is not self._turn:
+        if turn != self._turn:
             self._turn = turn
-            self._flows_before, self._flows = self._flows, 0
+            self._expected, self._flows, self._left = self._flows, 0, TURN
         self._flows += 1
-        share = TURN // max(self._flows, self._flows_before)
-        return MOST if share > MOST else max(share, LEAST)
+        share = min(TURN // max(self._flows, self._expected), MOST, self._left)
+        if share < LEAST:
+            share = LEAST
+        self._left -= share
+        return share
 
     def borrow(self, borrower: Borrower, now: float) -> Pipe | None:
         """An empty pipe, to be given back; None where there is none to be had: do without.
@@ -113,10 +144,14 @@ class Pipes:
         Where all are lent, one is taken from a borrower that hardly moves.
         now: seconds, monotonic.
         """
-        pipe = self._idle.pop() if self._idle else self._make() or self._take(borrower, now)
+        proven = borrower.total >= PROVEN
+        pipe = None
+        if proven or len(self._idle) + self.limit - self.made > self.limit // RESERVED:
+            pipe = self._idle.pop() if self._idle else self._make()
+        if not pipe and proven:
+            pipe = self._take(now)
         if pipe:
-            pipe.borrower, pipe.since, pipe.total, pipe.slow = borrower, now, borrower.total, False
-            self._lent[pipe] = None
+            self._lent[pipe] = Loan(borrower, Pace(borrower.total, now))
         return pipe
 
     def _make(self) -> Pipe | None:
@@ -137,21 +172,26 @@ class Pipes:
         self.made += 1
         return pipe
 
-    def _take(self, borrower: Borrower, now: float) -> Pipe | None:
-        """A pipe of somebody slow, whose bytes are in memory then: the one with the fewest."""
-        if borrower.total < PROVEN or now < self._next_look:
+    def _take(self, now: float) -> Pipe | None:
+        """The pipe of somebody slow, whose bytes are in memory then: the one with the fewest."""
+        if now < self._next_look or self.made > self.limit:
             return None
-        pipe = min(filter(lambda lent: _is_slow(lent, now), list(self._lent)), key=lambda lent: lent.held, default=None)
-        if pipe is None or self._in_memory + pipe.held > IN_MEMORY_MAX:
-            self._next_look = now + LOOK
-            return None
-        self._in_memory += pipe.held
-        pipe.borrower.empty_into_memory()
-        return pipe
+        for loan in self._lent.values():
+            loan.pace.look(loan.borrower.total, now)
+        slow = (pipe for pipe, loan in self._lent.items() if loan.pace.slow)
+        pipe = min(slow, key=lambda pipe: pipe.held, default=None)
+        if pipe and self.in_memory + pipe.held <= IN_MEMORY_MAX:
+            try:
+                self.in_memory += self._lent[pipe].borrower.empty_into_memory(self._lent[pipe].pace)
+                return pipe
+            except (OSError, MemoryError):
+                pass
+        self._next_look = now + LOOK
+        return None
 
-    def memory_is_free(self, size: int) -> None:
-        """So many bytes that `empty_into_memory` had to keep have been passed on, or given up."""
-        self._in_memory -= size
+    def free_memory(self, size: int) -> None:
+        """So many bytes that `empty_into_memory` kept are there no more."""
+        self.in_memory -= size
 
     def give_back(self, pipe: Pipe) -> None:
         """Take a pipe back. One with bytes in it is closed: they must not reach another flow."""
@@ -173,12 +213,3 @@ class Pipes:
             pipe.close()
         self.made -= len(self._idle)
         self._idle.clear()
-
-
-def _is_slow(pipe: Pipe, now: float) -> bool:
-    """Whether a pipe's borrower hardly moves, by the last look at it, which is now if that was a while ago."""
-    seconds = now - pipe.since
-    if seconds >= LOOK:
-        pipe.slow = pipe.borrower.total - pipe.total < SLOW * seconds
-        pipe.since, pipe.total = now, pipe.borrower.total
-    return pipe.slow

@@ -74,7 +74,7 @@ class Proxy:
         self._accepting = False
         self._leaving = False
         self._watched: list[Listener] = []
-        self._rush: object = None  # the turn after one in which nobody was found missing
+        self._rush = -1  # the last turn in which each call to accept found a client
         self._look_again = inf  # when to, while accepting
         self._last_end = common.loop.now
         self._set(config, listeners)
@@ -205,12 +205,12 @@ class Proxy:
                 # Its events are not edge-triggered: it is ready again in the next turn if another client waits.
                 listener.ready = 0
                 most = 1
-                if self._rush is self.loop.this_turn or not self._accepting:
+                if self._rush == self.loop.turn - 1 or not self._accepting:
                     most = min(free, BATCH if listener.passed is None else SHARED_BATCH)
                 try:
                     for _ in range(most):
                         self._accept(listener)
-                    self._rush = self.loop.next_turn
+                    self._rush = self.loop.turn
                 except OSError as error:
                     if error.errno not in CLIENT_GONE:
                         raise

@@ -24,11 +24,12 @@ import rspd.pipes
 from rspd.cause import Cause
 from rspd.flow import BUFFER_SIZE, Flow
 from rspd.loop import IN, OUT, Loop, news
-from rspd.pipes import PIPE_SIZE, PROVEN, Borrower, Pipe, Pipes
+from rspd.pipes import LOOK, PIPE_SIZE, PROVEN, SLOW, Borrower, Pace, Pipe, Pipes
 from rspd.relay import Relay
 from rspd.side import Side, UnixSide
 from tests.support import (
     PATIENCE,
+    FakeClock,
     eventually,
     fill,
     is_reset,
@@ -74,7 +75,7 @@ class Wanting:
 
     _total = PROVEN
 
-    def empty_into_memory(self) -> None:
+    def empty_into_memory(self, pace: Pace) -> int:
         raise AssertionError("taken from who is fast")
 
 
@@ -116,7 +117,7 @@ def outcome_of(
         finally:
             lost = relay.close()
             pool.close()
-            assert pool.made == 0, "a pipe was not given back"
+            assert pool.made == pool.in_memory == 0, "a pipe was not given back, or memory"
         return Outcome(cause, relay.upload.total, relay.download.total, lost)
 
     try:
@@ -867,7 +868,7 @@ def test_however_copying_and_splicing_alternate_all_bytes_arrive_in_order_before
         while taken:
             pool.give_back(taken.pop())
         pool.close()
-        assert pool.made == 0
+        assert pool.made == pool.in_memory == 0
         assert passed <= len(got) <= sent
         assert got == SAMPLE[: len(got)]
         assert how in hows
@@ -960,7 +961,7 @@ def test_flows_with_bulk_data_at_once_share_a_turn(monkeypatch: pytest.MonkeyPat
         while not all(flow.source.ready & IN and flow.target.ready & OUT for flow in flows):
             await news()
         for _ in flows:
-            pipes.allowance(loop.this_turn)  # as many as there are in the turn before
+            pipes.allowance(loop.turn)
         await loop.yield_turn()
         assert all(flow.pump() for flow in flows)
         assert [flow.total for flow in flows] == [2 * BUFFER_SIZE] * 4, "a buffer full that opens it, and its share"
@@ -1023,6 +1024,98 @@ class CountedPipes(Pipes):
     def borrow(self, borrower: Borrower, now: float) -> Pipe | None:
         self.asked += 1
         return super().borrow(borrower, now)
+
+
+@pytest.mark.large_pipes(1)
+def test_a_flow_that_lost_its_pipe_copies_until_its_reader_reads() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        near, source = unix_pair()
+        target, far = unix_pair()
+        for sock in (near, far):
+            sock.setblocking(False)
+        pipes = CountedPipes(1)
+        flow = Flow(side_of(loop, source), side_of(loop, target), pipes)
+        flow.source.watch()
+        flow.target.watch()
+
+        async def step(size: int) -> None:
+            with suppress(BlockingIOError):
+                near.send(bytes(size))
+            await loop.yield_turn()
+            flow.pump()
+
+        def read() -> None:
+            with suppress(BlockingIOError):
+                while far.recv(BUFFER_SIZE):
+                    pass
+
+        # All that has come is in the pipe, in the end.
+        while not flow.waiting or flow.held or select.select([flow.source.fd], [], [], 0)[0]:
+            if flow.waiting:
+                read()
+            await step(2 * BUFFER_SIZE)
+        taken = pipes.borrow(Wanting(), loop.now + 2 * LOOK)
+        assert taken
+        assert 0 < len(flow.held) == pipes.in_memory
+        pipes.give_back(taken)
+        asked = pipes.asked
+        while flow.waiting:
+            read()
+            await step(0)
+        assert pipes.in_memory == 0
+        assert not getattr(flow.held, "obj", b""), "the bytes of the pipe are still there"
+        for _ in range(20):
+            clock.advance(1.0)
+            read()
+            await step(2 * BUFFER_SIZE)
+        assert pipes.asked == asked, "a slow reader's flow has asked for a pipe"
+        before = flow.total
+        while flow.total < before + 2 * SLOW * LOOK:
+            read()
+            await step(2 * BUFFER_SIZE)
+        clock.advance(1.5 * LOOK)
+        for _ in range(3):
+            read()
+            await step(2 * BUFFER_SIZE)
+        assert pipes.asked > asked
+        flow.drop()
+        pipes.close()
+        assert pipes.made == 0
+        for end in (near, far, flow.source, flow.target):
+            end.close()
+
+    run(main, clock)
+
+
+@pytest.mark.large_pipes(1)
+def test_bytes_in_memory_that_are_given_up_make_room_for_others() -> None:
+    async def main(loop: Loop) -> None:
+        near, source = unix_pair()
+        target, far = unix_pair()
+        near.setblocking(False)
+        pipes = Pipes(1)
+        flow = Flow(side_of(loop, source), side_of(loop, target), pipes)
+        flow.source.watch()
+        flow.target.watch()
+        while not flow.waiting or flow.held:
+            with suppress(BlockingIOError):
+                while near.send(bytes(BUFFER_SIZE)):
+                    pass
+            await loop.yield_turn()
+            flow.pump()
+        taken = pipes.borrow(Wanting(), loop.now + 2 * LOOK)
+        assert taken
+        assert pipes.in_memory > 0
+        flow.drop()
+        assert pipes.in_memory == 0
+        pipes.give_back(taken)
+        pipes.close()
+        for end in (near, far, flow.source, flow.target):
+            end.close()
+
+    run(main)
 
 
 @pytest.mark.parametrize("refusing", ["source", "target"])
