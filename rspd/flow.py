@@ -73,8 +73,7 @@ class Flow:
             if not size:
                 if size == 0:
                     self.eof = self.finished = True
-                    return False
-                return bool(source.ready & IN)  # for want of memory
+                return False
             count = target.write(BUFFER[:size])
             self.total += count
             if count == size < BUFFER_SIZE and not source.ready & IN:
@@ -103,9 +102,6 @@ class Flow:
                 source.ignore(IN | PRI)
             else:
                 source.heed(IN | PRI)
-        if not more and target.ready & OUT:
-            # What is still ready now was not moved for want of memory.
-            more = self.waiting or (bool(source.ready & IN) and not self.eof)
         return more
 
     def put_first(self, data: bytes) -> None:

@@ -25,11 +25,14 @@ LINGER_0 = struct.pack("ii", 1, 0)
 # The kernel had no memory for this one call (send(2)); the connection is as it was.
 NO_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
 
+# Seconds after which to make such a call again: no event tells when there is memory.
+RETRY = 0.01
+
 
 class Side(Watch):
     """A connected, non-blocking stream socket, which it owns, and what epoll says of it."""
 
-    __slots__ = ("events", "loop", "sock")
+    __slots__ = ("_retries", "events", "loop", "sock")
 
     more_to_read = MORE_TO_READ
 
@@ -39,6 +42,7 @@ class Side(Watch):
         self.loop = loop
         self.sock = sock
         self.events = EVENTS  # those that resume the task
+        self._retries = False  # whether the task is to be woken for want of memory
 
     def watch(self) -> None:
         """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
@@ -117,12 +121,20 @@ class Side(Watch):
     def broken_by(self, error: OSError) -> bool:
         """Whether a call that failed shows that the connection broke, which is noted then.
 
-        Want of memory does not. `ready` stays as it was: no event will tell when there is memory, so try again.
+        Want of memory does not. `ready` stays as it was, and the task is woken a moment later, to try again.
         """
         if error.errno in NO_MEMORY:
+            if not self._retries:
+                self._retries = True
+                self.loop.spawn(self._retry_later())
             return False
         self.ready |= ERR
         return True
+
+    async def _retry_later(self) -> None:
+        await self.loop.sleep(RETRY)
+        self._retries = False
+        self.task.wake()  # the side may be closed by now, and its task done: then this does nothing
 
     def end(self) -> None:
         """Tell the peer that nothing more comes; it may go on sending."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -873,6 +874,136 @@ def test_however_copying_and_splicing_alternate_all_bytes_arrive_in_order_before
         assert got == SAMPLE[: len(got)]
         assert how in hows
         assert ends[0][1] == 0
+
+    run(main)
+
+
+# Want of memory in the kernel
+
+
+class Kernel:
+    """Has no memory for one kind of call as long as it is `short`; `failed` counts those calls.
+
+    call: `receive`, `send`, `splice from` a socket of `sock`, or `splice to` one.
+    """
+
+    def __init__(self, call: str) -> None:
+        self.call = call
+        self.short = True
+        self.failed = 0
+        self.splice = os.splice
+        self.sockets: list[int] = []
+
+    def check(self, call: str) -> None:
+        if self.short and call == self.call:
+            self.failed += 1
+            error = errno.ENOBUFS if call == "send" else errno.ENOMEM
+            raise OSError(error, os.strerror(error))
+
+    def sock(self, sock: socket.socket) -> socket.SocketType:
+        kernel = self
+
+        class Short(socket.SocketType):
+            def recv_into(self, *arguments: Any) -> int:
+                kernel.check("receive")
+                return super().recv_into(*arguments)
+
+            def recv(self, *arguments: Any) -> bytes:
+                kernel.check("receive")
+                return super().recv(*arguments)
+
+            def send(self, *arguments: Any) -> int:
+                kernel.check("send")
+                return super().send(*arguments)
+
+        short = Short(sock.family, sock.type, 0, sock.detach())
+        short.setblocking(False)
+        self.sockets.append(short.fileno())
+        return short
+
+    def splice_or_fail(self, source: int, target: int, size: int, flags: int) -> int:
+        self.check("splice from" if source in self.sockets else "splice to")
+        return self.splice(source, target, size, flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("call", "end"),
+    [
+        ("receive", "close"),
+        ("receive", "reset"),
+        ("send", "close"),
+        ("send", "reset"),
+        pytest.param("splice from", "close", marks=pytest.mark.large_pipes(1)),
+        pytest.param("splice to", "close", marks=pytest.mark.large_pipes(1)),
+    ],
+)
+def test_want_of_memory_that_lasts_costs_no_time_and_no_bytes(
+    call: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = Kernel(call)
+    monkeypatch.setattr(os, "splice", kernel.splice_or_fail)
+
+    async def main(loop: Loop) -> None:
+        sender, source = tcp_pair()
+        reader, target = tcp_pair()
+        sender.setblocking(False)
+        reader.setblocking(False)
+        client, backend = Side(loop, kernel.sock(source)), Side(loop, kernel.sock(target))
+        pipes = Pipes(1)
+        ends: list[tuple[Cause, int]] = []
+
+        async def relay() -> None:
+            client.watch()
+            backend.watch()
+            relay = Relay(loop, client, backend, pipes, inf, inf)
+            cause = await relay.run()
+            ends.append((cause, relay.close()))
+
+        loop.spawn(relay())
+        sent = sender.send(SAMPLE[: 4 * BUFFER_SIZE if call.startswith("splice") else 1000])
+        if end == "reset":
+            reset(sender)
+        await loop.sleep(0.3)
+        assert 0 < kernel.failed < 60
+        kernel.short = False
+        got = b""
+        while len(got) < sent:
+            with suppress(BlockingIOError):
+                got += reader.recv(1 << 20)
+            await loop.sleep(0.001)
+        assert got == SAMPLE[:sent]
+        sender.close()
+        reader.close()
+        while not ends:
+            await loop.sleep(0.001)
+        assert ends[0] == ("client-aborted" if end == "reset" else "client-closed", 0)
+        pipes.close()
+
+    run(main)
+
+
+def test_a_side_without_memory_has_its_task_woken_once_a_moment_and_may_be_closed_meanwhile() -> None:
+    async def main(loop: Loop) -> None:
+        near, far = tcp_pair()
+        kernel = Kernel("send")
+        side = Side(loop, kernel.sock(far))
+        side.watch()
+        tasks = loop.tasks
+        for _ in range(2):
+            while not side.ready & OUT:
+                await news()
+            for _ in range(3):
+                assert side.write(b"x") == 0
+            assert loop.tasks == tasks + 1
+            while loop.tasks > tasks:
+                await news()
+        side.write(b"x")
+        side.close()
+        near.close()
+        until = loop.now + 1
+        while loop.tasks > tasks:
+            assert loop.now < until
+            await loop.yield_turn()
 
     run(main)
 
