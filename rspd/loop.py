@@ -268,10 +268,11 @@ class Loop:
             self.current.wake_at(self.now + LONGEST_WAIT)
             await news()
             # The calls are looked for after the socket is read: what is queued later writes a byte of its own.
-            # The bytes say nothing but that, since a full socket takes no more of them.
+            # The bytes say nothing but that, since a full socket takes no more of them. There may be none (EAGAIN), or
+            # no memory to read them (ENOMEM).
             try:
                 self._wake_read.recv(4096)
-            except BlockingIOError:
+            except OSError:
                 pass
             while self._calls:
                 try:

@@ -247,6 +247,15 @@ def test_want_of_memory_in_the_kernel_costs_no_bytes(faults: list[str]) -> None:
         assert daemon.wait_for_ends(1)[0]["cause"] == "backend-closed"
 
 
+def test_want_of_memory_in_the_kernel_does_not_make_rspd_deaf_to_signals() -> None:
+    can_trace()
+    # With no client, the first socket that is read is the one through which signals wake the loop.
+    tracer = ["strace", "-D", "-f", "-q", "-o", os.devnull, "-e", "inject=recvfrom:error=ENOMEM:when=1"]
+    with rspd("-b", "127.0.0.1:1", launcher=tracer) as daemon:
+        assert daemon.stop() == 0
+    assert not daemon.find("ERROR")
+
+
 def test_requests_that_come_while_the_backend_restarts_are_served_once_it_is_back() -> None:
     port = free_port()
     with rspd("-b", f"127.0.0.1:{port}") as daemon:
