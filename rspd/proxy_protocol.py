@@ -222,16 +222,18 @@ async def receive(loop: Loop, client: Side, deadline: float) -> Header:
         if piece:
             # As long as there is no whole header, all that has come belongs to it, and may be taken.
             found = parse(data + piece)
-            data += client.read(found[1] - len(data) if found else len(piece)) or b""
+            piece = client.read(found[1] - len(data) if found else len(piece))
+            data += piece or b""
             if found and len(data) == found[1]:
                 return found[0]
-        elif client.aborted:
+        if piece:
+            continue
+        if client.aborted:
             raise ConnectionAbortedError(errno.ECONNABORTED, "the client is gone")
-        elif piece is not None and not data:
+        if piece is not None and not data:
             raise NoHeaderError("expected a PROXY protocol header, found the end of the stream")
-        elif piece is not None:
+        if piece is not None:
             raise HeaderError(f"expected a PROXY protocol header, found the end of the stream after {data[:16]!r}")
-        elif loop.now >= deadline:
+        if loop.now >= deadline:
             raise TimeoutError(f"expected a PROXY protocol header in time, found {data[:16]!r}")
-        else:
-            await news()
+        await news()

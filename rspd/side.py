@@ -99,9 +99,8 @@ class Side(Watch):
         except BlockingIOError:
             self.ready &= ~IN
             return None
-        except OSError:
-            self.ready |= ERR
-            return b""
+        except OSError as error:
+            return b"" if self.broken_by(error) else None
         self.ready |= IN
         return data
 

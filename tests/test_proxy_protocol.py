@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import ipaddress
 import re
@@ -33,7 +34,7 @@ from rspd.proxy_protocol import (
     receive,
 )
 from rspd.relay import Relay
-from rspd.side import Side
+from rspd.side import RETRY, Side
 from tests.peers import haproxy, nginx
 from tests.support import (
     PATIENCE,
@@ -688,6 +689,45 @@ def test_urgent_data_in_a_header_is_passed_over_like_anywhere() -> None:
             assert await receiver.result() == Header(CLIENT4, SERVER4)
             await receiver.arrived(8)
             assert receiver.side.read(100) == b"question"
+
+    run(main)
+
+
+class Short(socket.SocketType):
+    """For some calls of it the kernel has no memory: those with these flags, so often."""
+
+    flags = 0
+    times = 0
+    failed = 0
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        if flags == self.flags and self.failed < self.times:
+            self.failed += 1
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return super().recv(size, flags)
+
+
+@pytest.mark.parametrize("flags", [0, socket.MSG_PEEK], ids=["read", "peek"])
+@pytest.mark.parametrize("times", [2, 1_000_000])
+def test_want_of_memory_while_a_header_comes_is_waited_out_until_the_deadline(times: int, flags: int) -> None:
+    async def main(loop: Loop) -> None:
+        with Receiver(loop) as receiver:
+            own = Short(fileno=receiver.side.sock.detach())
+            own.flags, own.times = flags, times
+            receiver.side.sock = own
+            receiver.peer.sendall(LINE + b"question")
+            await receiver.arrived(len(LINE) + 8)
+            receiver.start(loop.now + (PATIENCE if times == 2 else 0.3))
+            while receiver.outcome is None:
+                await loop.sleep(0.01)
+            assert not receiver.side.aborted
+            if times == 2:
+                assert receiver.outcome == Header(CLIENT4, SERVER4)
+                assert own.recv(100) == b"question"
+            else:
+                assert isinstance(receiver.outcome, TimeoutError)
+                assert own.failed < 60
+        await loop.sleep(2 * RETRY)
 
     run(main)
 

@@ -908,10 +908,6 @@ class Kernel:
                 kernel.check("receive")
                 return super().recv_into(*arguments)
 
-            def recv(self, *arguments: Any) -> bytes:
-                kernel.check("receive")
-                return super().recv(*arguments)
-
             def send(self, *arguments: Any) -> int:
                 kernel.check("send")
                 return super().send(*arguments)
