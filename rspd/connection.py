@@ -218,17 +218,21 @@ class Connection:
     def _close(self, cause: Cause | None) -> int:
         """Close what is open; how many bytes were lost by that."""
         lost = 0
-        if self.way:
-            self.way.end()
-        if self.relay and self.backend:
-            lost = self.relay.close()
-            self.terms.backends.release(self.backend)
-        elif cause in UNSERVED:
-            self.client.abort()
-        else:
-            self.client.close()
-        if self.admitted is not None:
-            self.terms.access.leave(self.admitted)
+        try:
+            if self.way:
+                self.way.end()
+            if self.relay and self.backend:
+                lost = self.relay.close()
+            elif cause in UNSERVED:
+                self.client.abort()
+            else:
+                self.client.close()
+        finally:
+            # Whatever happens, nobody waits for places that are free.
+            if self.relay and self.backend:
+                self.terms.backends.release(self.backend)
+            if self.admitted is not None:
+                self.terms.access.leave(self.admitted)
         return lost
 
     def _via(self) -> str:

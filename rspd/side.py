@@ -156,8 +156,11 @@ class Side(Watch):
         return int(struct.unpack("i", answer)[0])
 
     def at_risk(self) -> int:
-        """How many bytes an abort now would destroy: those unsent."""
-        return self.unsent()
+        """How many bytes an abort now would destroy: those unsent; 0 where the kernel does not say."""
+        try:
+            return self.unsent()
+        except OSError:
+            return 0
 
     def keep_alive(self) -> None:
         """Have the kernel ask a silent peer whether it is still there, and abort when it is not (tcp(7))."""
@@ -170,7 +173,10 @@ class Side(Watch):
 
     def abort(self) -> None:
         """Close the socket so that the peer gets RST, at once."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+        except OSError:
+            pass  # a program in the kernel may refuse it (bpf(2)): the peer gets FIN, which is better than to stay open
         self.close()
 
 

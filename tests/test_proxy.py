@@ -20,6 +20,7 @@ from rspd.listener import Listener
 from rspd.loop import Loop
 from rspd.pipes import Pipes
 from rspd.proxy import Common, Proxy
+from rspd.relay import Relay
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
 from rspd.ways import Ways
@@ -175,6 +176,38 @@ def test_a_connection_leaves_nothing_to_the_garbage_collector(end: str) -> None:
                 await proxy.drain(lambda: False)
 
         assert run(main) == []
+
+
+def test_a_relay_that_fails_to_close_gives_its_places_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = Relay.close
+
+    def close_and_fail(relay: Relay) -> int:
+        close(relay)
+        raise RuntimeError("closed, and failed")
+
+    monkeypatch.setattr(Relay, "close", close_and_fail)
+    with Backend(echo) as backend, socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        address = server.getsockname()
+        listen = Address(*address)
+        backends = (BackendConfig(Address("127.0.0.1", backend.port), max_connections=1),)
+        config = ProxyConfig((listen,), backends, max_connections=4, max_connections_per_client=1)
+
+        async def main(loop: Loop) -> None:
+            own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
+            proxy = Proxy(common(loop), config, [Listener(listen, own)])
+            for accepted in (1, 2):
+                with socket.create_connection(address):
+                    until = loop.now + PATIENCE / 4
+                    while backend.accepted < accepted:
+                        assert loop.now < until, "a place was not given back"
+                        await loop.sleep(0.01)
+                while proxy.open:
+                    await loop.sleep(0.01)
+            proxy.stop_listening()
+            await proxy.drain(lambda: False)
+
+        run(main)
 
 
 def test_a_proxy_that_leaves_goes_on_checking_and_looking_up_until_its_last_connection_ends() -> None:

@@ -1004,6 +1004,35 @@ def test_a_side_without_memory_has_its_task_woken_once_a_moment_and_may_be_close
     run(main)
 
 
+def test_both_sides_are_closed_though_the_kernel_refuses_to_say_what_is_lost_and_to_reset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refusing(socket.SocketType):
+        def setsockopt(self, *_: object) -> None:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    async def main(loop: Loop) -> None:
+        peers, sides = [], []
+        for _ in range(2):
+            near, far = tcp_pair()
+            peers.append(near)
+            sides.append(Side(loop, Refusing(fileno=far.detach())))
+            sides[-1].watch()
+        relay = Relay(loop, sides[0], sides[1], Pipes(0), inf, inf)
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "ioctl", refuse)
+            assert relay.close() == 0
+        assert [side.sock.fileno() for side in sides] == [-1, -1]
+        for peer in peers:
+            assert receive_all(peer) == b""
+            peer.close()
+
+    run(main)
+
+
 # A single flow
 
 
