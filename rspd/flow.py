@@ -213,7 +213,7 @@ class Flow:
             if error.errno == errno.EINVAL:  # this kind of socket cannot be spliced from
                 self._can_splice = False
                 return self._leave_splice()
-            self.eof = source.broken_by(error)
+            self.eof = source.note_failure(error)
             return False
         if not pipe.held:
             return self._leave_splice()
@@ -235,7 +235,7 @@ class Flow:
             return False
         except OSError as error:
             if error.errno != errno.EINVAL:
-                target.broken_by(error)
+                target.note_failure(error)
                 return False
             self._can_splice = False  # nor to
             self._pipe_to_held()

@@ -74,7 +74,7 @@ class Side(Watch):
             self.ready &= ~IN
             return None
         except OSError as error:
-            return 0 if self.broken_by(error) else None
+            return 0 if self.note_failure(error) else None
         if not count or (count < len(buffer) and not self.ready & self.more_to_read):
             self.ready &= ~IN
         return count
@@ -100,7 +100,7 @@ class Side(Watch):
             self.ready &= ~IN
             return None
         except OSError as error:
-            return b"" if self.broken_by(error) else None
+            return b"" if self.note_failure(error) else None
         self.ready |= IN
         return data
 
@@ -111,16 +111,16 @@ class Side(Watch):
         except BlockingIOError:
             count = 0
         except OSError as error:
-            self.broken_by(error)
+            self.note_failure(error)
             return 0
         if count < len(data):
             self.ready &= ~OUT
         return count
 
-    def broken_by(self, error: OSError) -> bool:
-        """Whether a call that failed shows that the connection broke, which is noted then.
+    def note_failure(self, error: OSError) -> bool:
+        """Note that a call failed: the connection broke, and it returns True, or there was no memory for the call.
 
-        Want of memory does not. `ready` stays as it was, and the task is woken a moment later, to try again.
+        For want of memory `ready` stays as it was, and the task is woken a moment later, to try again.
         """
         if error.errno in NO_MEMORY:
             if not self._retries:
