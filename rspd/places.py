@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from math import inf
 
 from rspd.listener import Listener
-from rspd.loop import Loop, Task, news
+from rspd.loop import Loop, Task
 
-# Seconds without a place for anybody until the first look at who waits, and from one look to the next.
+# Seconds from when the last place is taken to the first look at who waits, and from one look to the next.
 STANDSTILL = 1.0
 
-# Seconds after which the wait is over. A queue that moves on, but slowly, is one wait, not one for each client.
+# Seconds without a standstill after which the wait is over. A queue that moves on, but slowly, is one wait, not one for
+# each client.
 QUIET = 3.0
 
 # Seconds from one warning to the next.
@@ -25,7 +26,10 @@ class Places:
     """The state of a proxy's clients waiting because as many are served as may be.
 
     A task looks each second who waits. It begins when the last place is taken, and ends when a place is free and nobody
-    has waited for a while. So an idle proxy has no such task, and a connection that ends soon costs no look.
+    has waited for a while. So an idle proxy has no such task, and a lone connection that ends soon costs no look.
+
+    A standstill is what two looks in a row find: somebody waits, and nobody has been accepted in between. One look does
+    not tell it: the client may have come just now, or another process may be about to accept it.
 
     tag: what tells the proxy in a line, ` proxy=NAME`, or nothing.
     taken: the connections of the proxy.
@@ -39,24 +43,24 @@ class Places:
         self._changed = changed
         self._limit = 0
         self._listeners: Sequence[Listener] = ()
-        self._shared = False
         self._task: Task | None = None
-        self._since = 0.0  # when the last place was taken
+        self._taken_at = -inf  # when the last place was taken
+        self._looked_at = -inf
         self._waiting = ""
-        self._last: float | None = None  # when clients were last found to wait; None once that is over
+        self._found = False  # whether the last look found somebody at these listeners
+        self._stands_from = 0.0  # when a standstill began, if the next look finds one
+        self._began = 0.0  # when the wait did
+        self._last: float | None = None  # when a standstill was last found; None once the wait is over
         self._warned_at = -inf
-        self._told = False  # whether the log has been told of the wait, and not of its end
+        self._told_limit = 0  # the limit that the log has been told of; 0 once it has been told of the end
 
-    def apply(self, limit: int, listeners: Sequence[Listener], shared: bool) -> None:
-        """Go by another number of places, and other listeners, from now on.
-
-        shared: whether other processes may accept who waits there.
-        """
+    def apply(self, limit: int, listeners: Sequence[Listener]) -> None:
+        """Go by another number of places, and other listeners, from now on."""
         self._limit = limit
         self._listeners = listeners
-        self._shared = shared
+        self._found = False
         if self._waiting:
-            self._waiting = self._ask()
+            self._waiting = who_waits(listeners)
 
     @property
     def waiting(self) -> str:
@@ -65,7 +69,7 @@ class Places:
 
     def all_taken(self) -> None:
         """The last place is taken, in this turn of the loop."""
-        self._since = self._loop.now
+        self._taken_at = self._loop.now
         if self._task is None:
             self._task = self._loop.spawn(self._watch())
 
@@ -79,15 +83,10 @@ class Places:
         return len(self._taken) >= self._limit
 
     async def _watch(self) -> None:
-        loop, looking = self._loop, True
+        looking = True
         try:
             while looking:
-                due = self._since + STANDSTILL
-                if due <= loop.now:
-                    due = loop.now + STANDSTILL
-                loop.current.wake_at(due)
-                while loop.now < due:
-                    await news()
+                await self._loop.sleep(STANDSTILL)
                 self._look()
                 looking = self._full() or self._last is not None
         finally:
@@ -95,35 +94,40 @@ class Places:
 
     def _look(self) -> None:
         now = self._loop.now
-        standing = self._full() and self._since + STANDSTILL <= now
-        before, self._waiting = self._waiting, ""
-        if standing or (self._full() and self._last is not None):
-            self._waiting = self._ask()
-        if self._waiting != before:
-            self._changed()
-        # Another process may be about to accept the client that was found at a shared listener. So it takes two looks.
-        if standing and self._waiting and (before or not self._shared):
+        before, self._waiting = self._waiting, who_waits(self._listeners) if self._full() else ""
+        accepted = self._taken_at >= self._looked_at
+        if self._waiting and self._found and not accepted:
+            if self._last is None:
+                self._began = self._stands_from
             self._last = now
             self._warn()
-        elif self._last is not None and self._last + QUIET <= now:
+        else:
+            self._stands_from = self._taken_at if accepted else now
+        self._looked_at, self._found = now, bool(self._waiting)
+        if self._last is not None and self._last + QUIET <= now:
+            self._tell_end(self._last - self._began)
             self._last = None
-            self._tell_end()
-
-    def _ask(self) -> str:
-        counts = [listener.waiting() for listener in self._listeners]
-        known = sum(count for count in counts if count)
-        if None in counts:
-            return f"{known}+" if known else "some"
-        return str(known or "")
+        if self._waiting != before:
+            self._changed()
 
     def _warn(self) -> None:
-        if not self._told and self._warned_at + INTERVAL <= self._loop.now:
+        if not self._told_limit and self._warned_at + INTERVAL <= self._loop.now:
             text = "all places taken, clients wait%s max_connections=%d waiting=%s"
             log.warning(text, self._tag, self._limit, self._waiting)
             self._warned_at = self._loop.now
-            self._told = True
+            self._told_limit = self._limit
 
-    def _tell_end(self) -> None:
-        if self._told:
-            log.info("clients no longer wait for a place%s max_connections=%d", self._tag, self._limit)
-            self._told = False
+    def _tell_end(self, seconds: float) -> None:
+        if self._told_limit:
+            text = "clients no longer wait for a place%s max_connections=%d seconds=%.3f"
+            log.info(text, self._tag, self._told_limit, seconds)
+            self._told_limit = 0
+
+
+def who_waits(listeners: Iterable[Listener]) -> str:
+    """How many clients are in the backlogs, for people: a number, `some`, or `3+`. Empty where nobody is."""
+    counts = [listener.waiting() for listener in listeners]
+    known = sum(count for count in counts if count)
+    if None in counts:
+        return f"{known}+" if known else "some"
+    return str(known or "")

@@ -86,7 +86,7 @@ class Proxy:
         self._rotation = deque(self.listeners)
         present = [host for connection in self._connections.values() if (host := connection.counts_as()) is not None]
         self._shared = any(listener.passed is not None for listener in self.listeners)
-        self.places.apply(config.max_connections, self.listeners, self._shared)
+        self.places.apply(config.max_connections, self.listeners)
         self._access.apply(config.allow, config.deny, config.max_connections_per_client, present)
         self._terms = Terms(
             loop=self.loop,

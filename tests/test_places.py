@@ -13,15 +13,17 @@ import pytest
 from rspd.address import parse_address, resolve
 from rspd.listener import Listener, open_listeners
 from rspd.loop import Loop
-from rspd.places import INTERVAL, QUIET, STANDSTILL, Places
+from rspd.places import INTERVAL, QUIET, STANDSTILL, Places, who_waits
 from tests.support import FakeClock, abstract_name, eventually, run
 from tests.test_loop import advance, rounds
-
-END = "clients no longer wait for a place max_connections=1"
 
 
 def begin(waiting: object) -> str:
     return f"all places taken, clients wait max_connections=1 waiting={waiting}"
+
+
+def end(seconds: float) -> str:
+    return f"clients no longer wait for a place max_connections=1 seconds={seconds:.3f}"
 
 
 @pytest.fixture(autouse=True)
@@ -68,18 +70,23 @@ def host(no_descriptor_is_left_open: None) -> Iterator[Host]:
 class Proxy:
     """As much of one as matters here: one place, which is taken."""
 
-    def __init__(self, loop: Loop, listeners: Sequence[Listener], shared: bool = False, tag: str = "") -> None:
+    def __init__(self, loop: Loop, listeners: Sequence[Listener], tag: str = "") -> None:
         self.taken = ["somebody"]
         self.changes: list[str] = []
         self.listeners = listeners
         self.places = Places(loop, tag, self.taken, lambda: self.changes.append(self.places.waiting))
-        self.places.apply(1, listeners, shared)
+        self.places.apply(1, listeners)
         self.places.all_taken()
 
     def serve_next(self, host: Host) -> None:
         """One client goes, and another is accepted."""
         host.accept(self.listeners[0])
         self.places.all_taken()
+
+    async def stand(self, loop: Loop, clock: FakeClock, looks: int = 2) -> None:
+        """Time passes, in which nobody is accepted."""
+        for _ in range(looks):
+            await advance(loop, clock, STANDSTILL)
 
     async def end(self, loop: Loop, clock: FakeClock) -> None:
         """Nobody is there any more; all that looks has ended."""
@@ -94,7 +101,7 @@ def play(script: Callable[[Loop, FakeClock], Coroutine[Any, Any, None]]) -> None
     run(lambda loop: script(loop, clock), clock)
 
 
-def test_clients_that_wait_for_a_second_are_told_and_that_it_is_over(
+def test_clients_that_wait_for_two_looks_are_told_and_that_it_is_over(
     host: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
@@ -102,53 +109,113 @@ def test_clients_that_wait_for_a_second_are_told_and_that_it_is_over(
         host.come(proxy.listeners[0], 3)
         await advance(loop, clock, STANDSTILL * 0.9)
         assert (caplog.messages, proxy.places.waiting) == ([], "")
-        await advance(loop, clock, STANDSTILL * 0.2)
+        await advance(loop, clock, STANDSTILL * 0.1)
+        assert (caplog.messages, proxy.places.waiting) == ([], "3")
+        await advance(loop, clock, STANDSTILL * 0.9)
+        assert caplog.messages == []
+        await advance(loop, clock, STANDSTILL * 0.1)
         assert (caplog.messages, proxy.places.waiting) == ([begin(3)], "3")
-        for _ in range(100):
-            await advance(loop, clock, STANDSTILL)
+        await proxy.stand(loop, clock, 100)
         assert caplog.messages == [begin(3)]
         proxy.taken.clear()
         for _ in range(3):
             host.accept(proxy.listeners[0])
         assert proxy.places.waiting == ""
-        await advance(loop, clock, QUIET * 0.6)
+        await proxy.stand(loop, clock, int(QUIET / STANDSTILL) - 1)
         assert caplog.messages == [begin(3)]
         await proxy.end(loop, clock)
 
     play(main)
-    assert caplog.messages == [begin(3), END]
+    assert caplog.messages == [begin(3), end(102)]
     assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
+
+
+def test_a_client_that_has_come_just_before_the_look_is_not_told_of(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main(loop: Loop, clock: FakeClock) -> None:
+        proxy = Proxy(loop, [host.listen()])
+        await advance(loop, clock, STANDSTILL * 9.97)
+        for _ in range(8):
+            await advance(loop, clock, STANDSTILL * 0.97)
+            host.come(proxy.listeners[0])
+            await advance(loop, clock, STANDSTILL * 0.03)
+            assert proxy.places.waiting == "1", "the status tells it all the same"
+            await advance(loop, clock, STANDSTILL * 0.5)
+            proxy.serve_next(host)
+            await advance(loop, clock, STANDSTILL * 0.5)
+        await proxy.end(loop, clock)
+
+    play(main)
+    assert caplog.messages == []
+
+
+def test_how_long_clients_waited_counts_from_when_the_first_was_found(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main(loop: Loop, clock: FakeClock) -> None:
+        proxy = Proxy(loop, [host.listen()])
+        await proxy.stand(loop, clock, 40)
+        host.come(proxy.listeners[0], 2)
+        await proxy.stand(loop, clock, 5)
+        await proxy.end(loop, clock)
+
+    play(main)
+    assert caplog.messages == [begin(2), end(4)]
+
+
+def test_how_long_clients_waited_counts_from_when_the_queue_stood_still(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main(loop: Loop, clock: FakeClock) -> None:
+        proxy = Proxy(loop, [host.listen()])
+        host.come(proxy.listeners[0], 8)
+        for _ in range(5):
+            await advance(loop, clock, STANDSTILL * 0.5)
+            proxy.serve_next(host)
+        await proxy.stand(loop, clock, 5)
+        await proxy.end(loop, clock)
+
+    play(main)
+    assert caplog.messages == [begin(3), end(5)]
 
 
 def test_the_lines_name_their_proxy(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
         proxy = Proxy(loop, [host.listen()], tag=" proxy=web")
         host.come(proxy.listeners[0])
-        await advance(loop, clock, STANDSTILL)
+        await proxy.stand(loop, clock)
         await proxy.end(loop, clock)
 
     play(main)
     assert caplog.messages == [
         "all places taken, clients wait proxy=web max_connections=1 waiting=1",
-        "clients no longer wait for a place proxy=web max_connections=1",
+        "clients no longer wait for a place proxy=web max_connections=1 seconds=2.000",
     ]
 
 
 def test_where_nobody_waits_nothing_is_told_until_somebody_does(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
         proxy = Proxy(loop, [host.listen(), host.unix()])
-        for _ in range(10):
-            await advance(loop, clock, STANDSTILL)
+        await proxy.stand(loop, clock, 10)
         assert (caplog.messages, proxy.changes) == ([], [])
         host.come(proxy.listeners[0])
-        await advance(loop, clock, STANDSTILL)
+        await proxy.stand(loop, clock)
         assert caplog.messages == [begin(1)]
         await proxy.end(loop, clock)
 
     play(main)
 
 
-def test_a_proxy_that_has_a_place_looks_no_more(host: Host) -> None:
+def test_a_proxy_that_has_a_place_looks_no_more(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    def look(listener: Listener) -> int:
+        looks.append(listener)
+        return 0
+
+    monkeypatch.setattr(Listener, "waiting", look)
+
     async def main(loop: Loop, clock: FakeClock) -> None:
         before = loop.tasks
         proxy = Proxy(loop, [host.listen()])
@@ -156,9 +223,12 @@ def test_a_proxy_that_has_a_place_looks_no_more(host: Host) -> None:
         proxy.taken.clear()
         await advance(loop, clock, STANDSTILL)
         assert loop.tasks == before
+        assert not looks, "for a connection that ended within a second"
         proxy.taken.append("another")
         proxy.places.all_taken()
         assert loop.tasks == before + 1
+        await proxy.stand(loop, clock, 3)
+        assert len(looks) == 3
         await proxy.end(loop, clock)
 
     play(main)
@@ -175,8 +245,9 @@ def test_tcp_listeners_are_added_up_and_a_unix_socket_says_only_that_somebody_wa
         listeners = [host.listen(), host.listen(), host.unix()][: len(clients)]
         for listener, count in zip(listeners, clients, strict=True):
             host.come(listener, count)
+        assert who_waits(listeners) == waiting
         proxy = Proxy(loop, listeners)
-        await advance(loop, clock, STANDSTILL)
+        await proxy.stand(loop, clock)
         assert proxy.places.waiting == waiting
         assert caplog.messages == [begin(waiting)]
         await proxy.end(loop, clock)
@@ -189,8 +260,7 @@ def test_how_many_wait_is_looked_at_each_second_and_told_when_it_changes(host: H
         proxy = Proxy(loop, [host.listen()])
         for _ in range(3):
             host.come(proxy.listeners[0], 2)
-            for _ in range(3):
-                await advance(loop, clock, STANDSTILL)
+            await proxy.stand(loop, clock, 3)
         assert proxy.changes == ["2", "4", "6"]
         proxy.serve_next(host)
         await advance(loop, clock, STANDSTILL)
@@ -201,36 +271,44 @@ def test_how_many_wait_is_looked_at_each_second_and_told_when_it_changes(host: H
     play(main)
 
 
-@pytest.mark.parametrize(("pause", "lines"), [(0.9, 0), (1.1, 2), (1.5, 2), (2.9, 2)])
+@pytest.mark.parametrize(("pause", "lines"), [(0.3, 0), (0.9, 0), (1.7, 2), (2.1, 2), (2.9, 2)])
 def test_a_queue_that_moves_on_is_one_wait_if_it_is_one(
     pause: float, lines: int, host: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
         proxy = Proxy(loop, [host.listen()])
         host.come(proxy.listeners[0], 8)
-        for _ in range(8):
+        for left in range(8, 0, -1):
             for _ in range(10):
                 await advance(loop, clock, pause / 10)
+            if proxy.changes:
+                assert int(proxy.places.waiting) >= left, "the status tells it all the same"
             proxy.serve_next(host)
-        assert caplog.messages == [begin(8)][: lines // 2]
+        assert len(proxy.changes) >= 2
+        assert len(caplog.messages) == lines // 2
+        if pause > 2:
+            assert caplog.messages == [begin(8)]
         await proxy.end(loop, clock)
 
     play(main)
-    assert caplog.messages == [begin(8), END][:lines]
+    assert [message.split(" max")[0] for message in caplog.messages] == [
+        "all places taken, clients wait",
+        "clients no longer wait for a place",
+    ][:lines]
 
 
 def test_it_is_over_when_clients_do_not_wait_for_long_any_more(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
         proxy = Proxy(loop, [host.listen()])
         host.come(proxy.listeners[0], 8)
-        await advance(loop, clock, STANDSTILL)
+        await proxy.stand(loop, clock)
         for left in range(7, 1, -1):
             proxy.serve_next(host)
             await advance(loop, clock, STANDSTILL * 0.7)
+            assert int(proxy.places.waiting) in (left, left + 1), "the status tells it all the same"
             if left > 3:
-                assert int(proxy.places.waiting) in (left, left + 1)
                 assert caplog.messages == [begin(8)]
-        assert (caplog.messages, proxy.places.waiting) == ([begin(8), END], "")
+        assert caplog.messages == [begin(8), end(2)]
         await proxy.end(loop, clock)
 
     play(main)
@@ -241,8 +319,7 @@ async def wait_and_end(host: Host, proxy: Proxy, loop: Loop, clock: FakeClock, s
     host.come(proxy.listeners[0])
     proxy.taken.append("somebody")
     proxy.places.all_taken()
-    for _ in range(seconds):
-        await advance(loop, clock, STANDSTILL)
+    await proxy.stand(loop, clock, seconds)
     host.accept(proxy.listeners[0])
     await proxy.end(loop, clock)
 
@@ -250,17 +327,17 @@ async def wait_and_end(host: Host, proxy: Proxy, loop: Loop, clock: FakeClock, s
 def test_a_minute_has_one_pair_of_lines_at_most(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
         proxy = Proxy(loop, [host.listen()])
-        began = clock.now + STANDSTILL
-        await wait_and_end(host, proxy, loop, clock, 2)
-        while clock.now + 8 < began + INTERVAL:
-            await wait_and_end(host, proxy, loop, clock, 2)
+        told = clock.now + 2 * STANDSTILL
+        await wait_and_end(host, proxy, loop, clock, 3)
+        while clock.now + 8 < told + INTERVAL:
+            await wait_and_end(host, proxy, loop, clock, 3)
             assert proxy.changes[-2:] == ["1", ""], "the status tells it all the same"
-            assert caplog.messages == [begin(1), END]
-        clock.now = began + INTERVAL
-        await wait_and_end(host, proxy, loop, clock, 2)
+            assert caplog.messages == [begin(1), end(3)]
+        await advance(loop, clock, told + INTERVAL - clock.now)
+        await wait_and_end(host, proxy, loop, clock, 3)
 
     play(main)
-    assert caplog.messages == [begin(1), END] * 2
+    assert caplog.messages == [begin(1), end(3)] * 2
 
 
 def test_a_wait_that_began_too_soon_is_told_when_the_minute_is_over(
@@ -268,25 +345,27 @@ def test_a_wait_that_began_too_soon_is_told_when_the_minute_is_over(
 ) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
         proxy = Proxy(loop, [host.listen()])
-        began = clock.now + STANDSTILL
-        await wait_and_end(host, proxy, loop, clock, 2)
+        told = clock.now + 2 * STANDSTILL
+        await wait_and_end(host, proxy, loop, clock, 3)
         host.come(proxy.listeners[0], 2)
         proxy.taken.append("somebody")
         proxy.places.all_taken()
-        while clock.now + STANDSTILL < began + INTERVAL:
+        began = clock.now
+        while clock.now + STANDSTILL < told + INTERVAL:
             await advance(loop, clock, STANDSTILL)
-            assert caplog.messages == [begin(1), END]
+            assert caplog.messages == [begin(1), end(3)]
         await advance(loop, clock, STANDSTILL)
-        assert caplog.messages == [begin(1), END, begin(2)]
+        assert caplog.messages == [begin(1), end(3), begin(2)]
+        seconds = clock.now - began
         await proxy.end(loop, clock)
+        assert caplog.messages == [begin(1), end(3), begin(2), end(seconds)]
 
     play(main)
-    assert caplog.messages == [begin(1), END, begin(2), END]
 
 
 def test_a_client_whom_another_process_accepts_does_not_wait(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
-        proxy = Proxy(loop, [host.listen()], shared=True)
+        proxy = Proxy(loop, [host.listen()])
         for _ in range(3):
             host.come(proxy.listeners[0])
             await advance(loop, clock, STANDSTILL)
@@ -294,41 +373,44 @@ def test_a_client_whom_another_process_accepts_does_not_wait(host: Host, caplog:
             await advance(loop, clock, STANDSTILL)
         assert caplog.messages == []
         host.come(proxy.listeners[0])
-        await advance(loop, clock, STANDSTILL)
-        assert caplog.messages == []
-        await advance(loop, clock, STANDSTILL)
+        await proxy.stand(loop, clock)
         assert caplog.messages == [begin(1)]
         await proxy.end(loop, clock)
 
     play(main)
 
 
-def test_more_places_end_it(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+def test_more_places_end_it_and_the_line_has_the_limit_of_the_warning(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
         proxy = Proxy(loop, [host.listen()])
         host.come(proxy.listeners[0], 2)
-        await advance(loop, clock, STANDSTILL)
-        proxy.places.apply(4, proxy.listeners, False)
+        await proxy.stand(loop, clock)
+        proxy.places.apply(4, proxy.listeners)
         assert proxy.places.waiting == ""
         before = loop.tasks
-        for _ in range(4):
-            await advance(loop, clock, STANDSTILL)
+        await proxy.stand(loop, clock, 4)
         assert loop.tasks == before - 1
 
     play(main)
-    assert caplog.messages == [begin(2), END.replace("=1", "=4")]
+    assert caplog.messages == [begin(2), end(2)]
 
 
-def test_other_listeners_have_other_clients(host: Host) -> None:
+def test_other_listeners_have_other_clients(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
         proxy = Proxy(loop, [host.listen()])
         host.come(proxy.listeners[0], 2)
         await advance(loop, clock, STANDSTILL)
         other = host.listen()
         host.come(other)
-        proxy.places.apply(1, [other], False)
+        proxy.places.apply(1, [other])
         assert proxy.places.waiting == "1"
-        proxy.places.apply(1, [host.listen()], False)
+        await advance(loop, clock, STANDSTILL)
+        assert caplog.messages == [], "one look has found them"
+        await advance(loop, clock, STANDSTILL)
+        assert caplog.messages == [begin(1)]
+        proxy.places.apply(1, [host.listen()])
         assert proxy.places.waiting == ""
         await proxy.end(loop, clock)
 
@@ -340,7 +422,7 @@ def test_closed_it_leaves_nothing_behind(host: Host, caplog: pytest.LogCaptureFi
         before = loop.tasks
         proxy = Proxy(loop, [host.listen()])
         host.come(proxy.listeners[0], 2)
-        await advance(loop, clock, STANDSTILL)
+        await proxy.stand(loop, clock)
         proxy.places.close()
         assert proxy.places.waiting == ""
         await rounds(loop)

@@ -373,7 +373,7 @@ class Crowd:
         await self.until(lambda: self.proxy.open == 1)
         listener = self.proxy.listeners[0]
         eventually(lambda: listener.waiting() == 2)
-        await self.pass_seconds(1)
+        await self.pass_seconds(2)
         assert self.proxy.places.waiting == "2"
 
     async def end(self) -> None:
@@ -403,7 +403,7 @@ def test_clients_that_wait_for_a_place_are_told_until_a_reload_makes_room(caplog
         assert proxy.places.waiting == ""
         await crowd.until(lambda: proxy.open == 3)
         await crowd.pass_seconds(3)
-        assert caplog.messages == [FULL, "clients no longer wait for a place max_connections=4"]
+        assert caplog.messages == [FULL, "clients no longer wait for a place max_connections=1 seconds=2.000"]
         await crowd.end()
 
     crowded(script)
@@ -429,6 +429,7 @@ def test_a_reload_that_takes_places_away_lets_clients_wait_and_says_so(caplog: p
             await crowd.until(lambda: proxy.open == 2)
             await advance(crowd.loop, crowd.clock, 0.5)
             assert (proxy.open, proxy.places.waiting) == (2, "1")
+            await crowd.pass_seconds(1)
         assert caplog.messages == [FULL, FULL.replace("=2", "=1")]
         await crowd.end()
 

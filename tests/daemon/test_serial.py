@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,6 +36,16 @@ def answer_all(sock: socket.socket) -> None:
     """A handler that answers each request of a client that stays."""
     while sock.recv(1):
         sock.sendall(b"ok")
+
+
+@contextmanager
+def frozen(daemon: Daemon) -> Iterator[None]:
+    """Whoever connects meanwhile has come at once, as rspd sees it, however long it takes."""
+    daemon.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        daemon.signal(signal.SIGCONT)
 
 
 @pytest.mark.parametrize(("limit", "seconds"), [(1, 4.0), (4, 1.0)])
@@ -84,7 +96,8 @@ def test_clients_that_wait_for_a_client_that_stays_are_told_of_in_the_log_and_in
         with daemon.connect() as stays:
             stays.sendall(b"?")
             assert stays.recv(2) == b"ok"
-            waiting = [daemon.connect() for _ in range(3)]
+            with frozen(daemon):
+                waiting = [daemon.connect() for _ in range(3)]
             for client in waiting:
                 client.sendall(b"?")
             (line,) = daemon.wait_for("all places taken")
@@ -99,7 +112,7 @@ def test_clients_that_wait_for_a_client_that_stays_are_told_of_in_the_log_and_in
         waiting[3].close()
         daemon.notify.wait_for_status("serving 0 of 1" + status.format(5))
         (line,) = daemon.wait_for("no longer wait")
-        assert line.endswith("INFO    clients no longer wait for a place max_connections=1")
+        assert re.search(r"INFO    clients no longer wait for a place max_connections=1 seconds=\d+\.\d{3}$", line)
         assert len(daemon.find("all places taken")) == 1
 
 
@@ -128,8 +141,22 @@ def test_hundreds_of_clients_that_come_at_once_have_a_place_in_the_backlog() -> 
         first = stack.enter_context(daemon.connect())
         first.sendall(b"x")
         assert first.recv(1) == b"x"
-        for _ in range(500):
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(("127.0.0.1", daemon.port))
+        with frozen(daemon):
+            for _ in range(500):
+                stack.enter_context(daemon.connect())
         daemon.wait_for("all places taken, clients wait max_connections=1 waiting=500")
+
+
+def test_a_queue_that_moves_on_is_in_the_status_and_not_in_the_log() -> None:
+    def soon(sock: socket.socket) -> None:
+        if sock.recv(1):
+            time.sleep(0.2)
+            sock.sendall(b"ok")
+
+    with Backend(soon) as backend, service("-b", backend.address, listen=["127.0.0.1:0"]) as daemon:
+        with frozen(daemon):
+            for _ in range(20):
+                ask(daemon, [], 0.0)
+        daemon.notify.wait_for_status(r"serving 1 of 1, \d+ waiting, \d+ served, .*")
+        daemon.wait_for_ends(20)
+        assert not daemon.find("all places taken")
