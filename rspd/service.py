@@ -21,6 +21,7 @@ from rspd.listener import Binding, Listener, ListenError, adopt_listener, replac
 from rspd.log import quote
 from rspd.loop import Loop, news
 from rspd.pipes import Pipes
+from rspd.places import who_waits
 from rspd.proxy import Common, Proxy
 from rspd.resolver import Resolver
 from rspd.shortage import Shortage
@@ -190,12 +191,15 @@ class Service:
         self._common.ways.listen({}, ())
         proxies = self._everyone()
         timeouts = {f"{proxy.config.drain_timeout:g}" for proxy in proxies}
+        # The kernel resets them; those at a socket of systemd wait on for the next process.
+        reset = who_waits(listener for proxy in proxies for listener in proxy.listeners if listener.passed is None)
+        waiting = f" waiting={reset}" if reset else ""
         for proxy in proxies:
             proxy.stop_listening()
         self._tell_stopping()
         if reporter:
             reporter.wake()
-        log.info("ending connections=%d drain_timeout=%s", self._open(), ",".join(sorted(timeouts)))
+        log.info("ending connections=%d%s drain_timeout=%s", self._open(), waiting, ",".join(sorted(timeouts)))
         drains = [loop.spawn(proxy.drain(lambda: self._ends > 1), lambda _: task.wake()) for proxy in proxies]
         while not all(drain.done for drain in drains):
             for drain in drains:

@@ -304,7 +304,7 @@ def test_who_waits_when_it_ends_is_served_by_the_next(web: socket.socket) -> Non
                 waiting = stack.enter_context(client_of(web))
                 waiting.sendall(b"b")
                 first.signal(signal.SIGTERM)
-                first.wait_for("ending connections=1")
+                first.wait_for("ending connections=1 drain_timeout=30$")
                 later = stack.enter_context(client_of(web))
                 later.sendall(b"c")
             assert first.wait() == 0

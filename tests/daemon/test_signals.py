@@ -132,10 +132,12 @@ def test_while_draining_open_connections_go_on_and_new_ones_are_refused(number: 
 
 def test_a_client_that_waits_in_the_backlog_is_reset_when_draining_begins() -> None:
     with Backend(echo) as backend, rspd("-b", backend.address) as daemon:
-        with daemon.connect() as served, daemon.connect() as waiting:
+        with daemon.connect() as served, daemon.connect() as waiting, daemon.connect() as other:
             talk(served)
             daemon.signal(signal.SIGTERM)
             assert is_reset(waiting)
+            assert is_reset(other)
+            daemon.wait_for("INFO +ending connections=1 waiting=2 drain_timeout=30$")
             talk(served)
         assert daemon.wait() == 0
         assert daemon.lines[-1].endswith("ended served=1")
