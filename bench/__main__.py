@@ -27,6 +27,7 @@ from bench.works import (
     GROUPS,
     HUNDRED,
     IDLE,
+    OWN_RUN,
     QUICK,
     RATE,
     START,
@@ -159,6 +160,7 @@ def measure(options: argparse.Namespace) -> None:
     sizes = QUICK if options.quick else Sizes()
     sizes = replace(sizes, rounds=options.rounds or sizes.rounds)
     about = machine(here, options.python, options.quick)
+    version = here[0].version()  # before the run: the tree may change meanwhile
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rspd-bench-") as name:
         folder = Path(name)
@@ -175,7 +177,8 @@ def measure(options: argparse.Namespace) -> None:
         whole = json.loads((options.output / "results.json").read_text())
         for key, results in found.items():
             measured = "Measured again, in" if key in whole["works"] else "Measured in"
-            results.notes.append(f"{measured} a run of its own: {about['date']}, {sizes.rounds} rounds.")
+            told = f"{about['date']}, {sizes.rounds} rounds, rspd {version}"
+            results.notes.append(f"{measured} {OWN_RUN}{told}.")
         about, earlier = whole["about"], whole["works"]
     else:
         earlier = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.peers import CONNECTIONS, DIRECT, OTHER, RSPD, SERIAL
 from bench.targets import TARGETS, Run, middle
-from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, Results
+from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, Results
 
 BEGIN, END = "<!-- made by python -m bench -->", "<!-- end of what python -m bench made -->"
 
@@ -264,6 +264,7 @@ def summary(about: dict[str, Any], run: Run) -> str:
         "",
         "Medians, and rspd ÷ the contestant in brackets: below 1, rspd is cheaper.",
         *_serial(run),
+        *_later(run),
         "What rspd is to reach, and whether it does: [targets](bench/results/results.md#targets).",
         f"Made on {describe(about)}",
         *_warnings(about),
@@ -280,6 +281,17 @@ def _serial(run: Run) -> list[str]:
     room = f"rspd's figures are with room for many clients (`max_connections: {CONNECTIONS}`)"
     cost = f"a new connection costs {one} CPU µs one at a time, and {many} CPU µs 64 at a time"
     return [f"{room}; in serial mode, its default, {cost}."]
+
+
+def _later(run: Run) -> list[str]:
+    """Which rows of the table are of runs of their own, and of what day."""
+    rows: dict[str, list[str]] = {}
+    for panel in PANELS:
+        for note in run[panel.key].notes if RSPD in values_of(panel, run) else []:
+            if date := note.partition(OWN_RUN)[2][: len("2026-01-01")]:
+                rows.setdefault(date, []).append(f"*{panel.title}*")
+    told = "; ".join(f"{', '.join(titles)} ({date})" for date, titles in sorted(rows.items()))
+    return [f"Measured later, in runs of their own: {told}."] if told else []
 
 
 def _warnings(about: dict[str, Any]) -> list[str]:

@@ -262,6 +262,7 @@ WORKS = [
 ]
 IDLE, RATE, START, BARE = "idle", "rate", "start", "python3 -c pass"
 BESIDE, BESIDE_DOWN = "beside", "beside-down"
+OWN_RUN = "a run of its own: "  # in a note, before the date of the run
 GROUPS = ("bulk", "connections", "requests", "idle", BESIDE, "start", "two", "balancing")
 
 

@@ -220,7 +220,11 @@ def test_a_work_that_is_measured_by_itself_takes_its_old_place_in_what_is_publis
     assert [key for key in after["works"] if after["works"][key] != before["works"].get(key)] == ["start"]
     assert list(after["works"]) == list(before["works"]) + ["start"] * (not known)
     measured = "Measured again, in a run of its own" if known else "Measured in a run of its own"
-    assert any(measured in note for note in after["works"]["start"]["notes"])
+    (note,) = after["works"]["start"]["notes"]
+    assert note.startswith(f"{measured}: ")
+    assert note.endswith(f", 1 rounds, rspd {Rspd(RSPD, tree=tmp_path).version()}.")
+    date = note.removeprefix(f"{measured}: ")[:10]
+    assert f"*Start* ({date})" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
