@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench.peers import CONNECTIONS, DIRECT, OTHER, RSPD, SERIAL
 from bench.targets import TARGETS, Run, middle
-from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, Results
+from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, UNANSWERED, Results
 
 BEGIN, END = "<!-- made by python -m bench -->", "<!-- end of what python -m bench made -->"
 
@@ -29,15 +30,19 @@ class Column:
     decimals: int = 1
     spread: bool = False  # beside the median, smallest to largest
     compared: bool = False  # rspd ÷ it
+    ceiling: float = inf  # measuring stopped there: the true figure is larger
 
     def show(self, values: Sequence[float]) -> str:
         """The median of the rounds."""
-        return number(median(values) * self.factor, self.decimals)
+        return self._one(median(values))
 
     def show_spread(self, values: Sequence[float]) -> str:
         """The smallest and the largest."""
-        low, high = (number(value * self.factor, self.decimals) for value in (min(values), max(values)))
-        return f"{low} to {high}"
+        low, high = min(values), max(values)
+        return "-" if low >= self.ceiling else f"{self._one(low)} to {self._one(high)}"
+
+    def _one(self, value: float) -> str:
+        return bounded(value, self.ceiling, self.factor, self.decimals)
 
 
 def _cpu(unit: str) -> Column:
@@ -62,9 +67,9 @@ def columns(key: str, results: Results) -> list[Column]:
     if key in (BESIDE, BESIDE_DOWN):
         meanwhile = ("GB/s of the downloads", 1, 2) if results.unit == "GB" else ("answers/s of the busy", 1, 0)
         return [
-            Column("p99", "p99, ms", 1e3, 1, True, True),
-            Column("p50", "p50, ms", 1e3, 1, compared=True),
-            Column("all", "until all have an answer, ms", 1e3, 1, compared=True),
+            Column("p99", "p99, ms", 1e3, 1, True, True, UNANSWERED),
+            Column("p50", "p50, ms", 1e3, 1, False, True, UNANSWERED),
+            Column("all", "until all have an answer, ms", 1e3, 1, False, True, UNANSWERED),
             Column("answered", "answered", 1, 0),
             Column("again", "sent again", 1, 0),
             Column("meanwhile", *meanwhile),
@@ -96,6 +101,11 @@ def number(value: float, decimals: int) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def bounded(value: float, ceiling: float, factor: float, decimals: int) -> str:
+    """A figure times the factor; if it has reached the ceiling, that it is more than this."""
+    return f"over {number(ceiling * factor, decimals)}" if value >= ceiling else number(value * factor, decimals)
+
+
 def load(folder: Path) -> tuple[dict[str, Any], Run]:
     """What results.json says: about the run, and its works."""
     raw = json.loads((folder / "results.json").read_text())
@@ -121,7 +131,7 @@ def markdown(about: dict[str, Any], run: Run) -> str:
         f"Versions: {versions}.",
         "",
         "Figures are medians of the rounds, with smallest and largest; *rspd ÷ it* is rspd's median over that of the",
-        "contestant: below 1, rspd is cheaper. CPUs *busy* is CPU time over wall time.",
+        "contestant: below 1, rspd is cheaper or quicker. CPUs *busy* is CPU time over wall time.",
         "[How it was done, and the limits](../README.md).",
         "",
         "![bars](results.svg)",
@@ -184,7 +194,7 @@ def table(wanted: Sequence[Column], results: Results) -> list[str]:
             values = [figures[column.figure] for figures in results.rounds[name] if column.figure in figures]
             cells += [column.show(values) if values else "-"]
             cells += [column.show_spread(values) if values else "-"] * column.spread
-            cells += [_compared(results, name, column.figure)] * column.compared
+            cells += [_compared(results, name, column)] * column.compared
         lines.append("| " + " | ".join(cells) + " |")
     without = dict.fromkeys(results.absent, f"takes no part: {ONE_BACKEND}")
     without |= {name: f"failed: {why.replace('|', '/')}" for name, why in results.failed.items()}
@@ -192,12 +202,12 @@ def table(wanted: Sequence[Column], results: Results) -> list[str]:
     return lines
 
 
-def _compared(results: Results, name: str, figure: str) -> str:
+def _compared(results: Results, name: str, column: Column) -> str:
     if name == RSPD:
         return "1"
-    run = {"": results}
     try:
-        return f"{middle(run, '', RSPD, figure) / middle(run, '', name, figure):.2f}"
+        ours, its = (middle({"": results}, "", who, column.figure) for who in (RSPD, name))
+        return "-" if max(ours, its) >= column.ceiling else f"{ours / its:.2f}"
     except (KeyError, ZeroDivisionError):
         return "-"
 
@@ -215,7 +225,12 @@ class Panel:
     unit: str
     factor: float
     decimals: int
+    ceiling: float = inf  # measuring stopped there: the true figure is larger
     drawn: bool = True  # otherwise a row of the table only: pictures come in pairs
+
+    def show(self, value: float) -> str:
+        """A median, in the unit."""
+        return bounded(value, self.ceiling, self.factor, self.decimals)
 
 
 PANELS = [
@@ -226,8 +241,8 @@ PANELS = [
     Panel(FOUR_64, "cpu", "New connection, four backends", "CPU µs, 64 at a time", 1e6, 0, drawn=False),
     Panel("requests-16", "cpu", "Kept-alive request", "CPU µs, 16 connections", 1e6, 1),
     Panel("rate", "p99", "Latency, p99", "ms, at half of nginx's top rate", 1e3, 2),
-    Panel(BESIDE, "p99", "New connection beside 1,000 busy", "ms, p99 of 400", 1e3, 0),
-    Panel(BESIDE_DOWN, "p99", "New connection beside 300 downloads", "ms, p99 of 400", 1e3, 0),
+    Panel(BESIDE, "p99", "New connection beside 1,000 busy", "ms, p99 of 400", 1e3, 0, UNANSWERED),
+    Panel(BESIDE_DOWN, "p99", "New connection beside 300 downloads", "ms, p99 of 400", 1e3, 0, UNANSWERED),
     Panel("idle", "memory", "Idle connection", "KB of its memory", 1e-3, 1),
     Panel("start", "seconds", "Start", "ms until the first answer", 1e3, 0),
 ]
@@ -235,11 +250,11 @@ HIDDEN = (SERIAL, OTHER, DIRECT)
 
 
 def values_of(panel: Panel, run: Run) -> dict[str, float]:
-    """The medians of a panel, in its unit, from the best on."""
+    """The medians of a panel, from the best on."""
     if panel.key not in run:
         return {}
     found = {
-        name: middle(run, panel.key, name, panel.figure) * panel.factor
+        name: middle(run, panel.key, name, panel.figure)
         for name in run[panel.key].rounds
         if name not in (*HIDDEN, *run[panel.key].silent)
     }
@@ -256,13 +271,16 @@ def summary(about: dict[str, Any], run: Run) -> str:
             continue
         cells = []
         for name in names:
-            shown = number(values[name], panel.decimals) if name in values else _absent(panel, run).get(name, "-")
-            ratio = f" ({values[RSPD] / values[name]:.2f})" if name in values and name != RSPD else ""
+            if name not in values:
+                cells.append(_absent(panel, run).get(name, "not measured"))
+                continue
+            shown, both = panel.show(values[name]), (values[RSPD], values[name])
+            ratio = f" ({both[0] / both[1]:.2f})" if max(both) < panel.ceiling else ""
             cells.append(f"**{shown}**" if name == RSPD else shown + ratio)
         lines.append(f"| {panel.title}, {panel.unit} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Medians, and rspd ÷ the contestant in brackets: below 1, rspd is cheaper.",
+        "Medians, and rspd ÷ the contestant in brackets: below 1, rspd is cheaper or quicker.",
         *_serial(run),
         *_later(run),
         "What rspd is to reach, and whether it does: [targets](bench/results/results.md#targets).",
@@ -312,7 +330,7 @@ def update_readme(made: str, path: Path) -> None:
         path.write_text(f"{before}{BEGIN}\n{made}{END}{rest.partition(END)[2]}")
 
 
-WIDTH, MARGIN, GAP, LABEL, VALUE, BAR, STEP, HEAD = 880, 24, 36, 112, 62, 14, 21, 42
+WIDTH, MARGIN, GAP, LABEL, VALUE, BAR, STEP, HEAD = 880, 24, 36, 112, 74, 14, 21, 42
 RSPD_COLOUR, COLOUR, INK, FAINT, PAPER = "#1d6fd1", "#bcc4ce", "#1c2530", "#5d6875", "#ffffff"
 
 
@@ -380,7 +398,7 @@ def _panel(panel: Panel, values: dict[str, float], run: Run, left: int, top: int
                 for shift in (0, 6)
             ]
         x = left + LABEL + length + 6
-        parts.append(_text(x, y + 11, number(value, panel.decimals), 12, ink, weight=weight))
+        parts.append(_text(x, y + 11, panel.show(value), 12, ink, weight=weight))
         y += STEP
     for name, why in _absent(panel, run).items():
         parts += [

@@ -39,6 +39,7 @@ STREAMS = 8
 FOUR = 4  # backends
 PORTS = 256  # of the backend: each contestant has its own, so that none finds the other's ports in TIME_WAIT
 SLOW = 120.0  # seconds after which a load has failed
+UNANSWERED = 10.0  # seconds: the PATIENCE of load.c, what who has no answer by then counts as beside busy ones
 
 
 @dataclass(frozen=True)

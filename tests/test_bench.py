@@ -541,6 +541,20 @@ def test_new_connections_beside_busy_ones_are_judged_by_the_better_of_nginx_and_
     assert "ms, p99 of 400 | **30** | 60 (0.50) |" in report.summary(ABOUT, run)
 
 
+def test_who_has_no_answer_when_measuring_stops_has_no_figure_but_a_bound() -> None:
+    rest = {"answered": 75.0, "again": 0.0, "meanwhile": 1.0, "cpu": 1.0}
+    rounds = {
+        RSPD: figures(p50=0.002, p99=0.030, all=0.04, **rest),
+        NGINX: [{"p50": value, "p99": 10.0, "all": 10.00001, **rest} for value in (9.0, 10.0, 10.0)],
+    }
+    run = {BESIDE_DOWN: Results("beside", "GB", rounds)}
+    row = "| nginx | over 10,000.0 | - | - | over 10,000.0 | - | over 10,000.0 | - | 75 |"
+    assert row in report.markdown(ABOUT, run)
+    about = {**ABOUT, "versions": {RSPD: "1", NGINX: "2", "socat": "3"}}
+    assert "ms, p99 of 400 | **30** | over 10,000 | not measured |" in report.summary(about, run)
+    assert ">over 10,000<" in report.picture(about, run)
+
+
 def test_each_target_is_judged_by_figures_that_a_run_makes() -> None:
     _, run = report.load(ROOT / "bench" / "results")
     missing = [target.text for target in targets.TARGETS if target.measured(run) is None]
