@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.peers import CONNECTIONS, DIRECT, OTHER, RSPD, SERIAL
+from bench.peers import CONNECTIONS, DIRECT, HAPROXY, OTHER, RSPD, SERIAL
 from bench.targets import TARGETS, Run, middle
 from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, UNANSWERED, Results
 
@@ -282,6 +282,7 @@ def summary(about: dict[str, Any], run: Run) -> str:
         "",
         "Medians, and rspd ÷ the contestant in brackets: below 1, rspd is cheaper or quicker.",
         *_serial(run),
+        *_price(run),
         *_later(run),
         "What rspd is to reach, and whether it does: [targets](bench/results/results.md#targets).",
         f"Made on {describe(about)}",
@@ -299,6 +300,19 @@ def _serial(run: Run) -> list[str]:
     room = f"rspd's figures are with room for many clients (`max_connections: {CONNECTIONS}`)"
     cost = f"a new connection costs {one} CPU µs one at a time, and {many} CPU µs 64 at a time"
     return [f"{room}; in serial mode, its default, {cost}."]
+
+
+def _price(run: Run) -> list[str]:
+    """What the busy ones pay for it that new connections are answered soon."""
+    try:
+        rate, cpu = (
+            middle(run, BESIDE, RSPD, figure) / middle(run, BESIDE, HAPROXY, figure) for figure in ("meanwhile", "cpu")
+        )
+    except (KeyError, ZeroDivisionError):
+        return []
+    meanwhile = f"rspd gave the busy ones {rate:.2f} times as many answers a second as HAProxy"
+    price = f"over the whole of this work, rspd's CPU time for each answer was {cpu:.2f} times HAProxy's"
+    return [f"While the new connections beside 1,000 busy ones waited, {meanwhile}; {price}."]
 
 
 def _later(run: Run) -> list[str]:

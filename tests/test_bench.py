@@ -541,6 +541,15 @@ def test_new_connections_beside_busy_ones_are_judged_by_the_better_of_nginx_and_
     assert "ms, p99 of 400 | **30** | 60 (0.50) |" in report.summary(ABOUT, run)
 
 
+def test_what_the_busy_ones_pay_for_quick_answers_to_new_connections_stands_under_the_table() -> None:
+    run = {BESIDE: Results("beside", "answer", {RSPD: figures(p99=0.01, meanwhile=30_000, cpu=1.3e-5)})}
+    assert "busy ones waited" not in report.summary(ABOUT, run)
+    run[BESIDE].rounds[HAPROXY] = figures(p99=0.02, meanwhile=60_000, cpu=1e-5)
+    made = report.summary(ABOUT, run)
+    assert "rspd gave the busy ones 0.50 times as many answers a second as HAProxy;" in made
+    assert "rspd's CPU time for each answer was 1.30 times HAProxy's." in made
+
+
 def test_who_has_no_answer_when_measuring_stops_has_no_figure_but_a_bound() -> None:
     rest = {"answered": 75.0, "again": 0.0, "meanwhile": 1.0, "cpu": 1.0}
     rounds = {
