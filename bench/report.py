@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from bench.peers import CONNECTIONS, DIRECT, HAPROXY, OTHER, RSPD, SERIAL
-from bench.targets import TARGETS, Run, middle
+from bench.targets import TARGETS, Run, full_burst, middle
 from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, UNANSWERED, Results
 
 BEGIN, END = "<!-- made by python -m bench -->", "<!-- end of what python -m bench made -->"
@@ -250,8 +250,8 @@ HIDDEN = (SERIAL, OTHER, DIRECT)
 
 
 def values_of(panel: Panel, run: Run) -> dict[str, float]:
-    """The medians of a panel, from the best on."""
-    if panel.key not in run:
+    """The medians of a panel, from the best on; none if what was measured is not what its title says."""
+    if panel.key not in run or (panel.key in (BESIDE, BESIDE_DOWN) and not full_burst(run, panel.key)):
         return {}
     found = {
         name: middle(run, panel.key, name, panel.figure)
@@ -304,6 +304,8 @@ def _serial(run: Run) -> list[str]:
 
 def _price(run: Run) -> list[str]:
     """What the busy ones pay for it that new connections are answered soon."""
+    if not full_burst(run, BESIDE):
+        return []
     try:
         rate, cpu = (
             middle(run, BESIDE, RSPD, figure) / middle(run, BESIDE, HAPROXY, figure) for figure in ("meanwhile", "cpu")

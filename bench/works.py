@@ -403,8 +403,8 @@ def run_beside(key: str, peers: Sequence[Peer], place: Ground) -> Results:
 
     p50, p99: seconds of a new one, from connecting to its whole answer; all: until the last of them has it; answered:
     how many have one after 10 s: the others count as 10 s; again: how many sent something twice, for instance since the
-    backlog was full; meanwhile: answers, or GB, per second of the busy ones until then. cpu: CPU seconds of the
-    contestant for an answer, or for a GB, all in all: from the first busy connection until all are closed.
+    backlog was full; meanwhile: answers, or GB, per second of the busy ones until then; count: how many came. cpu: CPU
+    seconds of the contestant for an answer, or a GB, all in all: from the first busy connection until all are closed.
     """
     sizes = place.sizes
     busy, unit, scale = (sizes.busy, "answer", 1.0) if key == BESIDE else (sizes.busy_streams, "GB", 1e9)
@@ -417,7 +417,7 @@ def run_beside(key: str, peers: Sequence[Peer], place: Ground) -> Results:
         one.check()
         amount = found["others"] / scale + (count if key == BESIDE else 0)
         figures = {name: found[name] for name in ("p50", "p99", "answered", "again")}
-        figures |= {"all": found["seconds"], "meanwhile": found["meanwhile"] / scale}
+        figures |= {"all": found["seconds"], "meanwhile": found["meanwhile"] / scale, "count": count}
         return figures if isinstance(one.peer, Direct) else {**figures, "cpu": used / amount}
 
     others = f"{busy:,} busy ones" if key == BESIDE else f"{busy} downloads"

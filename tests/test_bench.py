@@ -123,6 +123,7 @@ def test_a_quick_run_has_a_figure_of_each_contestant_for_each_work(tmp_path: Pat
         assert work["failed"] == {}, key
         for figures in work["rounds"]["rspd"]:
             assert figures.get("cpu", 1) > 0, key
+            assert figures.get("count", 40) == (100 if key == "idle" else 40), key
     text = (tmp_path / "results.md").read_text()
     for work in works.values():
         table = text.split(f"\n## {work['title']}\n")[1].split("\n## ")[0]
@@ -522,7 +523,7 @@ def test_bulk_is_judged_beside_all_good_peers_and_idle_connections_if_there_are_
 
 @pytest.mark.parametrize(("key", "busy"), [(BESIDE, "1,000 busy ones"), (BESIDE_DOWN, "300 downloads")])
 def test_new_connections_beside_busy_ones_are_judged_by_the_better_of_nginx_and_haproxy(key: str, busy: str) -> None:
-    rest = {"answered": 400.0, "again": 7.0, "meanwhile": 1.0, "cpu": 1.0}
+    rest = {"answered": 400.0, "again": 7.0, "meanwhile": 1.0, "cpu": 1.0, "count": 400.0}
     rounds = {
         RSPD: figures(p50=0.002, p99=0.030, all=0.04, **rest),
         NGINX: figures(p50=0.001, p99=0.060, all=0.08, **rest),
@@ -541,8 +542,20 @@ def test_new_connections_beside_busy_ones_are_judged_by_the_better_of_nginx_and_
     assert "ms, p99 of 400 | **30** | 60 (0.50) |" in report.summary(ABOUT, run)
 
 
+@pytest.mark.parametrize("count", [400, 399])
+def test_fewer_new_connections_beside_busy_ones_are_not_shown_under_the_names_of_400(count: int) -> None:
+    rounds = {
+        name: figures(p50=0.1, p99=0.1, all=0.1, meanwhile=1, cpu=1, count=count) for name in (RSPD, NGINX, HAPROXY)
+    }
+    run = {key: Results("beside", "answer", rounds) for key in (BESIDE, BESIDE_DOWN)}
+    full = count == 400
+    assert sum(target.measured(run) is not None for target in targets.TARGETS) == 6 * full
+    assert report.summary(ABOUT, run).count("beside") == 3 * full
+    assert report.picture(ABOUT, run).count("beside") == 2 * full
+
+
 def test_what_the_busy_ones_pay_for_quick_answers_to_new_connections_stands_under_the_table() -> None:
-    run = {BESIDE: Results("beside", "answer", {RSPD: figures(p99=0.01, meanwhile=30_000, cpu=1.3e-5)})}
+    run = {BESIDE: Results("beside", "answer", {RSPD: figures(p99=0.01, meanwhile=30_000, cpu=1.3e-5, count=400)})}
     assert "busy ones waited" not in report.summary(ABOUT, run)
     run[BESIDE].rounds[HAPROXY] = figures(p99=0.02, meanwhile=60_000, cpu=1e-5)
     made = report.summary(ABOUT, run)
@@ -551,7 +564,7 @@ def test_what_the_busy_ones_pay_for_quick_answers_to_new_connections_stands_unde
 
 
 def test_who_has_no_answer_when_measuring_stops_has_no_figure_but_a_bound() -> None:
-    rest = {"answered": 75.0, "again": 0.0, "meanwhile": 1.0, "cpu": 1.0}
+    rest = {"answered": 75.0, "again": 0.0, "meanwhile": 1.0, "cpu": 1.0, "count": 400.0}
     rounds = {
         RSPD: figures(p50=0.002, p99=0.030, all=0.04, **rest),
         NGINX: [{"p50": value, "p99": 10.0, "all": 10.00001, **rest} for value in (9.0, 10.0, 10.0)],
