@@ -132,6 +132,7 @@ class Loop:
         self.now = clock()
         self.turn = 0
         self._tasks: set[Task] = set()
+        self._to_wake: set[Task] = set()  # by `wake_later`
         self.spawn(self._receive_wakeups())
 
     def __enter__(self) -> Loop:
@@ -199,6 +200,18 @@ class Loop:
         self.current.wake_at(until)
         while self.now < until:
             await news()
+
+    def wake_later(self, task: Task, seconds: float) -> None:
+        """Wake a task after so long, whatever its deadline; of no effect where that is about to happen already."""
+
+        async def wake() -> None:
+            await self.sleep(seconds)
+            self._to_wake.discard(task)
+            task.wake()
+
+        if task not in self._to_wake:
+            self._to_wake.add(task)
+            self.spawn(wake())
 
     async def yield_turn(self) -> None:
         """Go to the back of the ready queue: what else is ready comes first."""

@@ -32,7 +32,7 @@ RETRY = 0.01
 class Side(Watch):
     """A connected, non-blocking stream socket, which it owns, and what epoll says of it."""
 
-    __slots__ = ("_retries", "events", "loop", "sock")
+    __slots__ = ("events", "loop", "sock")
 
     more_to_read = MORE_TO_READ
 
@@ -42,7 +42,6 @@ class Side(Watch):
         self.loop = loop
         self.sock = sock
         self.events = EVENTS  # those that resume the task
-        self._retries = False  # whether the task is to be woken for want of memory
 
     def watch(self) -> None:
         """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
@@ -123,17 +122,10 @@ class Side(Watch):
         For want of memory `ready` stays as it was, and the task is woken a moment later, to try again.
         """
         if error.errno in NO_MEMORY:
-            if not self._retries:
-                self._retries = True
-                self.loop.spawn(self._retry_later())
+            self.loop.wake_later(self.task, RETRY)
             return False
         self.ready |= ERR
         return True
-
-    async def _retry_later(self) -> None:
-        await self.loop.sleep(RETRY)
-        self._retries = False
-        self.task.wake()  # the side may be closed by now, and its task done: then this does nothing
 
     def end(self) -> None:
         """Tell the peer that nothing more comes; it may go on sending."""

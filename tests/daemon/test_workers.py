@@ -330,13 +330,14 @@ def test_a_process_to_which_another_leaves_no_large_pipes_copies_and_the_bytes_a
     with Backend(lambda sock: sock.sendall(data)) as backend, ExitStack() as stack:
         words = ["-b", backend.address, "--max-connections", "80"]
         launcher = [sys.executable, "-c", ANOTHER_USER, str(OUR_USER)]
-        first, second = [stack.enter_context(rspd(*words, launcher=launcher)) for _ in range(2)]
-        stalled = [stack.enter_context(first.connect()) for _ in range(70)]
-        # Each holds a pipe as long as its client does not read.
-        eventually(lambda: pipes(first) == 64, "the first has them")
-        with second.connect() as client:
+        first, second, third = [stack.enter_context(rspd(*words, launcher=launcher)) for _ in range(3)]
+        # Each holds a pipe as long as its client does not read; a process keeps an eighth for those that do.
+        stalled = [stack.enter_context(process.connect()) for process in (first, second) for _ in range(70)]
+        eventually(lambda: pipes(first) + pipes(second) == 64, "they have them all")
+        with third.connect() as client:
             assert receive_all(client) == data
-        assert pipes(second) == 0
+        assert pipes(third) == 0
         for client in stalled:
             client.close()
-        first.wait_for_ends(70)
+        for process in (first, second):
+            process.wait_for_ends(70)
