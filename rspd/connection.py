@@ -222,15 +222,16 @@ class Connection:
             if self.way:
                 self.way.end()
             if self.relay and self.backend:
-                lost = self.relay.close()
+                try:
+                    lost = self.relay.close()
+                finally:
+                    self.terms.backends.release(self.backend)
             elif cause in UNSERVED:
                 self.client.abort()
             else:
                 self.client.close()
         finally:
             # Whatever happens, nobody waits for places that are free.
-            if self.relay and self.backend:
-                self.terms.backends.release(self.backend)
             if self.admitted is not None:
                 self.terms.access.leave(self.admitted)
         return lost

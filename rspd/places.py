@@ -33,18 +33,23 @@ class Places:
 
     tag: what tells the proxy in a line, ` proxy=NAME`, or nothing.
     taken: the connections of the proxy.
+    newest: when the last of them was accepted; asked when as many are served as may be.
+    looking: whether the task is at work.
     changed: called when `waiting` is another.
     """
 
-    def __init__(self, loop: Loop, tag: str, taken: Sized, changed: Callable[[], object]) -> None:
+    def __init__(
+        self, loop: Loop, tag: str, taken: Sized, newest: Callable[[], float], changed: Callable[[], object]
+    ) -> None:
         self._loop = loop
         self._tag = tag
         self._taken = taken
+        self._newest = newest
         self._changed = changed
         self._limit = 0
         self._listeners: Sequence[Listener] = ()
+        self.looking = False
         self._task: Task | None = None
-        self._taken_at = -inf  # when the last place was taken
         self._looked_at = -inf
         self._waiting = ""
         self._found = False  # whether the last look found somebody at these listeners
@@ -67,11 +72,10 @@ class Places:
         """How many clients wait, by the last look, for people: a number, `some`, or `3+`. Empty where nobody does."""
         return self._waiting if self._full() else ""
 
-    def all_taken(self) -> None:
-        """The last place is taken, in this turn of the loop."""
-        self._taken_at = self._loop.now
-        if self._task is None:
-            self._task = self._loop.spawn(self._watch())
+    def look(self) -> None:
+        """Look each second, unless it is `looking` already: the last place is taken."""
+        self.looking = True
+        self._task = self._loop.spawn(self._watch())
 
     def close(self) -> None:
         """Look no more: nobody will be accepted any more. The task that looks is done a turn later."""
@@ -83,26 +87,28 @@ class Places:
         return len(self._taken) >= self._limit
 
     async def _watch(self) -> None:
-        looking = True
         try:
-            while looking:
+            while True:
                 await self._loop.sleep(STANDSTILL)
                 self._look()
-                looking = self._full() or self._last is not None
+                if not self._full() and self._last is None:
+                    break
         finally:
+            self.looking = False
             self._task = None
 
     def _look(self) -> None:
         now = self._loop.now
         before, self._waiting = self._waiting, who_waits(self._listeners) if self._full() else ""
-        accepted = self._taken_at >= self._looked_at
+        taken_at = self._newest() if self._waiting else -inf
+        accepted = taken_at >= self._looked_at
         if self._waiting and self._found and not accepted:
             if self._last is None:
                 self._began = self._stands_from
             self._last = now
             self._warn()
         else:
-            self._stands_from = self._taken_at if accepted else now
+            self._stands_from = taken_at if accepted else now
         self._looked_at, self._found = now, bool(self._waiting)
         if self._last is not None and self._last + QUIET <= now:
             self._tell_end(self._last - self._began)

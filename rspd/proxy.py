@@ -70,7 +70,7 @@ class Proxy:
         self._access = Access((), (), inf)
         self._refusals = Refusals(common.loop, self.tag)
         self._connections: dict[Task, Connection] = {}
-        self.places = Places(common.loop, self.tag, self._connections, self._changed)
+        self.places = Places(common.loop, self.tag, self._connections, self._newest, self._changed)
         self._accepting = False
         self._leaving = False
         self._watched: list[Listener] = []
@@ -167,7 +167,8 @@ class Proxy:
                 if self._accept_ready():
                     # Who comes now waits in the backlog, in order.
                     self._pause()
-                    self.places.all_taken()
+                    if not self.places.looking:
+                        self.places.look()
                     while len(self._connections) >= self.config.max_connections:
                         await news()
                     # Often somebody does: then accepting saves asking epoll first.
@@ -205,7 +206,7 @@ class Proxy:
                 # Its events are not edge-triggered: it is ready again in the next turn if another client waits.
                 listener.ready = 0
                 most = 1
-                if self._rush == self.loop.turn - 1 or not self._accepting:
+                if free > 1 and (self._rush == self.loop.turn - 1 or not self._accepting):
                     most = min(free, BATCH if listener.passed is None else SHARED_BATCH)
                 try:
                     for _ in range(most):
@@ -240,6 +241,10 @@ class Proxy:
     def _changed(self) -> None:
         for watcher in self.watchers:
             watcher.wake()
+
+    def _newest(self) -> float:
+        """When the client was accepted that came last, of those that are served."""
+        return next(reversed(self._connections.values())).started
 
     def _backend_down(self, backend: Backend) -> None:
         if self.config.on_down == "abort":

@@ -74,14 +74,24 @@ class Proxy:
         self.taken = ["somebody"]
         self.changes: list[str] = []
         self.listeners = listeners
-        self.places = Places(loop, tag, self.taken, lambda: self.changes.append(self.places.waiting))
+        self.loop = loop
+        self.accepted_at = loop.now
+        self.places: Places = Places(
+            *(loop, tag, self.taken, lambda: self.accepted_at, lambda: self.changes.append(self.places.waiting))
+        )
         self.places.apply(1, listeners)
-        self.places.all_taken()
+        self.fill()
+
+    def fill(self) -> None:
+        """The place has just been taken."""
+        self.accepted_at = self.loop.now
+        if not self.places.looking:
+            self.places.look()
 
     def serve_next(self, host: Host) -> None:
         """One client goes, and another is accepted."""
         host.accept(self.listeners[0])
-        self.places.all_taken()
+        self.fill()
 
     async def stand(self, loop: Loop, clock: FakeClock, looks: int = 2) -> None:
         """Time passes, in which nobody is accepted."""
@@ -225,7 +235,7 @@ def test_a_proxy_that_has_a_place_looks_no_more(host: Host, monkeypatch: pytest.
         assert loop.tasks == before
         assert not looks, "for a connection that ended within a second"
         proxy.taken.append("another")
-        proxy.places.all_taken()
+        proxy.fill()
         assert loop.tasks == before + 1
         await proxy.stand(loop, clock, 3)
         assert len(looks) == 3
@@ -318,7 +328,7 @@ async def wait_and_end(host: Host, proxy: Proxy, loop: Loop, clock: FakeClock, s
     """A client waits for so long and is served; and that is over."""
     host.come(proxy.listeners[0])
     proxy.taken.append("somebody")
-    proxy.places.all_taken()
+    proxy.fill()
     await proxy.stand(loop, clock, seconds)
     host.accept(proxy.listeners[0])
     await proxy.end(loop, clock)
@@ -349,7 +359,7 @@ def test_a_wait_that_began_too_soon_is_told_when_the_minute_is_over(
         await wait_and_end(host, proxy, loop, clock, 3)
         host.come(proxy.listeners[0], 2)
         proxy.taken.append("somebody")
-        proxy.places.all_taken()
+        proxy.fill()
         began = clock.now
         while clock.now + STANDSTILL < told + INTERVAL:
             await advance(loop, clock, STANDSTILL)
