@@ -141,7 +141,8 @@ class Pipes:
     def borrow(self, borrower: Borrower, now: float) -> Pipe | None:
         """An empty pipe, to be given back; None where there is none to be had: do without.
 
-        Where all are lent, one is taken from a borrower that hardly moves.
+        The last ones are for borrowers that have passed on PROVEN bytes. For these, where all are lent, one is taken
+        from a borrower that hardly moves.
         now: seconds, monotonic.
         """
         proven = borrower.total >= PROVEN
