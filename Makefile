@@ -44,7 +44,7 @@ run: .venv/run
 
 test: .venv/test
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -rfEs -n 4 --dist loadgroup
+	$(BIN)/coverage run -m pytest -q -rfEs -n 4
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 

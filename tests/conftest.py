@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -34,7 +36,7 @@ settings.register_profile(
 settings.load_profile("rspd")
 
 
-LARGE_PIPES = "large_pipes(count): needs so many at once; the tests that do run one after the other"
+LARGE_PIPES = "large_pipes(count): needs so many at once"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,21 +44,36 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", LARGE_PIPES)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """A user without privileges has pages for 64 large pipes, in all his processes (pipe(7))."""
-    if item.get_closest_marker("large_pipes"):
-        item.add_marker(pytest.mark.xdist_group("large pipes"))
-
-
 @pytest.fixture(autouse=True)
-def as_many_large_pipes_as_needed(request: pytest.FixtureRequest) -> None:
-    """Other tests, or other programs of the user, may have them now; skips if they have them for long."""
-    if mark := request.node.get_closest_marker("large_pipes"):
-        count = mark.args[0]
+def as_many_large_pipes_as_needed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A user without privileges has pages for 64 large pipes, in all his processes (pipe(7)).
+
+    So the tests that need some run one after the other, those of other suites of this user too. Other tests, or other
+    programs, may have the pages now; skips if they have them for long.
+    """
+    mark = request.node.get_closest_marker("large_pipes")
+    if not mark:
+        yield
+        return
+    with socket.socket(socket.AF_UNIX) as turn:
         try:
-            eventually(lambda: large_pipes(count), patience=5)
+            eventually(lambda: bound(turn, f"\0rspd-test-large-pipes-{os.geteuid()}"), patience=60)
+            eventually(lambda: large_pipes(mark.args[0]), patience=5)
         except AssertionError:
-            pytest.skip(f"this user's processes leave fewer than {count} large pipes: sysctl fs.pipe-user-pages-soft=0")
+            fewer = f"fewer than {mark.args[0]} large pipes"
+            pytest.skip(f"this user's processes leave {fewer}: sysctl fs.pipe-user-pages-soft=0")
+        yield
+
+
+def bound(sock: socket.socket, name: str) -> bool:
+    """Whether a socket has got a name; not if another has it."""
+    try:
+        sock.bind(name)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
 
 
 def forbidden(config: pytest.Config) -> list[str]:

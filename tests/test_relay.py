@@ -1077,7 +1077,8 @@ def test_a_flow_stops_at_the_end_of_its_turn_and_says_so(monkeypatch: pytest.Mon
     async def main(loop: Loop) -> None:
         near, source = unix_pair()
         target, far = unix_pair()
-        flow = Flow(side_of(loop, source), side_of(loop, target), Pipes(1))
+        pipes = Pipes(1)
+        flow = Flow(side_of(loop, source), side_of(loop, target), pipes)
         near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * BUFFER_SIZE)
         near.sendall(b"x" * (3 * BUFFER_SIZE))
         flow.source.watch()
@@ -1091,6 +1092,7 @@ def test_a_flow_stops_at_the_end_of_its_turn_and_says_so(monkeypatch: pytest.Mon
         near.close()
         far.close()
         flow.drop()
+        pipes.close()
         flow.source.close()
         flow.target.close()
 
@@ -1131,6 +1133,7 @@ def test_flows_with_bulk_data_at_once_share_a_turn(monkeypatch: pytest.MonkeyPat
             flow.drop()
             flow.source.close()
             flow.target.close()
+        pipes.close()
 
     run(main)
 
