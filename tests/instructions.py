@@ -1,7 +1,7 @@
 """Run rspd and count the Python instructions it executes: python -m tests.instructions FILE ... rspd ARGUMENT...
 
-The count is written to FILE at the end. What stands before `rspd` is passed over, so that this can stand before the
-command that it takes the place of.
+The counts at each line of the log are written to FILE at the end. What stands before `rspd` is passed over, so that
+this can stand before the command that it takes the place of.
 """
 
 from __future__ import annotations
@@ -9,20 +9,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from rspd.cli import main
+from rspd.log import StderrHandler
 
 
-def count_instructions(run: Callable[[], int]) -> tuple[int, int]:
-    """What a function returns, and how many instructions this thread executed for it."""
+def count_instructions(
+    run: Callable[[], int], noted: CodeType | None = None, notes: list[int] | None = None
+) -> tuple[int, int]:
+    """What a function returns, and how many instructions this thread executed for it.
+
+    notes: gets the count at each call of the function whose code is `noted`.
+    """
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal count
         frame.f_trace_opcodes = True
         count += event == "opcode"
+        if notes is not None and frame.f_code is noted and event == "call":
+            notes.append(count)
         return trace
 
     # Python 3.12 asks for it where tracing begins.
@@ -38,6 +46,7 @@ def count_instructions(run: Callable[[], int]) -> tuple[int, int]:
 
 if __name__ == "__main__":
     arguments = sys.argv[sys.argv.index("rspd") + 1 :]
-    code, executed = count_instructions(lambda: main(arguments))
-    Path(sys.argv[1]).write_text(str(executed))
+    counts: list[int] = []
+    code, _ = count_instructions(lambda: main(arguments), StderrHandler.write.__code__, counts)
+    Path(sys.argv[1]).write_text(" ".join(map(str, counts)))
     sys.exit(code)
