@@ -35,6 +35,7 @@ config          file and command line -> named tuples, all keys and defaults
 schema          a file's entries read by tables of keys, with all that is wrong
 values          single values: durations, numbers, switches, words
 yamlfile        a YAML file as keys and values with their lines
+yamlfaults      what is wrong with a file that is no YAML
 networks        networks: which clients are in them, and what a client is known by
 address         addresses: parsed, printed, resolved
 log             the log on stderr

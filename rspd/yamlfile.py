@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import yaml
 
+from rspd.yamlfaults import describe_fault
+
 
 class ConfigError(Exception):
     """What is wrong with a configuration: `errors` has a line for each, with place, key, expected and found."""
@@ -69,7 +71,8 @@ def read_entries(path: str) -> list[Entry]:
         loader = yaml.BaseLoader(text)
         root = loader.get_single_node()
     except yaml.YAMLError as error:
-        raise ConfigError([_describe_yaml_error(path, text, error)]) from None
+        line, fault = describe_fault(text, error)
+        raise ConfigError([f"{path}:{line}: not valid YAML: {fault}"]) from None
     except (ValueError, OverflowError) as error:  # \U beyond Unicode, a %YAML version of thousands of digits
         raise ConfigError([f"{path}:{loader.line + 1 if loader else 1}: not valid YAML: {error}"]) from None
     except RecursionError:
@@ -77,30 +80,18 @@ def read_entries(path: str) -> list[Entry]:
     if root is None or (isinstance(root, yaml.ScalarNode) and not root.value and not root.style):
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError([f"{path}:{Value(root).line}: expected lines of KEY: VALUE, found {Value(root).kind}"])
+        raise ConfigError([f"{path}:{Value(root).line}: expected lines of KEY: VALUE, found {_advise(Value(root))}"])
     return Value(root).entries or []
+
+
+def _advise(root: Value) -> str:
+    """What a file has in place of keys, and how to mend it where that is known."""
+    if root.items:
+        dashes = isinstance(root.node, yaml.SequenceNode) and not root.node.flow_style
+        return root.kind + ("; leave out the dashes" if dashes else "")
+    return root.kind + ("; a space belongs after a colon" if re.match(r"\w+:\S", root.text or "") else "")
 
 
 def _name(key: Value) -> str:
     name = f"({key.kind})" if key.text is None else key.text
     return name if name and name.isprintable() else ascii(name)
-
-
-def _describe_yaml_error(path: str, text: bytes, error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.reader.ReaderError):
-        # Its position counts bytes where they could not be decoded, characters where one is not allowed.
-        undecodable = error.encoding != "unicode"
-        before = text[: error.position].decode(errors="replace") if undecodable else text.decode(errors="replace")
-        line = before[: error.position].count("\n") + 1
-        reason = f"not {error.encoding.upper()} text, " if undecodable else ""
-        return f"{path}:{line}: not valid YAML: {reason}{str(error).splitlines()[0]}"
-    assert isinstance(error, yaml.MarkedYAMLError)
-    assert error.problem_mark
-    line = error.problem_mark.line
-    problem = error.problem
-    if isinstance(error, yaml.composer.ComposerError) and error.context:
-        problem = f"{error.context}, {problem}"
-    if re.search(r"[:-]\s+[\[@]|[\[,]\s*:", "".join(text.decode(errors="replace").splitlines()[line : line + 1])):
-        # The forms of an address that mean something else to YAML.
-        problem = f"{problem}; an address that starts with [, @ or : needs quotes"
-    return f"{path}:{line + 1}: not valid YAML: {problem}"

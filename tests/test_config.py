@@ -362,8 +362,12 @@ def test_an_empty_file_lacks_both_addresses(errors: Errors, content: str) -> Non
     ("content", "message"),
     [
         ("listen 8080", "FILE:1: expected lines of KEY: VALUE, found 'listen 8080'"),
-        ("\n\nlisten:8080\n", "FILE:3: expected lines of KEY: VALUE, found 'listen:8080'"),
-        ("- listen: 8080", "FILE:1: expected lines of KEY: VALUE, found a list"),
+        (
+            "\n\nlisten:8080\n",
+            "FILE:3: expected lines of KEY: VALUE, found 'listen:8080'; a space belongs after a colon",
+        ),
+        ("- listen: 8080", "FILE:1: expected lines of KEY: VALUE, found a list; leave out the dashes"),
+        ("[listen, 8080]", "FILE:1: expected lines of KEY: VALUE, found a list"),
         ("[]", "FILE:1: expected lines of KEY: VALUE, found a list"),
         ("''", "FILE:1: expected lines of KEY: VALUE, found ''"),
         ("~", "FILE:1: expected lines of KEY: VALUE, found '~'"),
@@ -378,6 +382,7 @@ def test_a_file_of_another_kind_is_told_what_it_should_be(errors: Errors, conten
     [
         ("listen: [::1]:80", 1),
         ("backend: a:1\nlisten:\n  - [::1]:80\n", 3),
+        ("listen: [a]:80\nbackend: a:1", 1),
         ("listen: @rspd", 1),
         ("backend: a:1\nlisten:\n- 80\n- @rspd\n", 4),
         ("listen: [80, @rspd]", 1),
@@ -398,11 +403,6 @@ def test_an_address_that_yaml_takes_for_something_else_needs_quotes_and_is_told_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("\tlisten: 80", "FILE:1: not valid YAML: found character '\\t' that cannot start any token"),
-        ("listen:\n\t- 80", "FILE:2: not valid YAML: found character '\\t' that cannot start any token"),
-        ("listen: 80\n  backend: a:1", "FILE:2: not valid YAML: mapping values are not allowed here"),
-        ("listen: '80\nbackend: a:1", "FILE:2: not valid YAML: found unexpected end of stream"),
-        ("listen: 80\nbackend: a:1\n]", "FILE:3: not valid YAML: expected <block end>, but found ']'"),
         ("listen: *port", "FILE:1: not valid YAML: found undefined alias 'port'"),
         ("listen: %80", "FILE:1: not valid YAML: found character '%' that cannot start any token"),
         ("listen: `80`", "FILE:1: not valid YAML: found character '`' that cannot start any token"),

@@ -1,0 +1,134 @@
+"""What is said of a file that is no YAML: the line at fault, and what belongs there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rspd.config import load_config
+from rspd.yamlfile import ConfigError
+
+Fault = Callable[[str | bytes], str]
+
+
+@pytest.fixture
+def fault(tmp_path: Path) -> Fault:
+    """The one error of a file with this content, as LINE: what is wrong."""
+
+    def fault(content: str | bytes) -> str:
+        file = tmp_path / "rspd.yaml"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(ConfigError) as caught:
+            load_config(str(file), {})
+        (error,) = caught.value.errors
+        line, told, what = error.removeprefix(f"{file}:").partition(": not valid YAML: ")
+        assert told, error
+        return f"{line}: {what}"
+
+    return fault
+
+
+PAIR = "expected KEY: VALUE, found"
+PAIR_OR_ITEM = "expected KEY: VALUE, or - ITEM as above, found"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("listen: 80\nbackend 127.0.0.1:8000\nbacklog: 4\n", f"2: {PAIR} 'backend 127.0.0.1:8000'"),
+        ("listen: 80\nbackend\n", f"2: {PAIR} 'backend'"),
+        ("listen: 80\nbackend a:1", f"2: {PAIR} 'backend a:1'"),
+        ("listen: 80\nbackend = a:1\n", f"2: {PAIR} 'backend = a:1'"),
+        ("listen 80\nbackend: a:1\n", f"1: {PAIR} 'listen 80'"),
+        ("listen 80\n\n# why\nbackend: a:1\n", f"1: {PAIR} 'listen 80'"),
+        ("listen: 80\nfoo\nbar\nbackend: a:1\n", f"2: {PAIR} 'foo'"),
+        ("listen:80\nbackend: a:1\n", f"1: {PAIR} 'listen:80'; a space belongs after the colon"),
+        ("listen: 80\nbackend:a:1\nbacklog: 5\n", f"2: {PAIR} 'backend:a:1'; a space belongs after the colon"),
+        ("listen: 80\n- backend: a:1\n", f"2: {PAIR} '- backend: a:1'"),
+        ("listen: 80\nbackend: a:1\n]", f"3: {PAIR} ']'"),
+        ("backends:\n- a:1\nb:1\nlisten: 80\n", f"3: {PAIR_OR_ITEM} 'b:1'"),
+        ("backends:\n  - a:1\n  b:1\nlisten: 80\n", f"3: {PAIR_OR_ITEM} 'b:1'"),
+        ("listen: 80\r\nbackend\r\nbacklog: 1\r\n", f"2: {PAIR} 'backend'"),
+        ("listen: 80\nbackend\nbacklog: 1\n".encode("utf-16"), f"2: {PAIR} 'backend'"),
+    ],
+)
+def test_a_line_without_a_colon_is_the_line_at_fault(fault: Fault, content: str | bytes, message: str) -> None:
+    assert fault(content) == message
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "column", "other", "beside"),
+    [
+        ("listen: 80\n  backend: a:1\n", 2, 3, 1, 1),
+        ("  listen: 80\nbackend: a:1\n", 1, 3, 2, 1),
+        ("# why\n\n  listen: 80\n# why not\nbackend: a:1\n", 3, 3, 5, 1),
+        ("listen: 80\n# why\n    # why not\n  backend: a:1\n", 4, 3, 1, 1),
+        ("health:\n    interval: 5s\n  timeout: 2s\nlisten: 80\n", 3, 3, 2, 5),
+        ("health:\n  interval: 5s\n    timeout: 2s\nlisten: 80\n", 3, 5, 2, 3),
+        ("backends:\n  - a:1\n - b:2\nlisten: 80\n", 3, 2, 2, 3),
+        ("backends:\n - a:1\n  b: 2\nlisten: 80\n", 3, 3, 2, 4),
+        ("backends:\n  - address: a:1\n  weight: 2\n", 3, 3, 2, 5),
+        ("backends:\n  - address: a:1\n     weight: 2\n", 3, 6, 2, 5),
+        ("proxies:\n  web:\n    listen: 80\n   mail:\n    listen: 81\n", 4, 4, 3, 5),
+    ],
+)
+def test_a_wrong_indentation_is_told_with_the_line_at_fault_and_the_one_beside_it(
+    fault: Fault, content: str, line: int, column: int, other: int, beside: int
+) -> None:
+    where = f"this line begins in column {column}, line {other} in column {beside}"
+    assert fault(content) == f"{line}: wrong indentation: {where}; what belongs together begins in the same column"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("\tlisten: 80\n", 1),
+        ("health:\n\tinterval: 5s\n", 2),
+        ("listen:\n\t- 80\n", 2),
+        ("listen: 80\n\tbackend: a:1\n", 2),
+        ("listen:\t80\n", 1),
+    ],
+)
+def test_a_tab_is_told_to_be_none_of_yamls_indentation(fault: Fault, content: str, line: int) -> None:
+    assert fault(content) == f"{line}: found a tab, expected spaces; YAML indents by spaces"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "listen: 127.0.0.1: 80\n",
+            (
+                "1: expected one KEY: VALUE, found 'listen: 127.0.0.1: 80'; "
+                "in a value, a colon has no space after it, unless the value is in quotes"
+            ),
+        ),
+        ("listen: [80, 81\nbackend: a:1\n", "1: the list that begins here has no ]"),
+        ("backend: a:1\nlisten: [80, 81\n", "2: the list that begins here has no ]"),
+        ("health: {http: /\nbackend: a:1\n", "1: the mapping that begins here has no }"),
+        ("listen: 80\nhealth: {http: /\n", "2: the mapping that begins here has no }"),
+        ("listen: '80\nbackend: a:1", "1: the quote that begins here has no end"),
+        ('backend: a:1\nlisten: "80\n', "2: the quote that begins here has no end"),
+        ("listen: '80' 81\nbackend: a:1", "1: found text after a closed quote or bracket"),
+        ("listen: [80] 81\nbackend: a:1", "1: found text after a closed quote or bracket"),
+        ("listen: *:8090\n", "1: '*:8090' is no address; a port alone is every address: 8090"),
+        ("listen: [80, *:http]\n", "1: '*:http' is no address; a port alone is every address: http"),
+        ("backends: - a:1\n  - b:1\n", "1: a list in lines of its own begins in the line after its key"),
+    ],
+)
+def test_what_is_not_closed_or_means_something_else_is_told(fault: Fault, content: str, message: str) -> None:
+    assert fault(content) == message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("listen: *\n", "1: expected alphabetic or numeric character, but found '\\n'"),
+        ("listen: {80: a, 81 b: c: d}\n", "1: expected ',' or '}', but got ':'"),
+        ("{listen: 80,\n backend: 'a:1'\n backlog: 2}", "3: expected ',' or '}', but got '<scalar>'"),
+    ],
+)
+def test_what_is_wrong_otherwise_is_told_in_the_readers_words(fault: Fault, content: str, message: str) -> None:
+    assert fault(content) == message
