@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from typing import Any, NamedTuple
 
 from rspd.log import quote
 
+# What can be dialled, and what can be listened on.
+DIALLED = "HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
 FORMS = "PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"
 
 # Before the name of a socket that systemd passes.
@@ -57,11 +60,11 @@ def parse_address(text: str, forms: str = FORMS) -> Address:
     """Read an address; a port is a number or a service name. Raises ValueError, which names the `forms` expected."""
     if text.startswith(("/", "@")):
         if len(text) < 2 or "\0" in text:
-            raise ValueError(f"expected {forms}, found {text!r}")
+            raise _no_address(text, forms)
         try:
             length = len(text.encode(errors="surrogateescape")) - text.startswith("@")
         except UnicodeError:
-            raise ValueError(f"expected {forms}, found {text!r}") from None
+            raise _no_address(text, forms) from None
         if length > UNIX_NAME_MAX:
             raise ValueError(f"a unix socket's name holds at most {UNIX_NAME_MAX} bytes, found {text!r}")
         return Address(path=text)
@@ -69,11 +72,11 @@ def parse_address(text: str, forms: str = FORMS) -> Address:
         name = text.removeprefix(PASSED)
         # What systemd.socket(5) allows in FileDescriptorName=.
         if not 0 < len(name) < 256 or ":" in name or not (name.isascii() and name.isprintable()):
-            raise ValueError(f"expected {forms}, found {text!r}")
+            raise _no_address(text, forms)
         return Address(passed=name)
     host, colon, port = text.rpartition(":")
     if "://" in text:
-        raise ValueError(f"expected {forms}, found {text!r}")
+        raise _no_address(text, forms)
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
         if not _is_numeric(host, socket.AF_INET6):
@@ -85,14 +88,51 @@ def parse_address(text: str, forms: str = FORMS) -> Address:
     return Address(host, _parse_port(port, text, forms))
 
 
+def parse_backend(text: str) -> Address:
+    """An address that can be dialled. Raises ValueError."""
+    address = parse_address(text, DIALLED)
+    if not address.path and not (address.host and address.port):
+        raise _no_address(text, DIALLED)
+    return address
+
+
+def _no_address(text: str, forms: str, reason: str = "") -> ValueError:
+    """What is said of a text that is no address: what was expected, and what was probably meant."""
+    return ValueError(f"expected {forms}{reason}, found {text!r}{_advise(text, forms)}")
+
+
+def _advise(text: str, forms: str) -> str:
+    """How to write what other programs write in another way; empty where that is not known."""
+    if match := re.fullmatch(r"unix:(?://)?(/.+)", text):
+        return f"; a unix socket is its path: {match[1]}"
+    if match := re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/?#]*)(.*)", text, re.ASCII | re.IGNORECASE | re.DOTALL):
+        scheme, address, path = match.groups()
+        if scheme.lower() == "fd":
+            return ""
+        if address and not re.search(r":\w+$", address):
+            address += {"http": ":80", "https": ":443"}.get(scheme.lower(), "")
+        return f"; write {address or 'it'} without {scheme}://" + (" and path" if path else "")
+    if match := re.fullmatch(r"(?:\*|0)?:?([1-9]\d*)", text, re.ASCII):
+        if forms == FORMS:
+            return f"; a port alone is every address: {match[1]}"
+        return f"; port {match[1]} of this host is 127.0.0.1:{match[1]}"
+    host, _, port = text.rpartition(":")
+    return f"; {host} is no host" if host.isdigit() and port else ""
+
+
 def _parse_host(host: str, text: str, forms: str) -> str:
     try:
         name = host if host.isascii() else host.encode("idna").decode("ascii")
     except UnicodeError:
         name = ""
     labels = name.removesuffix(".").split(".")
-    if len(name) > 253 or not all(0 < len(label) < 64 and set(label) <= HOST_CHARACTERS for label in labels):
-        raise ValueError(f"expected {forms}, found {text!r}")
+    # A number alone is an address to the C library, and a second port to people.
+    if (
+        len(name) > 253
+        or name.isdigit()
+        or not all(0 < len(label) < 64 and set(label) <= HOST_CHARACTERS for label in labels)
+    ):
+        raise _no_address(text, forms)
     return name
 
 
@@ -106,11 +146,11 @@ def _parse_port(port: str, text: str, forms: str) -> int:
             raise ValueError(f"a port is at most 65535, found {text!r}")
         return int(port[-5:])
     if not port or not set(port) <= HOST_CHARACTERS:
-        raise ValueError(f"expected {forms}, found {text!r}")
+        raise _no_address(text, forms)
     try:
         return socket.getservbyname(port, "tcp")
     except OSError:
-        raise ValueError(f"expected {forms} (services(5) has no {port!r}), found {text!r}") from None
+        raise _no_address(text, forms, f" (services(5) has no {port!r})") from None
 
 
 def _is_numeric(host: str, family: int) -> bool:

@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from typing import Any, NoReturn, TypeVar
 
 from rspd import __version__
-from rspd.address import parse_address
-from rspd.config import DEFAULT_FILE, GENERAL_KEYS, PROXY_KEYS, BackendConfig, Config, load_config, parse_backend
+from rspd.address import parse_address, parse_backend
+from rspd.config import DEFAULT_FILE, GENERAL_KEYS, PROXY_KEYS, BackendConfig, Config, load_config
 from rspd.errors import StartError
 from rspd.log import complain, set_up
 from rspd.pidfile import PidFile

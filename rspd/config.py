@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import Any, NamedTuple
 
-from rspd.address import Address, parse_address
+from rspd.address import DIALLED, Address, parse_address, parse_backend
 from rspd.log import LEVELS
 from rspd.networks import Network, parse_network
 from rspd.schema import Many, Report, Scalar, Settings, Table, read_keys
 from rspd.values import (
     OFF,
+    ON,
+    StatusRange,
+    listed,
     number_or,
     one_of,
     one_of_or_off,
@@ -52,7 +55,7 @@ class HealthConfig(NamedTuple):
     fall: int = 3  # bad ones until it is down
     http: str = ""  # the path to GET
     host: str = ""  # the Host header; else the backend's address
-    status: tuple[tuple[int, int], ...] = ((200, 399),)  # the good ones, from and to
+    status: tuple[StatusRange, ...] = (StatusRange(200, 399),)  # the good ones
     send: bytes = b""  # what to send first
     expect: bytes = b""  # what the answer has to contain
 
@@ -106,20 +109,14 @@ BALANCES = ("round-robin", "least-connections", "random", "source")
 
 CONNECTIONS_MAX = 1_000_000
 
-DIALLED = "HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
 
-
-def parse_backend(text: str) -> Address:
-    """An address that can be dialled. Raises ValueError."""
-    address = parse_address(text, DIALLED)
-    if not address.path and not (address.host and address.port):
-        raise ValueError(f"expected {DIALLED}, found {text!r}")
-    return address
-
-
-def _parse_no_health(text: str) -> None:
+def _parse_health(text: str) -> HealthConfig | None:
+    """What `health` is without a mapping."""
+    if text.lower() in ON:
+        return HealthConfig()
     if text.lower() not in OFF:
-        raise ValueError(f"expected a mapping, as {{http: /health}} or {{}}, or off, found {text!r}")
+        raise ValueError(f"expected a mapping, as {{http: /health}}, or on or off, found {text!r}")
+    return None
 
 
 def _check_health(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -151,14 +148,14 @@ HEALTH_KEYS: Mapping[str, Scalar] = {
 _BACKEND = Table(
     BACKEND_KEYS,
     BackendConfig,
-    lambda text: BackendConfig(parse_backend(text)),
+    listed(lambda text: BackendConfig(parse_backend(text)), "a backend"),
     "an address or a mapping",
     required={"address": DIALLED},
 )
-_NETWORK = Scalar(parse_network, "a network")
+_NETWORK = Scalar(listed(parse_network, "a network"), "a network")
 
 PROXY_KEYS: Mapping[str, Scalar] = {
-    "listen": Many(Scalar(parse_address, "an address"), "address"),
+    "listen": Many(Scalar(listed(parse_address, "an address"), "an address"), "address"),
     "backends": Many(_BACKEND, "backend"),
     "max_connections": Scalar(whole_number(1, CONNECTIONS_MAX)),
     # listen(2) takes what net.core.somaxconn allows; an int is what it takes at all.
@@ -175,7 +172,7 @@ PROXY_KEYS: Mapping[str, Scalar] = {
     "max_fails": Scalar(whole_number(1, 1000)),
     "fail_timeout": Scalar(parse_finite_duration),
     "queue_timeout": Scalar(parse_wait),
-    "health": Table(HEALTH_KEYS, HealthConfig, _parse_no_health, "a mapping or off", check=_check_health),
+    "health": Table(HEALTH_KEYS, HealthConfig, _parse_health, "a mapping, on or off", check=_check_health),
     "on_down": Scalar(one_of(("keep", "abort"))),
     "send_proxy": Scalar(one_of_or_off("v1", "v2")),
     "accept_proxy": Many(_NETWORK, "network", none=OFF),
@@ -193,6 +190,9 @@ GENERAL_KEYS: Mapping[str, Scalar] = {
 # What the top of the file has to say of all, and a proxy of itself alone.
 _ABOVE = dict.fromkeys(GENERAL_KEYS, "belongs to the top of the file, it is for all proxies")
 _OWN = ("listen", "backends")
+
+# What is said where one of these is missing: the usual spelling, and what it is for.
+_MISSING = {"listen": ("listen", "listen on"), "backends": ("backend", "relay to")}
 
 
 class _Draft(NamedTuple):
@@ -226,7 +226,8 @@ class _Proxies(Scalar):
             elif name in drafts:
                 report.add(line, f"{key}.{name}", f"given a second time, first in line {drafts[name].line}")
             elif proxy.entries is None:
-                report.add(proxy.line, f"{key}.{name}", f"expected the keys of a proxy, found {proxy.kind}")
+                advice = "; its keys are indented below its name" if proxy.text == "" else ""
+                report.add(proxy.line, f"{key}.{name}", f"expected the keys of a proxy, found {proxy.kind}{advice}")
             else:
                 settings = read_keys(PROXY_KEYS, proxy.entries, f"{key}.{name}.", report, _ABOVE)
                 drafts[name] = _Draft(name, line, settings)
@@ -236,11 +237,12 @@ class _Proxies(Scalar):
 _TOP_KEYS = {**PROXY_KEYS, **GENERAL_KEYS, "proxies": _Proxies(str)}
 
 
-def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool = False) -> Config:
+def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool | None = False) -> Config:
     """The configuration that a file and the command line make; the command line wins.
 
     path: None for no file.
-    sockets: whether systemd passes sockets, so that there need be no address to listen on.
+    sockets: whether systemd passes sockets, so that there need be no address to listen on. None, where that is not
+        known: there need be none beside a backend.
     options: parsed values by the names of the fields of Config and ProxyConfig.
     Raises ConfigError with all that is wrong, or OSError if the file cannot be read.
     """
@@ -260,9 +262,12 @@ def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool =
             what = "each has its addresses here; leave out those on the command line, or change the file"
             report.add(proxies.line, proxies.key, what)
     for draft in drafts:
-        for name, short, what in (("listen", "listen", "listen on"), ("backends", "backend", "relay to")):
-            if name not in draft.settings.seen and name not in given and not (sockets and name == "listen"):
-                report.add(draft.line, draft.path(short), f"missing, expected an address to {what}")
+        missing = [name for name in _OWN if name not in draft.settings.seen and name not in given]
+        if sockets or (sockets is None and "backends" not in missing):
+            missing = [name for name in missing if name != "listen"]
+        for name in missing:
+            short, what = _MISSING[name]
+            report.add(draft.line, draft.path(short), f"missing, expected an address to {what}")
     if not report:
         made = [
             ProxyConfig(**{"listen": (), **defaults, **draft.settings.values, **given, "name": draft.name})

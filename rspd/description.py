@@ -78,7 +78,7 @@ def _health(health: HealthConfig) -> Iterator[str]:
     else:
         yield f"by connecting every {_span(health.interval)}"
     if health.status != default.status:
-        yield "good status " + _list(f"{low}-{high}" if low != high else low for low, high in health.status)
+        yield "good status " + _list(health.status)
     if health.timeout != default.timeout:
         yield f"within {_span(health.timeout)}"
     if health.rise != default.rise:

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from typing import Any, NamedTuple
 
+from rspd.values import closest
 from rspd.yamlfile import Entry, Value
 
 # Other ways to write a key.
 SPELLINGS = {"backend": "backends"}
+
+# No more keys than these are listed where one is unknown.
+FEW = 9
 
 
 class Report:
@@ -162,7 +166,7 @@ def read_keys(
         if elsewhere and name in elsewhere:
             report.add(entry.line, place, elsewhere[name])
         elif name not in keys:
-            report.add(entry.line, place, f"unknown key, {_suggest(entry.key, keys)}")
+            report.add(entry.line, place, f"unknown key, {_suggest(entry.key, keys, seen)}")
         elif name in seen:
             first = seen[name]
             report.add(entry.line, place, f"given a second time, first as {first.key} in line {first.line}")
@@ -186,10 +190,19 @@ def _read_once(reader: Scalar, entry: Entry, key: str, report: Report) -> Any:
     return meaning
 
 
-def _suggest(key: str, keys: Mapping[str, Scalar]) -> str:
-    import difflib  # slow to import, and for this message only
+def _suggest(key: str, keys: Mapping[str, Scalar], seen: Mapping[str, Entry]) -> str:
+    """What is said of an unknown key: where it belongs, which one was meant, or which there are.
 
+    seen: the entries above it.
+    """
+    for entry in seen.values():
+        table = keys.get(entry.key)
+        if isinstance(table, Table) and key in table.keys and entry.value.text == "":
+            return f"it belongs to {entry.key} in line {entry.line}: indent it"
     spelled = {full: short for short, full in SPELLINGS.items()}
-    known = sorted(spelled.get(name, name) for name in keys)
-    close = difflib.get_close_matches(key, [*known, *(name for name in keys if name in spelled)], 1)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+    known = [spelled.get(name, name) for name in keys]
+    if meant := closest(key, [*known, *(name for name in keys if name in spelled)]):
+        return f"did you mean {meant}?"
+    if len(known) <= FEW:
+        return f"expected one of {', '.join(known)}"
+    return f"expected {', '.join(known[:3])}, or another one of rspd.yaml(5)"

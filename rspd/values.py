@@ -5,21 +5,44 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h"
 
 # Seconds: what is done again and again, at a shorter interval, would do nothing else.
 SHORTEST = 0.01
 
-# YAML's ways to write it.
+# Seconds: some 300,000 years.
+LONGEST = 1e13
+
+# YAML's ways to write them.
 OFF = ("off", "no", "false")
+ON = ("on", "yes", "true")
+
+
+# Seconds, by what stands after a number of them.
+UNITS = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}
 
 
 def _seconds(text: str) -> float:
-    """Seconds of `500ms`, `5s`, `2m`, `1h` or a bare number of seconds; 0 for anything else."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|)", text, re.ASCII)
-    return float(match[1]) * {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}[match[2]] if match else 0
+    """Seconds of `500ms`, `5s`, `2m`, `1h` or a bare number of seconds, to the nanosecond; 0 for anything else."""
+    match = re.fullmatch(r"(\d{1,13}(?:\.\d{1,9})?)(ms|s|m|h|)", text, re.ASCII)
+    seconds = round(float(match[1]) * UNITS[match[2]], 9) if match else 0
+    return seconds if seconds < LONGEST else 0
+
+
+def format_duration(seconds: float) -> str:
+    """A duration as it is written in the configuration: what is read from it is the same."""
+    if seconds == inf:
+        return OFF[0]
+    # A minute is 60s, as the defaults are written.
+    for unit in ("ms",) if seconds < 1 else ("h", "m", "s") if seconds > 60 else ("s",):
+        text = f"{seconds / UNITS[unit]:.0f}{unit}"
+        if _seconds(text) == seconds:
+            return text
+    return f"{seconds:.9f}".rstrip("0") + "s"
 
 
 def parse_duration(text: str) -> float:
@@ -55,7 +78,7 @@ def parse_wait(text: str) -> float:
 def parse_switch(text: str) -> bool:
     """True or False."""
     word = text.lower()
-    if word in ("true", "yes", "on"):
+    if word in ON:
         return True
     if word in OFF:
         return False
@@ -94,10 +117,45 @@ def one_of(words: Iterable[str]) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in known:
-            raise ValueError(f"expected one of {', '.join(known)}, found {text!r}")
+            meant = closest(text, known)
+            advice = f"; did you mean {meant}?" if meant else ""
+            raise ValueError(f"expected one of {', '.join(known)}, found {text!r}{advice}")
         return text
 
     return parse
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """Which of some words was meant by one that is none of them; empty if none is near."""
+    import difflib  # slow to import, and for messages only
+
+    by_lower = {known.lower(): known for known in words}
+    found = difflib.get_close_matches(word.lower(), by_lower, 1)
+    return by_lower[found[0]] if found else ""
+
+
+def listed(parse: Callable[[str], T], noun: str) -> Callable[[str], T]:
+    """A parser of one item, a `noun`, that says how a list is written if it finds several items in one text."""
+
+    def parse_item(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError:
+            parts = [part.lstrip("-") for part in re.split(r"[\s,;]+", text) if part.strip("-")]
+            if len(parts) < 2 or not all(map(is_item, parts)):
+                raise
+        # YAML has its own meaning for what begins so.
+        quoted = (f'"{part}"' if part[0] in "[@" else part for part in parts)
+        raise ValueError(f"expected {noun} or a list, found {text!r}; a list is [{', '.join(quoted)}]")
+
+    def is_item(text: str) -> bool:
+        try:
+            parse(text)
+        except ValueError:
+            return False
+        return True
+
+    return parse_item
 
 
 def one_of_or_off(*words: str) -> Callable[[str], str]:

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from rspd.address import Address, SocketAddress, literal
+from rspd.address import Address, SocketAddress, literal, parse_backend
 from rspd.backend import Backend
 from rspd.backends import Backends
-from rspd.config import BackendConfig, ProxyConfig, parse_backend
+from rspd.config import BackendConfig, ProxyConfig
 from rspd.dialler import DialError, Dialler
 from rspd.loop import Loop, Task
 from rspd.resolver import Lookup, Resolver

@@ -26,7 +26,7 @@ from tests.support import PATIENCE, private_mounts
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
 LABELS = st.text(LETTERS, min_size=1, max_size=63)
-NAMES = st.lists(LABELS, min_size=1, max_size=3).map(".".join)
+NAMES = st.lists(LABELS, min_size=1, max_size=3).map(".".join).filter(lambda name: not name.isdigit())
 NUMERIC = st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str)
 PORTS = st.integers(0, 65535)
 PASSED_NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=126, blacklist_characters=":"), min_size=1)
@@ -78,6 +78,8 @@ def test_the_name_of_a_port_is_that_of_a_service_of_this_host(tmp_path: Path) ->
         (":", "expected PORT, HOST:PORT"),
         (":80", "expected PORT, HOST:PORT"),
         ("*:80", "expected PORT, HOST:PORT"),
+        ("0:80", "expected PORT, HOST:PORT"),
+        ("8080:80", "expected PORT, HOST:PORT"),
         ("host:", "expected PORT, HOST:PORT"),
         (".:80", "expected PORT, HOST:PORT"),
         ("a..b:80", "expected PORT, HOST:PORT"),
@@ -124,7 +126,7 @@ def test_what_is_no_address_is_refused_with_the_reason_and_the_text(text: str, r
     with pytest.raises(ValueError, match="found ") as caught:
         parse_address(text)
     assert str(caught.value).startswith(reason)
-    assert str(caught.value).endswith(f", found {text!r}")
+    assert f", found {text!r}" in str(caught.value)
 
 
 def test_an_endless_port_number_is_refused_as_too_high() -> None:

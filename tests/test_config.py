@@ -12,14 +12,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rspd.address import Address
+from rspd.address import Address, parse_backend
 from rspd.config import (
     DEFAULT_FILE,
     BackendConfig,
     Config,
     ProxyConfig,
     load_config,
-    parse_backend,
 )
 from rspd.log import LEVELS
 from rspd.values import one_of, parse_duration, whole_number
@@ -29,13 +28,9 @@ MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
 ADDRESS = "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"
 DIAL = "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
 NUMBER = "expected a whole number from 1 to"
+BALANCE = "expected one of round-robin, least-connections, random, source"
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h, or off"
-KEYS = (
-    "accept_proxy, accept_proxy_timeout, allow, backend, backlog, balance, connect_timeout, deny, drain_timeout, "
-    "exit_idle_time, fail_timeout, half_close_timeout, health, idle_timeout, listen, log_level, max_connections, "
-    "max_connections_per_client, max_fails, on_down, proxies, queue_timeout, resolve, resolve_interval, retries, "
-    "reuse_port, send_proxy"
-)
+KEYS = "listen, backend, max_connections, or another one of rspd.yaml(5)"
 
 
 def relayed_to(*addresses: Address) -> tuple[BackendConfig, ...]:
@@ -157,7 +152,7 @@ def test_yamls_own_ideas_of_a_duration_do_not_get_in_the_way(load: Load, line: s
     assert load(MINIMAL + line).proxy.idle_timeout == seconds
 
 
-@pytest.mark.parametrize("address", ["12:30", "1_0:80", "1e3:80", "0x1f:80", "on:80", "null:80"])
+@pytest.mark.parametrize("address", ["1_0:80", "1e3:80", "0x1f:80", "on:80", "null:80"])
 def test_a_host_that_yaml_takes_for_something_else_stays_a_host(load: Load, address: str) -> None:
     host, _, port = address.rpartition(":")
     assert load(f"listen: 1\nbackend: {address}").proxy.backends == relayed_to(Address(host, int(port)))
@@ -239,15 +234,22 @@ def test_an_alias_is_what_its_anchor_names(load: Load) -> None:
         ("reuse_port: 1", "reuse_port: expected true or false, found '1'"),
         ("reuse_port:", "reuse_port: expected true or false, found ''"),
         ("reuse_port: [true]", "reuse_port: expected one value, found a list"),
+        (
+            "log_level: warn",
+            "log_level: expected one of debug, info, warning, error, found 'warn'; did you mean warning?",
+        ),
+        ("log_level: INFO", "log_level: expected one of debug, info, warning, error, found 'INFO'; did you mean info?"),
+        ("balance: roundrobin", f"balance: {BALANCE}, found 'roundrobin'; did you mean round-robin?"),
+        ("balance: leastconn", f"balance: {BALANCE}, found 'leastconn'; did you mean least-connections?"),
         ("log_level: verbose", "log_level: expected one of debug, info, warning, error, found 'verbose'"),
         ("log_level: off", "log_level: expected one of debug, info, warning, error, found 'off'"),
         ("log_level: ''", "log_level: expected one of debug, info, warning, error, found ''"),
         ("max_conections: 3", "max_conections: unknown key, did you mean max_connections?"),
         ("Listen: 80", "Listen: unknown key, did you mean listen?"),
         ("timeout: 5s", "timeout: unknown key, did you mean idle_timeout?"),
-        ("colour: red", f"colour: unknown key, expected one of {KEYS}"),
-        ("<<: {backlog: 1}", f"<<: unknown key, expected one of {KEYS}"),
-        ("1: 2", f"1: unknown key, expected one of {KEYS}"),
+        ("colour: red", f"colour: unknown key, expected {KEYS}"),
+        ("<<: {backlog: 1}", f"<<: unknown key, expected {KEYS}"),
+        ("1: 2", f"1: unknown key, expected {KEYS}"),
         ("listen: 81", "listen: given a second time, first as listen in line 1"),
         ("'listen': 81", "listen: given a second time, first as listen in line 1"),
         ("backend: a:1", "backend: given a second time, first as backend in line 2"),
@@ -277,7 +279,15 @@ def test_each_error_names_file_line_and_key_what_is_expected_and_what_was_found(
         ),
         ("~", 2, f"{ADDRESS}, found '~'"),
         ("80.0", 2, f"{ADDRESS}, found '80.0'"),
-        ("80,81", 2, f"{ADDRESS}, found '80,81'"),
+        ("80,81", 2, "expected an address or a list, found '80,81'; a list is [80, 81]"),
+        ("80 81", 2, "expected an address or a list, found '80 81'; a list is [80, 81]"),
+        ("a:1 [::1]:80", 2, "expected an address or a list, found 'a:1 [::1]:80'; a list is [a:1, \"[::1]:80\"]"),
+        ("\n  - a:1\n   - b:2", 3, "expected an address or a list, found 'a:1 - b:2'; a list is [a:1, b:2]"),
+        ("\n  -a:1\n  -b:2", 3, "expected an address or a list, found '-a:1 -b:2'; a list is [a:1, b:2]"),
+        ("80, x y", 2, f"{ADDRESS}, found '80, x y'"),
+        ("8080:80", 2, f"{ADDRESS}, found '8080:80'; 8080 is no host"),
+        (":8090", 2, f"{ADDRESS}, found ':8090'; a port alone is every address: 8090"),
+        ("'*:8090'", 2, f"{ADDRESS}, found '*:8090'; a port alone is every address: 8090"),
         ("70000", 2, "a port is at most 65535, found '70000'"),
         ("::1", 2, "expected brackets around an IPv6 address, as in [::1]:8080, found '::1'"),
         ("[]", 2, "expected at least one address, found an empty list"),
@@ -320,7 +330,19 @@ def test_an_item_of_a_list_that_is_no_address_is_what_the_message_is_about(
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("8080", f"{DIAL}, found '8080'"),
+        ("8080", f"{DIAL}, found '8080'; port 8080 of this host is 127.0.0.1:8080"),
+        (":8080", f"{DIAL}, found ':8080'; port 8080 of this host is 127.0.0.1:8080"),
+        ("0", f"{DIAL}, found '0'"),
+        ("8080:80", f"{DIAL}, found '8080:80'; 8080 is no host"),
+        ("a:1 b:2", "expected a backend or a list, found 'a:1 b:2'; a list is [a:1, b:2]"),
+        ("[c:3, 'a:1, b:2']", "expected a backend or a list, found 'a:1, b:2'; a list is [a:1, b:2]"),
+        ("http://a:80", f"{DIAL}, found 'http://a:80'; write a:80 without http://"),
+        ("http://10.0.0.1:80/x", f"{DIAL}, found 'http://10.0.0.1:80/x'; write 10.0.0.1:80 without http:// and path"),
+        ("http://a.example/", f"{DIAL}, found 'http://a.example/'; write a.example:80 without http:// and path"),
+        ("https://a.example", f"{DIAL}, found 'https://a.example'; write a.example:443 without https://"),
+        ("tcp://a:1", f"{DIAL}, found 'tcp://a:1'; write a:1 without tcp://"),
+        ("unix:/run/a", f"{DIAL}, found 'unix:/run/a'; a unix socket is its path: /run/a"),
+        ("unix:///run/a", f"{DIAL}, found 'unix:///run/a'; a unix socket is its path: /run/a"),
         ("http", f"{DIAL}, found 'http'"),
         ("a:0", f"{DIAL}, found 'a:0'"),
         ("fd://a", f"{DIAL}, found 'fd://a'"),
@@ -340,7 +362,7 @@ def test_all_errors_of_a_file_are_reported_at_once_in_its_order(errors: Errors) 
     ) == [
         f"FILE:1: max_connections: {NUMBER} 1000000, found '0'",
         f"FILE:2: backlog: {NUMBER} 2147483647, found 'x'",
-        f"FILE:3: colour: unknown key, expected one of {KEYS}",
+        f"FILE:3: colour: unknown key, expected {KEYS}",
         "FILE:5: listen: a port is at most 65535, found '70000'",
         "FILE:7: listen: 80 is listed twice",
         f"FILE:8: listen: {ADDRESS} (services(5) has no 'off'), found 'off'",
@@ -622,7 +644,7 @@ def test_every_backend_is_compared_with_every_listener(errors: Errors) -> None:
 
 @given(st.integers(1, 10**9 - 1), st.sampled_from([("ms", 0.001), ("s", 1), ("", 1), ("m", 60), ("h", 3600)]))
 def test_a_duration_is_a_number_with_a_unit(number: int, unit: tuple[str, float]) -> None:
-    assert parse_duration(f"{number}{unit[0]}") == number * unit[1]
+    assert parse_duration(f"{number}{unit[0]}") == pytest.approx(number * unit[1], 1e-12)
 
 
 @given(st.text(max_size=12))

@@ -28,12 +28,13 @@ from rspd.config import (
     load_config,
 )
 from rspd.networks import parse_network
+from rspd.values import StatusRange
 from rspd.yamlfile import ConfigError
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
 DIAL = "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h"
-HEALTH = "expected a mapping, as {http: /health} or {}, or off"
+HEALTH = "expected a mapping, as {http: /health}, or on or off"
 
 TWO = """\
 proxies:
@@ -118,18 +119,22 @@ def backends(*texts: str) -> tuple[BackendConfig, ...]:
         ("max_connections_per_client: 5", "max_connections_per_client", 5),
         ("max_connections_per_client: off", "max_connections_per_client", inf),
         ("health: off", "health", None),
-        ("health: {}", "health", HealthConfig()),
+        *((f"health: {text}", "health", HealthConfig()) for text in ("{}", "on", "yes", "True")),
         ("health: {interval: 1s, timeout: 500ms, rise: 1, fall: 100}", "health", HealthConfig(1.0, 0.5, 1, 100)),
         (
             "health:\n  http: /health?full=1\n  host: www.example.org:8000\n  status: 200-299, 304",
             "health",
-            HealthConfig(http="/health?full=1", host="www.example.org:8000", status=((200, 299), (304, 304))),
+            HealthConfig(
+                http="/health?full=1",
+                host="www.example.org:8000",
+                status=(StatusRange(200, 299), StatusRange(304, 304)),
+            ),
         ),
-        ("health: {http: /, status: 204}", "health", HealthConfig(http="/", status=((204, 204),))),
+        ("health: {http: /, status: 204}", "health", HealthConfig(http="/", status=(StatusRange(204, 204),))),
         (
             "health: {http: /, status: [200-299, 401]}",
             "health",
-            HealthConfig(http="/", status=((200, 299), (401, 401))),
+            HealthConfig(http="/", status=(StatusRange(200, 299), StatusRange(401, 401))),
         ),
         (
             'health: {send: "PING\\r\\n", expect: +PONG}',
@@ -161,7 +166,10 @@ def test_a_backend_is_an_address_or_a_mapping(load: Load, key: str) -> None:
     [
         (
             "balance: leastconn",
-            "balance: expected one of round-robin, least-connections, random, source, found 'leastconn'",
+            (
+                "balance: expected one of round-robin, least-connections, random, source, found 'leastconn'; "
+                "did you mean least-connections?"
+            ),
         ),
         ("resolve: all", "resolve: expected one of one, each, found 'all'"),
         ("resolve_interval: off", f"resolve_interval: {DURATION}, found 'off'"),
@@ -184,15 +192,15 @@ def test_a_backend_is_an_address_or_a_mapping(load: Load, key: str) -> None:
             "max_connections_per_client: 0",
             "max_connections_per_client: expected a whole number from 1 to 1000000, or off, found '0'",
         ),
-        ("health: on", f"health: {HEALTH}, found 'on'"),
+        ("health: yes please", f"health: {HEALTH}, found 'yes please'"),
         ("health:", f"health: {HEALTH}, found ''"),
-        ("health: []", "health: expected a mapping or off, found a list"),
+        ("health: []", "health: expected a mapping, on or off, found a list"),
         ("health: {intervall: 1s}", "health.intervall: unknown key, did you mean interval?"),
         (
             "health: {colour: red}",
             (
-                "health.colour: unknown key, expected one of expect, fall, host, http, interval, rise, send, status, "
-                "timeout"
+                "health.colour: unknown key, expected one of interval, timeout, rise, fall, http, host, status, send, "
+                "expect"
             ),
         ),
         ("health: {rise: 1, rise: 2}", "health.rise: given a second time, first as rise in line 4"),
@@ -257,7 +265,7 @@ def test_each_error_names_line_and_key_what_is_expected_and_what_was_found(
     [
         ("{weight: 2}", f"FILE:2: backend.address: missing, {DIAL}"),
         ("{}", f"FILE:2: backend.address: missing, {DIAL}"),
-        ("{address: 80}", f"FILE:2: backend.address: {DIAL}, found '80'"),
+        ("{address: 80}", f"FILE:2: backend.address: {DIAL}, found '80'; port 80 of this host is 127.0.0.1:80"),
         ("{address: [a:1]}", "FILE:2: backend.address: expected one value, found a list"),
         (
             "{address: a:1, weight: 0}",
@@ -266,7 +274,7 @@ def test_each_error_names_line_and_key_what_is_expected_and_what_was_found(
         ("{address: a:1, wait: 2}", "FILE:2: backend.wait: unknown key, did you mean weight?"),
         (
             "{address: a:1, name: x}",
-            "FILE:2: backend.name: unknown key, expected one of address, backup, max_connections, weight",
+            "FILE:2: backend.name: unknown key, expected one of address, weight, backup, max_connections",
         ),
         (
             "\n- a:1\n- address: b:1\n  max_connections: many",
@@ -414,6 +422,20 @@ def test_where_systemd_passes_sockets_a_proxy_need_not_listen(load: Load) -> Non
                 "FILE:8: proxies.web.health.risen: unknown key, did you mean rise?",
             ],
         ),
+        (
+            "proxies:\n  web:\n  listen: 80\n",
+            [
+                "FILE:2: proxies.web: expected the keys of a proxy, found ''; its keys are indented below its name",
+                "FILE:3: proxies.listen: expected the keys of a proxy, found '80'",
+            ],
+        ),
+        (
+            "listen: 80\nbackend: a:1\nhealth:\ninterval: 5s\n",
+            [
+                "FILE:3: health: expected a mapping, as {http: /health}, or on or off, found ''",
+                "FILE:4: interval: unknown key, it belongs to health in line 3: indent it",
+            ],
+        ),
         ("proxies:\n", ["FILE:1: proxies: expected names, each with the keys of a proxy, found ''"]),
         ("proxies: {}\n", ["FILE:1: proxies: expected names, each with the keys of a proxy, found none"]),
         ("proxies: [a]\n", ["FILE:1: proxies: expected names, each with the keys of a proxy, found a list"]),
@@ -437,7 +459,7 @@ def test_where_systemd_passes_sockets_a_proxy_need_not_listen(load: Load) -> Non
         ),
         (
             "proxies: {web: {listen: 80, backend: a:1, proxies: {}}}",
-            ["FILE:1: proxies.web.proxies: unknown key, expected one of "],
+            ["FILE:1: proxies.web.proxies: unknown key, expected listen, "],
         ),
         (
             "proxies:\n  web:\n    listen: 80\n    backend: {address: a:1, backup: true}\n",

@@ -13,6 +13,7 @@ from rspd.address import Address, parse_address
 from rspd.config import BackendConfig, Config, HealthConfig, ProxyConfig
 from rspd.description import describe
 from rspd.networks import parse_network
+from rspd.values import StatusRange
 
 BACKEND = BackendConfig(Address("10.0.0.1", 80))
 PROXY = ProxyConfig((Address(port=80),), (BACKEND,))
@@ -68,7 +69,10 @@ def test_nothing_that_is_not_default_goes_unsaid() -> None:
         (HealthConfig(interval=0.25, timeout=1.0), "by connecting every 250 ms, within 1 s"),
         (HealthConfig(http="/health"), "by GET /health every 5 s"),
         (HealthConfig(http="/", host="a.example"), "by GET / of a.example every 5 s"),
-        (HealthConfig(http="/", status=((200, 299), (304, 304))), "by GET / every 5 s, good status 200-299, 304"),
+        (
+            HealthConfig(http="/", status=(StatusRange(200, 299), StatusRange(304, 304))),
+            "by GET / every 5 s, good status 200-299, 304",
+        ),
         (HealthConfig(send=b"PING\r\n", expect=b"+PONG"), r"by sending 'PING\r\n' and expecting '+PONG' every 5 s"),
         (HealthConfig(expect=b"SSH-"), "by expecting 'SSH-' every 5 s"),
         (HealthConfig(send=b"\xff\0"), r"by sending '\xff\x00' every 5 s"),

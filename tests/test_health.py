@@ -22,6 +22,7 @@ from rspd.config import HealthConfig
 from rspd.health import ANSWER_MAX, Checker, CheckError, check
 from rspd.loop import ERR, HUP, IN, OUT, Loop, news
 from rspd.side import Side
+from rspd.values import StatusRange
 from tests.support import (
     PATIENCE,
     Backend,
@@ -318,7 +319,7 @@ def test_the_status_line_decides(answer: bytes, reason: str, split: Callable[[by
     ],
 )
 def test_each_range_of_status_counts(status: tuple[tuple[int, int], ...], well: list[int], unwell: list[int]) -> None:
-    config = HTTP._replace(status=status)
+    config = HTTP._replace(status=tuple(StatusRange(*ends) for ends in status))
     for code in well:
         assert verdict_of(answering(b"HTTP/1.1 %d \r\n\r\n" % code), config) == ""
     for code in unwell:

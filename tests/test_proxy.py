@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from rspd.address import Address, SocketAddress, resolve
-from rspd.config import BackendConfig, HealthConfig, ProxyConfig, parse_backend
+from rspd.address import Address, SocketAddress, parse_backend, resolve
+from rspd.config import BackendConfig, HealthConfig, ProxyConfig
 from rspd.listener import Listener
 from rspd.loop import Loop
 from rspd.pipes import Pipes

@@ -59,7 +59,7 @@ def looped(daemon: Daemon, ends: int = 1) -> str:
 
 
 @LIMITS
-@pytest.mark.parametrize("name", ["127.1", "localhost", "2130706433", "0"])
+@pytest.mark.parametrize("name", ["127.1", "localhost", "0x7f000001", "0.0"])
 def test_a_proxy_whose_backend_is_itself_by_another_name_refuses_its_clients_at_once(
     tmp_path: Path, name: str, limit: int
 ) -> None:
@@ -68,7 +68,7 @@ def test_a_proxy_whose_backend_is_itself_by_another_name_refuses_its_clients_at_
     with file.rspd() as daemon:
         assert refused(daemon.connect)
         # By the name localhost it may have been another address that was tried last.
-        host = "0.0.0.0" if name == "0" else "127.0.0.1"
+        host = "0.0.0.0" if name == "0.0" else "127.0.0.1"
         assert f"{host}:{port}: it is this proxy itself" in looped(daemon)
         assert refused(daemon.connect)
         lines = daemon.wait_for("connection closed", 2)
@@ -234,7 +234,7 @@ def test_every_loopback_address_leads_to_who_listens_on_all(tmp_path: Path, limi
     with tcp_listener("::") as listener:
         port = listener.getsockname()[1]
         # 127.0.0.5 as one number.
-        file = File(tmp_path, listen="fd://web", backend=f"{0x7F000005}:{port}", max_connections=limit)
+        file = File(tmp_path, listen="fd://web", backend=f"{0x7F000005:#x}:{port}", max_connections=limit)
         with service("-c", str(file.path), sockets={"web": listener}) as daemon:
             assert refused(partial(socket.create_connection, ("127.0.0.1", port), 10))
             assert "it is this proxy itself" in looped(daemon)
