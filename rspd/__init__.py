@@ -4,6 +4,7 @@ The modules, from the top down; each imports only from those below it:
 
 cli             the command line: options over the configuration file, --check, exit codes
 description     what a configuration makes rspd do, in words
+dump            what is in force, defaults included, as a configuration file
 service         one run: proxies, loop, signals, reload, drain, what systemd hears of it
 process         becoming a daemon: detaching, and where the log goes then
 pidfile         the pid file
