@@ -222,21 +222,116 @@ def test_rspd_8_lists_each_cause_of_an_end() -> None:
     assert set(re.findall(r"^\.It Cm (\S+)", section(RSPD_8, "LOG"), re.MULTILINE)) == set(get_args(Cause))
 
 
-@pytest.mark.parametrize(("heading", "of"), [("KEYS", TOP), ("Backends", BACKEND), ("Health checks", HEALTH)])
-def test_rspd_yaml_5_lists_each_key_with_its_default(heading: str, of: Any) -> None:
+def explained(heading: str) -> dict[str, str]:
+    """What rspd.yaml(5) says below a heading of each key, its own line first."""
     text = re.split(rf"^\.S[hs] {heading}$", RSPD_YAML_5, flags=re.MULTILINE)[1]
     text = re.split(r"^\.S[hs] ", text, flags=re.MULTILINE)[0]
+    items = re.findall(r"^\.It Cm (\w+) : (.*(?:\n(?!\.It Cm \w+ : ).*)*)", text, re.MULTILINE)
+    return {"backends" if key == "backend" else key: item for key, item in items}
+
+
+HEADINGS = {"KEYS": TOP, "Backends": BACKEND, "Health checks": HEALTH}
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_rspd_yaml_5_lists_each_key_with_its_default(heading: str) -> None:
     listed = {}
-    for item in text.split("\n.It Cm ")[1:]:
-        key = item.split(" ", 1)[0]
+    for key, item in explained(heading).items():
         found = re.findall(r"^Default: (\S+)\.$", item, re.MULTILINE)
-        listed["backends" if key == "backend" else key] = found[0] if found else "none"
+        listed[key] = found[0] if found else "none"
     for name in ("listen", "backends", "address"):
         if name in listed:
             assert listed[name] == "none"
             listed[name] = "required"
     assert listed.pop("proxies", "none") == "none"
-    assert_told(listed, of)
+    assert_told(listed, HEADINGS[heading])
+
+
+def keys_that_expect(what: str) -> list[Any]:
+    """The headings and keys whose parser asks for that: what it says of a value that is none of anything."""
+    found = []
+    for heading, (keys, _) in HEADINGS.items():
+        for name, key in keys.items():
+            try:
+                key.parse("?")
+            except ValueError as error:
+                if f"expected {what}" in str(error):
+                    found.append(pytest.param(heading, name, id=f"{heading}-{name}"))
+    return found
+
+
+def takes(key: Scalar, text: str) -> bool:
+    """Whether it is a value of the key."""
+    try:
+        key.parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("heading", "name"), [*keys_that_expect("a whole number"), *keys_that_expect("statuses")])
+def test_rspd_yaml_5_says_the_range_of_each_number(heading: str, name: str) -> None:
+    key = HEADINGS[heading][0][name]
+    line = explained(heading)[name].splitlines()[0]
+    (bounds,) = re.findall(r" No from (\d+) to (\d+)", line)
+    low, high = map(int, bounds)
+    assert [number for number in (low - 1, low, high, high + 1) if takes(key, f"{number}")] == [low, high]
+    for word in ("off", "all"):
+        assert takes(key, word) == line.endswith(f"or Cm {word}")
+
+
+@pytest.mark.parametrize(("heading", "name"), keys_that_expect("a duration"))
+def test_rspd_yaml_5_says_of_each_duration_how_short_it_may_be_and_whether_it_may_be_off(
+    heading: str, name: str
+) -> None:
+    key = HEADINGS[heading][0][name]
+    line = explained(heading)[name].splitlines()[0]
+    assert line.startswith("Ar DURATION No ")
+    assert takes(key, "off") == line.endswith(", or Cm off")
+    assert takes(key, "0") == ("of 0 or more" in line)
+    assert takes(key, "0.001ms") == ("of 0 or more" in line or "above 0" in line)
+    least = re.findall("of at least (.*)ms", line)
+    assert takes(key, "9ms") == (not least)
+    assert least in ([], ["10"])
+    assert takes(key, "10ms")
+
+
+@pytest.mark.parametrize(("heading", "name"), keys_that_expect("one of"))
+def test_rspd_yaml_5_says_the_words_of_each_key_that_takes_words(heading: str, name: str) -> None:
+    key = HEADINGS[heading][0][name]
+    item = explained(heading)[name]
+    said = {word for words in re.findall(r"\bCm (.*)$", item, re.MULTILINE) for word in re.findall(r"[\w-]{2,}", words)}
+    with pytest.raises(ValueError, match="expected one of ") as caught:
+        key.parse("?")
+    expected = str(caught.value).split("one of ", 1)[1].split(", found", 1)[0].split(", ")
+    assert set(expected) <= said
+    assert all(takes(key, word) for word in expected)
+
+
+def test_rspd_yaml_5_says_how_long_the_name_of_a_proxy_may_be(tmp_path: Path) -> None:
+    (bounds,) = re.findall(r"^A name has (\d+) to (\d+) letters", RSPD_YAML_5, re.MULTILINE)
+    file = tmp_path / "rspd.yaml"
+    valid = []
+    for length in (int(bounds[0]) - 1, int(bounds[0]), int(bounds[1]), int(bounds[1]) + 1):
+        file.write_text(f"proxies: {{'{length * 'x'}': {{listen: 80, backend: 'a:1'}}}}")
+        try:
+            load_config(str(file), {})
+        except ConfigError:
+            continue
+        valid.append(f"{length}")
+    assert valid == list(bounds)
+
+
+def test_rspd_yaml_5_shows_what_a_check_prints(tmp_path: Path) -> None:
+    blocks = re.findall(r"^\.Bd -literal$\n(.*?)^\.Ed$", section(RSPD_YAML_5, "DIAGNOSTICS"), re.MULTILINE | re.DOTALL)
+    good, bad = (block.partition("$ rspd --check -c rspd.yaml\n") for block in blocks)
+    file = tmp_path / "rspd.yaml"
+    file.write_text(next(text for name, text in EXAMPLES.items() if "manual" in name and "listen: 8090" in text))
+    assert good[2].splitlines() == ["rspd.yaml: valid", *describe(load_config(str(file), {}))]
+    file.write_text(bad[0].removeprefix("$ cat rspd.yaml\n"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(file), {})
+    assert [f"rspd: {error}".replace(str(file), file.name) for error in caught.value.errors] == bad[2].splitlines()
 
 
 PACKAGES = {"man": "man-db", "mandoc": "mandoc"}
