@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import Any, NoReturn, TypeVar
 
 from rspd import __version__
-from rspd.address import parse_address, parse_backend
+from rspd.address import Address, parse_address, parse_backend
 from rspd.config import DEFAULT_FILE, GENERAL_KEYS, PROXY_KEYS, BackendConfig, Config, load_config
 from rspd.errors import StartError
 from rspd.log import complain, set_up
@@ -21,6 +21,7 @@ from rspd.pidfile import PidFile
 from rspd.process import Starter, detach, started_by_systemd
 from rspd.service import run
 from rspd.systemd import Notifier, take_sockets
+from rspd.values import closest
 from rspd.yamlfile import ConfigError
 
 log = logging.getLogger(__name__)
@@ -29,14 +30,21 @@ T = TypeVar("T")
 
 DESCRIPTION = "Accepts TCP connections and relays each to a backend, one at a time by default."
 
-EPILOG = f"""\
+EPILOG = """\
 An ADDRESS is PORT (everywhere, to listen), HOST:PORT, [IPV6]:PORT, /PATH (unix
 socket), @NAME (abstract one) or fd://NAME (from systemd, to listen). Options
-win over FILE; without it and an address, {DEFAULT_FILE} is read. SIGTERM or
-SIGINT ends rspd once its connections have ended, a second one at once; SIGHUP
-reads FILE again. Exit codes: 0; 64 usage, 69 cannot listen, 70 a bug, 71 too
-few descriptors, 73 pid file, 77 no permission, 78 configuration.
+win over FILE. SIGTERM or SIGINT ends rspd after its connections, a second one
+at once; SIGHUP reads FILE again. Exit codes: 0; 64 usage, 69 cannot listen, 70
+a bug, 71 too few descriptors, 73 pid file, 77 permission, 78 configuration.
 """
+
+
+# The form without options.
+SHORT = "PORT BACKEND_HOST:BACKEND_PORT"
+
+USAGE = """\
+rspd [-c FILE] [-l ADDRESS]... [-b ADDRESS]... [OPTION]...
+       rspd PORT BACKEND_HOST:BACKEND_PORT, or PORT BACKEND_HOST BACKEND_PORT"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,10 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if path is None and not {"listen", "backends"} & overrides.keys():
             path = DEFAULT_FILE
         if options.check:
-            from rspd.description import describe  # for this only
-
-            config = _load_first(path, overrides, sockets=True)
-            print(f"{path or 'command line'}: valid", *describe(config), sep="\n")
+            _check(path, overrides, every_value=options.all)
             return 0
         sockets = take_sockets()
         config = _load_first(path, overrides, sockets=bool(sockets))
@@ -87,7 +92,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return os.EX_SOFTWARE
 
 
-def _load_first(path: str | None, overrides: dict[str, Any], sockets: bool) -> Config:
+def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> None:
+    """Say on stdout what the configuration means, or each value in force; warn of what is right under systemd only."""
+    config = _load_first(path, overrides, sockets=None)
+    source = path or "command line"
+    # What systemd starts, as before a reload, may be about to get its address from a socket unit.
+    for proxy in config.proxies if not started_by_systemd() else ():
+        if not proxy.listen:
+            key = f"proxies.{proxy.name}.listen" if proxy.name else "listen"
+            complain(f"warning: {source}: {key}: missing, rspd can start only where systemd passes a socket")
+    # Each for this only.
+    if every_value:
+        from rspd.dump import dump
+
+        print(dump(config), end="")
+    else:
+        from rspd.description import describe
+
+        print(f"{source}: valid", *describe(config), sep="\n")
+
+
+def _load_first(path: str | None, overrides: dict[str, Any], sockets: bool | None) -> Config:
     try:
         return load_config(path, overrides, sockets=sockets)
     except ConfigError as error:
@@ -107,14 +132,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments. Raises StartError."""
         self.print_usage(sys.stderr)
-        raise StartError(f"{message}; see rspd --help", os.EX_USAGE)
+        raise StartError(f"{message}{' See' if message.endswith('?') else '; see'} rspd --help", os.EX_USAGE)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Say of an unknown option which one was meant."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            meant = closest(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unknown option {unknown[0]!r}" + (f"; did you mean {meant}?" if meant else ""))
+        return options, unknown
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="rspd",
         add_help=False,
-        usage="rspd [-c FILE] [-l ADDRESS]... [-b ADDRESS]... [OPTION]...\n       rspd PORT BACKEND_HOST BACKEND_PORT",
+        usage=USAGE,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=33, width=80),
@@ -122,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("original", nargs="*", help=argparse.SUPPRESS)
     add = parser.add_argument
-    add("-c", "--config", metavar="FILE", help="the configuration file")
+    add("-c", "--config", metavar="FILE", help=f"the configuration file, else {DEFAULT_FILE}")
     add("-l", "--listen", metavar="ADDRESS", action="append", type=_checked(parse_address), help="listen there")
     add("-b", "--backend", metavar="ADDRESS", action="append", type=_checked(parse_backend), help="relay to there")
     add(
@@ -146,8 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--foreground", action="store_true", help="stay in the foreground")
     add("--pid-file", metavar="FILE", type=_checked(_parse_path), help="write the process's number there")
     add("--check", action="store_true", help="check the configuration and exit")
+    add("--all", action="store_true", help="with --check: print each value in force")
     add("-h", "--help", action="help", help="print this and exit")
-    add("--version", action="version", version=f"rspd {__version__}", help="print the version and exit")
+    add("-V", "--version", action="version", version=f"rspd {__version__}", help="print the version and exit")
     return parser
 
 
@@ -172,17 +206,13 @@ def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
 def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says in place of the configuration file."""
     listen, backends = options.listen, options.backend
+    if options.all and not options.check:
+        parser.error("--all goes with --check")
     if options.original:
-        if len(options.original) != 3:
-            parser.error(f"expected PORT BACKEND_HOST BACKEND_PORT, found {' '.join(options.original)!r}")
         if listen or backends:
-            parser.error("expected either PORT BACKEND_HOST BACKEND_PORT or -l and -b, found both")
-        port, host, backend_port = options.original
-        if host.startswith(("/", "@")):
-            parser.error(f"expected a host, found {host!r}; -l and -b take unix sockets")
-        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+            parser.error(f"expected either {SHORT} or -l and -b, found both")
         try:
-            listen, backends = [parse_address(port)], [parse_backend(f"{host}:{backend_port}")]
+            listen, backends = _parse_original(options.original)
         except ValueError as error:
             parser.error(str(error))
     values = {
@@ -193,6 +223,21 @@ def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         "exit_idle_time": options.exit_idle_time,
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _parse_original(words: Sequence[str]) -> tuple[list[Address], list[Address]]:
+    """Where to listen and what to dial, by the arguments that are no options. Raises ValueError."""
+    if len(words) == 2:
+        return [parse_address(words[0])], [parse_backend(words[1])]
+    if len(words) != 3:
+        file = len(words) == 1 and os.path.isfile(words[0])
+        advice = f"; a configuration file needs -c: rspd -c {words[0]}" if file else ""
+        raise ValueError(f"expected {SHORT}, found {' '.join(words)!r}{advice}")
+    port, host, backend_port = words
+    if host.startswith(("/", "@")):
+        raise ValueError(f"expected a host, found {host!r}; a unix socket has no port")
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return [parse_address(port)], [parse_backend(f"{host}:{backend_port}")]
 
 
 def _open_standard_descriptors() -> None:

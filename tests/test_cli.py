@@ -18,7 +18,8 @@ from rspd.cli import main
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
 USAGE = (
-    "usage: rspd [-c FILE] [-l ADDRESS]... [-b ADDRESS]... [OPTION]...\n       rspd PORT BACKEND_HOST BACKEND_PORT\n"
+    "usage: rspd [-c FILE] [-l ADDRESS]... [-b ADDRESS]... [OPTION]...\n"
+    "       rspd PORT BACKEND_HOST:BACKEND_PORT, or PORT BACKEND_HOST BACKEND_PORT\n"
 )
 
 Run = Callable[..., tuple[int, str, str]]
@@ -78,14 +79,25 @@ def test_the_help_names_every_option_form_and_exit_code(rspd: Run) -> None:
         assert word in out
     for word in ("--exit-idle-time DURATION", "--pid-file FILE"):
         assert word in out
-    for word in ("--check", "--version", "HOST:PORT", "[IPV6]:PORT", "/PATH", "@NAME", "fd://NAME", "/etc/rspd.yaml"):
+    for word in (
+        "--check",
+        "--all",
+        "--version",
+        "HOST:PORT",
+        "[IPV6]:PORT",
+        "/PATH",
+        "@NAME",
+        "fd://NAME",
+        "/etc/rspd.yaml",
+    ):
         assert word in out
     for word in ("64", "69", "70", "71", "73", "77", "78", "SIGTERM", "SIGINT", "SIGHUP"):
         assert word in out
 
 
-def test_the_version_is_told(rspd: Run) -> None:
-    assert rspd("--version") == (0, f"rspd {__version__}\n", "")
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_the_version_is_told(rspd: Run, option: str) -> None:
+    assert rspd(option) == (0, f"rspd {__version__}\n", "")
 
 
 def test_a_valid_file_is_described_and_nothing_else_happens(rspd: Run, file: Path) -> None:
@@ -134,9 +146,58 @@ def test_without_an_address_to_listen_on_it_would_be_what_systemd_passes(rspd: R
     """Which cannot be known here; the unit calls this before a reload."""
     rest = "one connection at a time\n  a:1\n"
     listen = "what a socket unit passes (there is no listen)"
-    assert rspd("--check", "-b", "a:1") == (0, f"command line: valid\nlistening on {listen}; {rest}", "")
+    _, said, _ = rspd("--check", "-b", "a:1")
+    assert said == f"command line: valid\nlistening on {listen}; {rest}"
     file.write_text("listen: [fd://web, 8080]\nbackend: a:1\n")
     assert rspd("--check", "-c", str(file)) == (0, f"{file}: valid\nlistening on fd://web, 8080; {rest}", "")
+
+
+def test_a_check_warns_where_there_is_no_address_to_listen_on(rspd: Run, file: Path) -> None:
+    said = "missing, rspd can start only where systemd passes a socket"
+    assert rspd("--check", "-b", "a:1")[::2] == (0, f"rspd: warning: command line: listen: {said}\n")
+    file.write_text("backend: a:1\n")
+    assert rspd("--check", "-c", str(file))[::2] == (0, f"rspd: warning: {file}: listen: {said}\n")
+    assert rspd("--check", "--all", "-c", str(file))[::2] == (0, f"rspd: warning: {file}: listen: {said}\n")
+    file.write_text("proxies:\n  a: {listen: 1, backend: a:1}\n  b: {backend: a:1}\n")
+    assert rspd("--check", "-c", str(file))[::2] == (0, f"rspd: warning: {file}: proxies.b.listen: {said}\n")
+
+
+def test_a_check_that_systemd_runs_does_not_warn_of_an_address_that_a_socket_unit_may_bring(
+    rspd: Run, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text("backend: a:1\n")
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    assert rspd("--check", "-c", str(file))[::2] == (0, "")
+
+
+@pytest.mark.parametrize("by_systemd", [False, True])
+def test_a_check_of_an_empty_file_misses_both_addresses(
+    rspd: Run, file: Path, monkeypatch: pytest.MonkeyPatch, by_systemd: bool
+) -> None:
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()) if by_systemd else "1")
+    file.write_text("# nothing\n")
+    assert rspd("--check", "-c", str(file)) == (
+        78,
+        "",
+        (
+            f"rspd: {file}: listen: missing, expected an address to listen on\n"
+            f"rspd: {file}: backend: missing, expected an address to relay to\n"
+        ),
+    )
+
+
+def test_a_check_of_all_prints_each_value_in_force_as_a_file_and_nothing_else(rspd: Run, file: Path) -> None:
+    code, out, err = rspd("--check", "--all", "-c", str(file), "--max-connections", "7")
+    assert (code, err) == (0, "")
+    assert out.startswith("listen: 8080\nbackends:\n- address: 127.0.0.1:8000\n")
+    assert "\nmax_connections: 7\n" in out
+    assert "\nidle_timeout: 60s\n" in out
+    file.write_text(out)
+    assert rspd("--check", "--all", "-c", str(file)) == (0, out, "")
+
+
+def test_all_goes_with_a_check_only(rspd: Run) -> None:
+    assert rspd("--all") == (64, "", f"{USAGE}rspd: --all goes with --check; see rspd --help\n")
 
 
 def test_a_check_takes_no_sockets_and_writes_no_pid_file(
@@ -144,9 +205,22 @@ def test_a_check_takes_no_sockets_and_writes_no_pid_file(
 ) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
     monkeypatch.setenv("LISTEN_FDS", "junk")
-    code, _, err = rspd("--check", "-b", "a:1", "--pid-file", f"{tmp_path}/pid", "--exit-idle-time", "1s")
+    code, _, err = rspd("--check", "-l1", "-b", "a:1", "--pid-file", f"{tmp_path}/pid", "--exit-idle-time", "1s")
     assert (code, err) == (0, "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "listen", "backend"),
+    [
+        ("8090 127.0.0.1:8000", "8090", "127.0.0.1:8000"),
+        ("8090 [::1]:8000", "8090", "[::1]:8000"),
+        ("127.0.0.1:8090 /run/app.sock", "127.0.0.1:8090", "/run/app.sock"),
+    ],
+)
+def test_two_arguments_are_enough(rspd: Run, words: str, listen: str, backend: str) -> None:
+    said = f"command line: valid\nlistening on {listen}; one connection at a time\n  {backend}\n"
+    assert rspd(*words.split(), "--check") == (0, said, "")
 
 
 def test_the_originals_three_arguments_are_enough(rspd: Run) -> None:
@@ -178,16 +252,19 @@ def test_the_originals_form_takes_names_numbers_ipv6_and_options(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["8080"], "expected PORT BACKEND_HOST BACKEND_PORT, found '"),
-        (["8080", "host"], "expected PORT BACKEND_HOST BACKEND_PORT, found '"),
-        (["8080", "host", "80", "81"], "expected PORT BACKEND_HOST BACKEND_PORT, found '"),
+        (["8080"], "expected PORT BACKEND_HOST:BACKEND_PORT, found '8080'"),
+        (
+            ["8080", "80"],
+            "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found '80'; port 80 of this host is 127.0.0",
+        ),
+        (["8080", "host", "80", "81"], "expected PORT BACKEND_HOST:BACKEND_PORT, found '8080 host 80 81'"),
         (
             ["8080", "host", "80", "-l", "8081"],
-            "expected either PORT BACKEND_HOST BACKEND_PORT or -l and -b, found both",
+            "expected either PORT BACKEND_HOST:BACKEND_PORT or -l and -b, found both",
         ),
         (
             ["8080", "host", "80", "-b", "a:1"],
-            "expected either PORT BACKEND_HOST BACKEND_PORT or -l and -b, found both",
+            "expected either PORT BACKEND_HOST:BACKEND_PORT or -l and -b, found both",
         ),
         (["70000", "host", "80"], "a port is at most 65535, found '70000'"),
         (["8080", "host", "0"], "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found 'host:0'"),
@@ -205,8 +282,13 @@ def test_the_originals_form_takes_names_numbers_ipv6_and_options(
         (["--exit-idle-time", "soon"], "argument --exit-idle-time: expected a duration above 0, as 500ms, 5s, 2m or"),
         (["--pid-file"], "argument --pid-file: expected one argument"),
         (["--log-level", "loud"], "argument --log-level: expected one of debug, info, warning, error, found 'loud'"),
-        (["--max", "5"], "unrecognized arguments: --max"),
-        (["--colour"], "unrecognized arguments: --colour"),
+        (["-l", "8080:80"], f"argument -l/--listen: expected {FORMS}, found '8080:80'; 8080 is no host"),
+        (
+            ["-l", "*:8090"],
+            f"argument -l/--listen: expected {FORMS}, found '*:8090'; a port alone is every address: 8090",
+        ),
+        (["--colour"], "unknown option '--colour'"),
+        (["--colour=red", "--check"], "unknown option '--colour=red'"),
     ],
 )
 def test_a_wrong_argument_is_a_usage_error_with_its_reason(rspd: Run, arguments: list[str], reason: str) -> None:
@@ -214,6 +296,27 @@ def test_a_wrong_argument_is_a_usage_error_with_its_reason(rspd: Run, arguments:
     assert (code, out) == (64, "")
     assert err.startswith(f"{USAGE}rspd: {reason}")
     assert err.endswith("; see rspd --help\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--chekc", "--check"),
+        ("--chekc=1", "--check"),
+        ("--max-connection=5", "--max-connections"),
+        ("--background", "--backend"),
+        ("--Check", "--check"),
+    ],
+)
+def test_an_unknown_option_is_told_with_the_one_that_was_meant(rspd: Run, option: str, meant: str) -> None:
+    said = f"{USAGE}rspd: unknown option '{option}'; did you mean {meant}? See rspd --help\n"
+    assert rspd("-l", "1", "-b", "a:1", option) == (64, "", said)
+
+
+def test_a_file_without_its_option_is_told_so(rspd: Run, file: Path) -> None:
+    advice = f"a configuration file needs -c: rspd -c {file}"
+    said = f"{USAGE}rspd: expected PORT BACKEND_HOST:BACKEND_PORT, found '{file}'; {advice}; see rspd --help\n"
+    assert rspd(str(file)) == (64, "", said)
 
 
 @pytest.mark.parametrize("host", ["/run/backend", "@backend"])

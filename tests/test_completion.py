@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import shutil
 import subprocess
@@ -128,6 +129,46 @@ def test_files_are_offered_where_a_file_is_expected(completed: Type, tmp_path: P
     assert completed(f"rspd {option} ./t") == [option, "./two.yaml"]
 
 
+@pytest.mark.parametrize("option", ["-c", "--config"])
+def test_yaml_files_and_folders_are_offered_for_the_configuration_and_no_other_files(
+    completed: Type, tmp_path: Path, option: str
+) -> None:
+    for name in ("web one.yaml", "web.yml", "web.txt", "webyaml", "web.yaml.old"):
+        (tmp_path / name).touch()
+    for folder in ("web.d", "web two"):
+        (tmp_path / folder).mkdir()
+    offered = completed(f"rspd {option} web")[1:]
+    assert sorted(word.rstrip("/") for word in offered) == ["web one.yaml", "web two", "web.d", "web.yml"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("-c some.d/in", "-c|some.d/in side.yml"),
+        ("-c some.d/two\\ wo", "-c|some.d/two words.yaml"),
+        ("-c ~/some.d/in", "-c|HOME/some.d/in side.yml"),
+        ("--config=some.d/in", "--config=some.d/in side.yml"),
+    ],
+)
+def test_a_folder_is_gone_into_for_the_configuration(completed: Type, tmp_path: Path, typed: str, found: str) -> None:
+    (tmp_path / "some.d").mkdir()
+    for name in ("in side.yml", "in.txt", "two words.yaml", "two wolves"):
+        (tmp_path / "some.d" / name).touch()
+    assert completed(f"rspd {typed}") == found.replace("HOME", str(tmp_path)).split("|")
+
+
+def test_all_files_are_offered_for_the_pid_file(completed: Type, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").touch()
+    (tmp_path / "one.pid").touch()
+    assert sorted(completed("rspd --pid-file on")[1:]) == ["one.pid", "one.yaml"]
+
+
+def test_a_unix_socket_is_offered_as_an_address_and_as_a_backend(completed: Type, tmp_path: Path) -> None:
+    (tmp_path / "one.sock").touch()
+    assert completed("rspd ./on") == ["./one.sock"]
+    assert completed("rspd 8090 ./on") == ["8090", "./one.sock"]
+
+
 @pytest.mark.parametrize("text", ["--config=tw", "--pid-file=tw"])
 def test_files_are_offered_after_an_equals_sign(completed: Type, tmp_path: Path, text: str) -> None:
     (tmp_path / "two.yaml").touch()
@@ -143,3 +184,12 @@ def test_the_log_levels_are_offered(completed: Type) -> None:
 def test_nothing_is_offered_for_a_number_or_a_duration(completed: Type, tmp_path: Path, option: str) -> None:
     (tmp_path / "one.yaml").touch()
     assert completed(f"rspd {option} ") == [option]
+
+
+@pytest.mark.parametrize("name", ["rspd.bash", "_rspd"])
+def test_the_options_stand_in_the_order_of_the_help(name: str) -> None:
+    text = (PACKAGING / name).read_text()
+    assert len(OPTIONS) > 10
+    places = [re.search(rf"(?<![\w-]){option}(?![\w-])", text[text.index("-c --config") :]) for option in OPTIONS]
+    assert None not in places
+    assert [place.start() for place in places if place] == sorted(place.start() for place in places if place)

@@ -83,7 +83,7 @@ def exit_codes() -> set[int]:
 
 def test_the_readme_lists_each_option() -> None:
     listed = {text for row in table("option") for text in re.findall(r"`(-[\w-]+)", row[0])}
-    assert listed == options() - {"-h", "--help", "--version"}
+    assert listed == options() - {"-h", "--help"}
 
 
 def test_the_readme_lists_each_exit_code() -> None:

@@ -330,9 +330,9 @@ def test_a_file_that_cannot_be_read_is_told_with_its_errno(tmp_path: Path) -> No
 
 def test_a_wrong_argument_is_told() -> None:
     with notify_socket() as notify:
-        assert failed(notify, "--colour", log="unrecognized arguments") == 64
+        assert failed(notify, "--colour", log="unknown option '--colour'") == 64
     (message,) = notify.messages
-    assert message.text == "STATUS=unrecognized arguments: --colour; see rspd --help"
+    assert message.text == "STATUS=unknown option '--colour'; see rspd --help"
 
 
 def test_too_few_descriptors_are_told() -> None:
