@@ -219,7 +219,8 @@ def test_rspd_8_lists_each_exit_code() -> None:
 
 
 def test_rspd_8_lists_each_cause_of_an_end() -> None:
-    assert set(re.findall(r"^\.It Cm (\S+)", section(RSPD_8, "LOG"), re.MULTILINE)) == set(get_args(Cause))
+    causes = section(RSPD_8, "LOG").split("\n.Ss Causes\n", 1)[1]
+    assert set(re.findall(r"^\.It Cm (\S+)", causes, re.MULTILINE)) == set(get_args(Cause))
 
 
 def explained(heading: str) -> dict[str, str]:
