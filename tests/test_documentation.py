@@ -231,6 +231,25 @@ def explained(heading: str) -> dict[str, str]:
     return {"backends" if key == "backend" else key: item for key, item in items}
 
 
+def test_rspd_8_names_keys_and_causes_that_there_are() -> None:
+    assert set(re.findall(r"\bcause=([a-z-]+)", RSPD_8)) <= set(get_args(Cause))
+    words = set(re.findall(r"(?<![\w./])[a-z]+(?:_[a-z]+)+", RSPD_8))
+    assert words - {"sd_notify", "sd_listen_fds"} <= TOP[0].keys()
+
+
+def test_rspd_8_shows_lines_of_the_log_that_the_code_writes() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "rspd").glob("*.py"))
+    shown = re.findall(r"^([a-z][a-z ,]+[a-z])(?: \w+=.*)$", section(RSPD_8, "LOG"), re.MULTILINE)
+    assert len(shown) == 7
+    assert [text for text in shown if text not in code] == []
+
+
+def test_the_examples_leave_the_ports_of_the_installed_service_alone() -> None:
+    (listened,) = load_config(str(SHIPPED), {}).proxy.listen
+    for page in (RSPD_8, RSPD_YAML_5):
+        assert not re.search(rf"(?<!\d){listened.port}(?!\d)", section(page, "EXAMPLES"))
+
+
 HEADINGS = {"KEYS": TOP, "Backends": BACKEND, "Health checks": HEALTH}
 
 
