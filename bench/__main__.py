@@ -46,6 +46,7 @@ from bench.works import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = peers.ROOT / "docs" / "speed.md"
 DEBIAN_PYTHON = "/usr/bin/python3"  # what the package runs with
 
 
@@ -55,7 +56,7 @@ def refuse(why: str) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write results.json, results.md and results.svg."""
+    """Measure, and write results.json, results.md and the picture."""
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: ended by SIGTERM"))
     if not options.report_only:
@@ -64,10 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             say("bench: ended by Ctrl-C; nothing written")
             sys.exit(130)
-    made = report.write(options.output)
+    made = report.write(options.output, options.picture)
     if options.publish:
-        report.update_readme(made, peers.ROOT / "README.md")
-    say(f"written: {options.output}/results.md, results.svg, results.json{', README.md' * options.publish}")
+        report.put_table(made, PAGE)
+    written = [options.output / "results.md", options.output / "results.json", options.picture]
+    say(f"written: {', '.join(map(str, written + [PAGE] * options.publish))}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -83,11 +85,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rspd", metavar="DIR", type=Path, help="another tree of rspd, as one more contestant")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", metavar="DIR", type=Path, help="where the results go; build/bench if not given")
-    where.add_argument("--publish", action="store_true", help="into bench/results and the README's table instead")
+    where.add_argument("--publish", action="store_true", help="into bench/results and docs/speed.md instead")
     parser.add_argument("--report-only", action="store_true", help="make the tables and the picture again")
     options = parser.parse_args(arguments)
     if options.output is None:
         options.output = RESULTS if options.publish else peers.ROOT / "build" / "bench"
+    # What is published has its picture beside the page: the package installs docs/, and not bench/.
+    options.picture = PAGE.with_suffix(".svg") if options.publish else options.output / "results.svg"
     parts = [name for name in ("quick", "peers", "rspd") if getattr(options, name)]
     if options.publish and parts:
         parser.error(f"--publish: expected a whole run, found --{parts[0]}; use --output")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -112,16 +113,16 @@ def load(folder: Path) -> tuple[dict[str, Any], Run]:
     return raw["about"], {key: Results(**value) for key, value in raw["works"].items()}
 
 
-def write(folder: Path) -> str:
-    """Write results.md and results.svg from results.json there. Returns the README's part."""
+def write(folder: Path, image: Path) -> str:
+    """Write results.md from results.json in the folder, and the picture. Returns the table of docs/speed.md."""
     about, run = load(folder)
-    (folder / "results.md").write_text(markdown(about, run))
-    (folder / "results.svg").write_text(picture(about, run))
+    image.write_text(picture(about, run))
+    (folder / "results.md").write_text(markdown(about, run, os.path.relpath(image, folder)))
     return summary(about, run)
 
 
-def markdown(about: dict[str, Any], run: Run) -> str:
-    """All of it, for whoever wants to know."""
+def markdown(about: dict[str, Any], run: Run, image: str) -> str:
+    """All of it, for whoever wants to know, with a link to the picture."""
     lines = ["# rspd and its peers, side by side", ""]
     lines += [f"Made by `python -m bench`, {about['date']}, on {describe(about)}", ""]
     for warning in _warnings(about):
@@ -134,7 +135,7 @@ def markdown(about: dict[str, Any], run: Run) -> str:
         "contestant: below 1, rspd is cheaper or quicker. CPUs *busy* is CPU time over wall time.",
         "[How it was done, and the limits](../README.md).",
         "",
-        "![bars](results.svg)",
+        f"![bars]({image})",
         "",
         "## Targets",
         "",
@@ -212,12 +213,12 @@ def _compared(results: Results, name: str, column: Column) -> str:
         return "-"
 
 
-# -- what the README and the picture show ----------------------------------------------------------------------------
+# -- what docs/speed.md and the picture show -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the small pictures, and a row of the README's table."""
+    """One of the small pictures, and a row of the table in docs/speed.md."""
 
     key: str
     figure: str
@@ -262,7 +263,7 @@ def values_of(panel: Panel, run: Run) -> dict[str, float]:
 
 
 def summary(about: dict[str, Any], run: Run) -> str:
-    """The README's table, and what it does not show."""
+    """The table of docs/speed.md, and what it does not show."""
     names = [name for name in about["versions"] if name not in HIDDEN]
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for panel in PANELS:
@@ -284,7 +285,7 @@ def summary(about: dict[str, Any], run: Run) -> str:
         *_serial(run),
         *_price(run),
         *_later(run),
-        "What rspd is to reach, and whether it does: [targets](bench/results/results.md#targets).",
+        "What rspd is to reach, and whether it does, stands in `bench/results/results.md` in the source (*Targets*).",
         f"Made on {describe(about)}",
         *_warnings(about),
     ]
@@ -338,12 +339,12 @@ def _warnings(about: dict[str, Any]) -> list[str]:
     return lines
 
 
-def update_readme(made: str, path: Path) -> None:
-    """Put the README's part between its marks."""
-    text = path.read_text()
+def put_table(made: str, page: Path) -> None:
+    """Put the table between the marks of the page."""
+    text = page.read_text()
     before, found, rest = text.partition(BEGIN)
     if found and END in rest:
-        path.write_text(f"{before}{BEGIN}\n{made}{END}{rest.partition(END)[2]}")
+        page.write_text(f"{before}{BEGIN}\n{made}{END}{rest.partition(END)[2]}")
 
 
 WIDTH, MARGIN, GAP, LABEL, VALUE, BAR, STEP, HEAD = 880, 24, 36, 112, 74, 14, 21, 42

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -81,6 +82,12 @@ def bench(
         cwd=tree,
         env=environment,
     )
+
+
+def copy_tree(to: Path) -> None:
+    """What bench needs of the tree, so that it may publish there."""
+    for name in ("bench", "docs", "rspd"):
+        shutil.copytree(ROOT / name, to / name)
 
 
 @contextmanager
@@ -206,9 +213,7 @@ def test_bench_says_how_to_get_the_compiler_that_is_missing(tmp_path: Path) -> N
 def test_a_work_that_is_measured_by_itself_takes_its_old_place_in_what_is_published_or_the_last(
     tmp_path: Path, known: bool
 ) -> None:
-    for name in ("bench", "rspd"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "README.md", tmp_path)
+    copy_tree(tmp_path)
     results = tmp_path / "bench" / "results" / "results.json"
     before = json.loads(results.read_text())
     if not known:
@@ -225,7 +230,7 @@ def test_a_work_that_is_measured_by_itself_takes_its_old_place_in_what_is_publis
     assert note.startswith(f"{measured}: ")
     assert note.endswith(f", 1 rounds, rspd {Rspd(RSPD, tree=tmp_path).version()}.")
     date = note.removeprefix(f"{measured}: ")[:10]
-    assert f"*Start* ({date})" in (tmp_path / "README.md").read_text()
+    assert f"*Start* ({date})" in (tmp_path / "docs" / "speed.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -474,14 +479,14 @@ def test_the_report_shows_who_failed_and_which_targets_are_missed() -> None:
     results = Results("new", "connection", rounds, {"socat": "died"})
     about = ABOUT
     run = {"new-64": results}
-    text = report.markdown(about, run)
+    text = report.markdown(about, run, "x.svg")
     assert "| CPU per new connection, 64 at a time: rspd ÷ nginx | 1.2 | 2.00 | **no** |" in text
     assert "| CPU per new connection, 64 at a time: rspd ÷ socat | 0.2 | not measured | - |" in text
     assert "| nginx | 100.0 | 100.0 to 100.0 | 2.00 |" in text
     assert "| socat | failed: died |" in text
     assert "| no proxy | - | - | - | 9 |" in text
     assert "not quiet: 0.50 CPUs" in text
-    assert "[targets](bench/results/results.md#targets)" in report.summary(about, run)
+    assert "`bench/results/results.md`" in report.summary(about, run)
     assert "not quiet" in report.summary(about, run)
     assert "not quiet: 0.50 CPUs" in report.picture(about, run)
     assert ">failed<" in report.picture(about, run)
@@ -538,7 +543,8 @@ def test_new_connections_beside_busy_ones_are_judged_by_the_better_of_nginx_and_
         text.format(what) for what in ("p50", "p99", "until all have an answer")
     ]
     assert [target.measured(run) for target in judged] == pytest.approx([2, 1.5, 0.8])
-    assert "| nginx | 60.0 | 60.0 to 60.0 | 0.50 | 1.0 | 2.00 | 80.0 | 0.50 | 400 | 7 |" in report.markdown(ABOUT, run)
+    row = "| nginx | 60.0 | 60.0 to 60.0 | 0.50 | 1.0 | 2.00 | 80.0 | 0.50 | 400 | 7 |"
+    assert row in report.markdown(ABOUT, run, "x.svg")
     assert "ms, p99 of 400 | **30** | 60 (0.50) |" in report.summary(ABOUT, run)
 
 
@@ -571,7 +577,7 @@ def test_who_has_no_answer_when_measuring_stops_has_no_figure_but_a_bound() -> N
     }
     run = {BESIDE_DOWN: Results("beside", "GB", rounds)}
     row = "| nginx | over 10,000.0 | - | - | over 10,000.0 | - | over 10,000.0 | - | 75 |"
-    assert row in report.markdown(ABOUT, run)
+    assert row in report.markdown(ABOUT, run, "x.svg")
     about = {**ABOUT, "versions": {RSPD: "1", NGINX: "2", "socat": "3"}}
     assert "ms, p99 of 400 | **30** | over 10,000 | not measured |" in report.summary(about, run)
     assert ">over 10,000<" in report.picture(about, run)
@@ -590,7 +596,7 @@ def test_who_has_one_backend_only_takes_no_part_where_there_are_four() -> None:
     results = Results("four", "connection", rounds, absent=["socat"])
     about = {**ABOUT, "versions": {RSPD: "1", NGINX: "2", "socat": "3"}}
     run = {FOUR_64: results}
-    text = report.markdown(about, run)
+    text = report.markdown(about, run, "x.svg")
     assert "| CPU per new connection, four backends, 64 at a time: rspd ÷ nginx | 1.2 | 2.00 | **no** |" in text
     assert "| socat | takes no part: one backend only |" in text
     row = "| New connection, four backends, CPU µs, 64 at a time | **100** | 50 (2.00) | one backend only |"
@@ -598,6 +604,38 @@ def test_who_has_one_backend_only_takes_no_part_where_there_are_four() -> None:
     assert "four backends" not in report.picture(about, run)
 
 
-def test_the_table_in_the_readme_is_made_from_the_results_in_the_repository() -> None:
+def links(page: Path) -> list[str]:
+    """Where the links and pictures of a page in Markdown lead."""
+    return re.findall(r"\]\(([^)]*)\)", page.read_text())
+
+
+def test_what_is_published_is_made_from_the_results_in_the_repository(tmp_path: Path) -> None:
+    copy_tree(tmp_path)
+    (tmp_path / "docs" / "speed.svg").unlink()
+    assert bench("--publish", "--report-only", tree=tmp_path).returncode == 0
+    for name in ("docs/speed.md", "docs/speed.svg", "bench/results/results.md"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
     made = report.summary(*report.load(ROOT / "bench" / "results"))
-    assert f"{report.BEGIN}\n{made}{report.END}" in (ROOT / "README.md").read_text()
+    assert f"{report.BEGIN}\n{made}{report.END}" in (ROOT / "docs" / "speed.md").read_text()
+
+
+@pytest.mark.parametrize("publish", [True, False])
+def test_the_picture_that_the_results_show_is_there(tmp_path: Path, publish: bool) -> None:
+    copy_tree(tmp_path)
+    (tmp_path / "docs" / "speed.svg").unlink()
+    folder = tmp_path / "bench" / "results"
+    if not publish:
+        folder = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    end = bench("--report-only", *(["--publish"] if publish else ["--output", "elsewhere"]), tree=tmp_path)
+    assert end.returncode == 0, end.stderr
+    (shown,) = (link for link in links(folder / "results.md") if link.endswith(".svg"))
+    assert (folder / shown).is_file()
+    assert (tmp_path / "docs" / "speed.svg").exists() == publish
+
+
+def test_the_page_of_the_table_links_to_what_the_package_installs_beside_it_only() -> None:
+    docs = (ROOT / "docs").resolve()
+    leads = [(docs / link).resolve() for link in links(docs / "speed.md")]
+    assert docs / "speed.svg" in leads
+    assert [path for path in leads if not path.is_file()] == []
+    assert [path for path in leads if docs not in path.parents and path != docs.parent / "README.md"] == []
