@@ -266,22 +266,29 @@ def summary(about: dict[str, Any], run: Run) -> str:
     """The table of docs/speed.md, and what it does not show."""
     names = [name for name in about["versions"] if name not in HIDDEN]
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    rows: list[tuple[Panel, dict[str, float]]] = []
     for panel in PANELS:
-        values = values_of(panel, run)
+        values = {name: value for name, value in values_of(panel, run).items() if name in names}
         if RSPD not in values:
             continue
+        rows.append((panel, values))
+        best = winners(panel, values)
         cells = []
         for name in names:
             if name not in values:
                 cells.append(_absent(panel, run).get(name, "not measured"))
                 continue
-            shown, both = panel.show(values[name]), (values[RSPD], values[name])
-            ratio = f" ({both[0] / both[1]:.2f})" if max(both) < panel.ceiling else ""
-            cells.append(f"**{shown}**" if name == RSPD else shown + ratio)
+            shown = panel.show(values[name])
+            cell = f"**{shown}**" if name in best else shown
+            cells.append(cell if name == RSPD else cell + _ratio(panel, values, name))
         lines.append(f"| {panel.title}, {panel.unit} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Medians, and rspd ÷ the contestant in brackets: below 1, rspd is cheaper or quicker.",
+        "Figures are medians. The best of each row is bold.",
+        "In brackets is rspd ÷ the contestant: below 1, rspd is cheaper or quicker.",
+        "",
+        *_standing(rows),
+        "",
         *_serial(run),
         *_price(run),
         *_later(run),
@@ -290,6 +297,31 @@ def summary(about: dict[str, Any], run: Run) -> str:
         *_warnings(about),
     ]
     return "\n".join(lines) + "\n"
+
+
+def winners(panel: Panel, values: dict[str, float]) -> list[str]:
+    """Who has the best figure: several if it is shown alike, nobody if it is only a bound."""
+    best = min(values.values())
+    return [] if best >= panel.ceiling else [name for name in values if panel.show(values[name]) == panel.show(best)]
+
+
+def _ratio(panel: Panel, values: dict[str, float], name: str) -> str:
+    """rspd ÷ the contestant, in brackets; nothing if one of the two is only a bound."""
+    both = values[RSPD], values[name]
+    return f" ({both[0] / both[1]:.2f})" if max(both) < panel.ceiling else ""
+
+
+def _standing(rows: Sequence[tuple[Panel, dict[str, float]]]) -> list[str]:
+    """Which rows rspd wins, and to whom it loses the others by how much; who is alone in a row does neither."""
+    won, lost = [], []
+    for panel, values in rows:
+        best = winners(panel, values) if len(values) > 1 else []
+        if RSPD in best:
+            won.append(f"*{panel.title}*")
+        elif best:
+            lost.append(f"*{panel.title}* to {' and '.join(best)}{_ratio(panel, values, best[0])}")
+    lines = [f"rspd wins {'; '.join(won)}."] if won else []
+    return lines + ([f"rspd loses {'; '.join(lost)}."] if lost else [])
 
 
 def _serial(run: Run) -> list[str]:

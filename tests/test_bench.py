@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench import counters, report, targets
 from bench.peers import (
@@ -556,7 +559,7 @@ def test_fewer_new_connections_beside_busy_ones_are_not_shown_under_the_names_of
     run = {key: Results("beside", "answer", rounds) for key in (BESIDE, BESIDE_DOWN)}
     full = count == 400
     assert sum(target.measured(run) is not None for target in targets.TARGETS) == 6 * full
-    assert report.summary(ABOUT, run).count("beside") == 3 * full
+    assert report.summary(ABOUT, run).count("beside") == 5 * full
     assert report.picture(ABOUT, run).count("beside") == 2 * full
 
 
@@ -599,9 +602,82 @@ def test_who_has_one_backend_only_takes_no_part_where_there_are_four() -> None:
     text = report.markdown(about, run, "x.svg")
     assert "| CPU per new connection, four backends, 64 at a time: rspd ÷ nginx | 1.2 | 2.00 | **no** |" in text
     assert "| socat | takes no part: one backend only |" in text
-    row = "| New connection, four backends, CPU µs, 64 at a time | **100** | 50 (2.00) | one backend only |"
+    row = "| New connection, four backends, CPU µs, 64 at a time | 100 | **50** (2.00) | one backend only |"
     assert row in report.summary(about, run)
     assert "four backends" not in report.picture(about, run)
+
+
+def short_table(text: str) -> dict[str, dict[str, str]]:
+    """The table of the page: the cells of each row by contestant."""
+    head, _, *rows = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|"))
+    return {title: dict(zip(head, cells, strict=True)) for title, *cells in rows}
+
+
+def shown_figure(cell: str) -> float:
+    """What is shown in a cell; infinite if it is no figure, or that it is more than one."""
+    found = re.match(r"\**([\d,.]+)", cell)
+    return float(found[1].replace(",", "")) if found else math.inf
+
+
+def winners(cells: dict[str, str]) -> list[str]:
+    """Who has the best of the figures that are shown in a row."""
+    best = min(map(shown_figure, cells.values()))
+    return [name for name, cell in cells.items() if shown_figure(cell) == best < math.inf]
+
+
+def bold(cells: dict[str, str]) -> list[str]:
+    return [name for name, cell in cells.items() if "**" in cell]
+
+
+PAGE = ROOT / "docs" / "speed.md"
+
+
+def test_the_winner_of_each_published_row_is_bold_and_nobody_else() -> None:
+    table = short_table(PAGE.read_text())
+    assert len(table) > 1
+    for title, cells in table.items():
+        assert bold(cells) == winners(cells), title
+
+
+# Some of these are shown alike, and some are too large to be known.
+SECONDS = st.sampled_from([0.0301, 0.0304, 0.031, 9.9994, 9.9999, 10.0, 10.1])
+
+
+@given(st.tuples(SECONDS, SECONDS, SECONDS))
+def test_the_winners_of_a_row_are_bold_even_if_several_are_shown_alike_or_none_is_known(p99: tuple[float, ...]) -> None:
+    names = (RSPD, NGINX, HAPROXY)
+    rounds = {name: figures(p99=value, count=400) for name, value in zip(names, p99, strict=True)}
+    made = report.summary({**ABOUT, "versions": dict.fromkeys(names, "1")}, {BESIDE: Results("b", "answer", rounds)})
+    (cells,) = short_table(made).values()
+    assert bold(cells) == winners(cells)
+
+
+def test_who_is_not_in_the_table_wins_no_row_of_it() -> None:
+    rounds = {RSPD: figures(seconds=2), NGINX: figures(seconds=3), "python3 -c pass": figures(seconds=1)}
+    made = report.summary(ABOUT, {"start": Results("start", "", rounds)})
+    assert "| **2,000** | 3,000 (0.67) |" in made
+    assert "rspd wins *Start*." in made
+
+
+def test_what_rspd_wins_and_to_whom_it_loses_is_told_as_the_table_has_it() -> None:
+    text = PAGE.read_text()
+    won, lost = ("".join(re.findall(f"^rspd {verb} (.*)\\.$", text, re.MULTILINE)) for verb in ("wins", "loses"))
+    told = dict.fromkeys(re.findall(r"\*(.*?)\*", won), ({RSPD}, ""))
+    for work, names, ratio in re.findall(r"\*(.*?)\* to (.*?) (\(.*?\))", lost):
+        told[work] = set(names.split(" and ")), ratio
+    for title, cells in short_table(text).items():
+        work = next(panel.title for panel in report.PANELS if title == f"{panel.title}, {panel.unit}")
+        names, ratio = told.pop(work, (set(), ""))
+        best = winners(cells)
+        assert names == ({RSPD} if RSPD in best else set(best)), title
+        assert not ratio or any(ratio in cells[name] for name in names), title
+    assert told == {}
+
+
+def test_nothing_is_won_where_nobody_else_is() -> None:
+    made = report.summary(ABOUT, {"start": Results("start", "", {RSPD: figures(seconds=2)})})
+    assert "| **2,000** | not measured |" in made
+    assert "wins" not in made
 
 
 def links(page: Path) -> list[str]:
@@ -616,7 +692,7 @@ def test_what_is_published_is_made_from_the_results_in_the_repository(tmp_path: 
     for name in ("docs/speed.md", "docs/speed.svg", "bench/results/results.md"):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
     made = report.summary(*report.load(ROOT / "bench" / "results"))
-    assert f"{report.BEGIN}\n{made}{report.END}" in (ROOT / "docs" / "speed.md").read_text()
+    assert f"{report.BEGIN}\n{made}{report.END}" in PAGE.read_text()
 
 
 @pytest.mark.parametrize("publish", [True, False])
@@ -634,8 +710,8 @@ def test_the_picture_that_the_results_show_is_there(tmp_path: Path, publish: boo
 
 
 def test_the_page_of_the_table_links_to_what_the_package_installs_beside_it_only() -> None:
-    docs = (ROOT / "docs").resolve()
-    leads = [(docs / link).resolve() for link in links(docs / "speed.md")]
+    docs = PAGE.parent.resolve()
+    leads = [(docs / link).resolve() for link in links(PAGE)]
     assert docs / "speed.svg" in leads
     assert [path for path in leads if not path.is_file()] == []
     assert [path for path in leads if docs not in path.parents and path != docs.parent / "README.md"] == []
