@@ -87,6 +87,9 @@ def test_manual_pages_and_completions_are_there(clean: Machine, deb: Path) -> No
         "/usr/share/man/man5/rspd.yaml.5.gz",
         "/usr/share/bash-completion/completions/rspd",
         "/usr/share/zsh/vendor-completions/_rspd",
+        "/usr/share/doc/rspd/README.md",
+        "/usr/share/doc/rspd/CHANGELOG.md",
+        *(f"/usr/share/doc/rspd/docs/{name}" for name in ("service.md", "balancing.md", "speed.md", "speed.svg")),
     ):
         assert path in listed
 
@@ -181,6 +184,7 @@ def test_an_upgrade_checks_the_files_of_services_that_wait_behind_their_sockets(
     for path in ("/etc/rspd.yaml", "/etc/rspd/one.yaml"):
         assert said.count(f"rspd: {path}:3: max_connection: unknown key") == 1
     assert "rspd: with a wrong file, not restarted: rspd.service rspd@one.service. Correct it, " in said
+    assert "warning: " not in said, "the socket of two.yaml brings the address that this file lacks"
     services = ["rspd.service", "rspd@one.service", "rspd@two.service"]
     assert [clean.show("ActiveState", unit) for unit in sockets + services] == ["active"] * 3 + ["inactive"] * 3
 

@@ -24,6 +24,15 @@ def test_a_good_file_is_taken_and_neither_process_nor_download_notice(machine: M
     assert machine.show("ActiveState") == "active"
 
 
+def test_the_check_of_a_reload_does_not_warn_of_an_address_that_a_socket_unit_brings(machine: Machine) -> None:
+    machine.write("/etc/rspd.yaml", "backend: 127.0.0.1:8000\n")
+    machine.systemctl("start", "rspd.socket", "rspd")
+    machine.systemctl("reload", "rspd")
+    eventually(lambda: machine.log("^reloaded listen="))
+    assert not machine.log("warning")
+    assert "rspd: warning: /etc/rspd.yaml: listen: missing" in machine.run("rspd", "--check").stderr
+
+
 def test_a_listener_may_come_and_go_while_a_download_runs(machine: Machine) -> None:
     machine.write("/etc/rspd.yaml", TWO)
     machine.systemctl("start", "rspd")
