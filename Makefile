@@ -3,12 +3,12 @@
 # make test-system   the package in booted machines, as root; SUITES='bookworm trixie'; REQUIRED=1 forbids skipping
 # make lint   ruff and mypy
 # make deb    the Debian package, into dist/; CHECK=yes runs the tests too
-# make bench  rspd and its peers side by side, for 15 to 20 minutes, into build/bench/; BENCH_OPTIONS='--quick', see bench/README.md
+# make bench  rspd and its peers side by side, for 15 to 20 minutes, into build/bench/; BENCH_OPTIONS=--quick, see bench/README.md
 
 PYTHON ?= python3
 FOLDER ?= .
-PORT ?= 8080
-BACKEND_PORT ?= 8000
+PORT ?= 8090
+BACKEND_PORT ?= 8091
 
 # A browser opens several connections, and may leave one silent: one at a time would keep it waiting.
 RUN_OPTIONS ?= --max-connections 16

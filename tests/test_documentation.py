@@ -1,4 +1,4 @@
-"""What README.md and etc/rspd.yaml say is what the code does."""
+"""What the man pages and etc/rspd.yaml say is what the code does."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from rspd.config import (
     load_config,
 )
 from rspd.description import describe
+from rspd.dump import dump
 from rspd.schema import Scalar
 from rspd.yamlfile import ConfigError
 
 MINIMAL = ["listen: 80", "backend: a:1"]
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 SHIPPED = ROOT / "etc" / "rspd.yaml"
 MAN_PAGES = [ROOT / "packaging" / "rspd.8", ROOT / "packaging" / "rspd.yaml.5"]
 RSPD_8, RSPD_YAML_5 = (path.read_text() for path in MAN_PAGES)
@@ -59,12 +59,6 @@ def assert_told(listed: Mapping[str, str], of: tuple[Mapping[str, Scalar], Mappi
             assert keys[key].parse(text) == defaults[key]
 
 
-def table(heading: str) -> list[list[str]]:
-    """The rows of the README's table with that first column."""
-    rows = README.split(f"| {heading} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-
-
 def section(page: str, heading: str) -> str:
     """A section of a man page."""
     return page.split(f"\n.Sh {heading}\n", 1)[1].split("\n.Sh ", 1)[0]
@@ -79,30 +73,6 @@ def exit_codes() -> set[int]:
     """Success, and each that the code names, as the os module does."""
     code = "".join(path.read_text() for path in (ROOT / "rspd").glob("*.py"))
     return {0, *(getattr(os, name) for name in re.findall(r"\bEX_[A-Z]+", code))}
-
-
-def test_the_readme_lists_each_option() -> None:
-    listed = {text for row in table("option") for text in re.findall(r"`(-[\w-]+)", row[0])}
-    assert listed == options() - {"-h", "--help"}
-
-
-def test_the_readme_lists_each_exit_code() -> None:
-    assert {int(row[0]) for row in table("exit code")} == exit_codes()
-
-
-def test_the_readme_lists_each_cause_of_an_end() -> None:
-    assert {row[0].strip("`") for row in table("cause")} == set(get_args(Cause))
-
-
-@pytest.mark.parametrize(("heading", "of"), [("key of a backend", BACKEND), ("key of `health`", HEALTH)])
-def test_the_readme_lists_each_nested_key_with_its_default(heading: str, of: Any) -> None:
-    assert_told({row[0].strip("`"): row[1] for row in table(heading)}, of)
-
-
-def test_the_readme_lists_each_key_with_its_default() -> None:
-    listed = {re.findall(r"`(\w+)`", row[0])[-1]: row[1] for row in table("key")}
-    assert listed.pop("proxies") == "none"
-    assert_told(listed, TOP)
 
 
 def test_the_shipped_configuration_is_valid_and_listens_on_the_loopback_address_only() -> None:
@@ -158,13 +128,10 @@ def test_what_the_shipped_configuration_has_in_comments_is_valid(tmp_path: Path)
 
 
 def examples() -> dict[str, str]:
-    """The configurations that the README and the manual show, by where they stand."""
-    shown = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    """The configurations that the manual shows, by where they stand."""
     page = section(RSPD_YAML_5, "EXAMPLES") + "\n" + section(RSPD_YAML_5, "DESCRIPTION")
     blocks = re.findall(r"^\.Bd -literal -offset indent\n(.*?)^\.Ed$", page, re.MULTILINE | re.DOTALL)
-    manual = [block.replace(r"\e", "\\") for block in blocks]
-    found = {f"readme {number}": text for number, text in enumerate(shown)}
-    return found | {f"manual {number}": text for number, text in enumerate(manual)}
+    return {f"manual {number}": text.replace(r"\e", "\\") for number, text in enumerate(blocks)}
 
 
 EXAMPLES = examples()
@@ -174,29 +141,9 @@ EXAMPLES = examples()
 def test_the_examples_are_valid(tmp_path: Path, text: str) -> None:
     file = tmp_path / "rspd.yaml"
     file.write_text(text)
-    assert load_config(str(file), {})
-
-
-def test_the_readme_and_the_manual_work_the_same_examples() -> None:
-    worked = [text for text in EXAMPLES.values() if "10.0.0." in text]
-    assert len(worked) == 9
-    assert all(worked.count(text) == 2 or "PING" in text for text in worked)
-
-
-def test_the_readme_shows_what_a_check_prints(tmp_path: Path) -> None:
-    file = tmp_path / "tls.yaml"
-    file.write_text(next(text for text in EXAMPLES.values() if "proxies:" in text))
-    printed = "\n".join(["tls.yaml: valid", *describe(load_config(str(file), {}))])
-    assert f"\n$ rspd --check -c tls.yaml\n{printed}\n```\n" in README
-
-
-def test_the_readme_shows_what_is_said_of_a_broken_file(tmp_path: Path) -> None:
-    content, said = README.split("$ cat rspd.yaml\n", 1)[1].split("```", 1)[0].split("$ rspd --check -c rspd.yaml\n")
-    file = tmp_path / "rspd.yaml"
-    file.write_text(content)
-    with pytest.raises(ConfigError) as caught:
-        load_config(str(file), {})
-    assert "".join(f"rspd: {error}\n" for error in caught.value.errors).replace(str(file), "rspd.yaml") == said
+    config = load_config(str(file), {})
+    file.write_text(dump(config))
+    assert load_config(str(file), {}) == config
 
 
 def test_the_map_of_the_modules_is_complete_and_imports_point_down_it() -> None:
