@@ -44,7 +44,8 @@ UNACKED = slice(24, 28)
 NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
 ADVICE = {
-    errno.EADDRINUSE: "another process listens there, `ss -ltnp` shows which",
+    # Also by a connection that goes out from that port, which `ss -l` does not show.
+    errno.EADDRINUSE: "another process has that port, `ss -tanp sport = :{port}` shows which",
     errno.EADDRNOTAVAIL: "no interface of this host has that address, `ip address` lists them",
     errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE",
     errno.ENOENT: "the folder does not exist",
@@ -72,6 +73,7 @@ class ListenError(Exception):
             advice = NOT_SHARED
         if address.path:
             advice = PATH_ADVICE.get(error.errno or 0, advice)
+        advice = advice and advice.format(port=address.port)
         place = str(address) if str(address) == str(where) else f"{address} ({where})"
         super().__init__(f"cannot listen on {place}: {reason}" + (f"; {advice}" if advice else ""))
         self.errno = error.errno

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import socket
 import struct
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -251,9 +254,19 @@ def test_a_port_that_is_taken_is_an_error_that_tells_how_to_find_who_has_it() ->
         error = refuse(f"127.0.0.1:{port}")
     assert str(error) == (
         f"cannot listen on 127.0.0.1:{port}: Address already in use; "
-        "another process listens there, `ss -ltnp` shows which"
+        f"another process has that port, `ss -tanp sport = :{port}` shows which"
     )
     assert error.errno == errno.EADDRINUSE
+
+
+@pytest.mark.skipif(not shutil.which("ss"), reason="ss is not here: apt install iproute2")
+def test_the_command_of_that_error_also_shows_a_connection_that_goes_out_from_the_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as outgoing:
+        port = outgoing.getsockname()[1]
+        (command,) = re.findall("`(ss .*)` shows which", str(refuse(f"127.0.0.1:{port}")))
+        shown = subprocess.run(command.split(), capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+        assert f"127.0.0.1:{port}" in shown
+        assert f"pid={os.getpid()}," in shown
 
 
 def test_a_port_is_shared_by_those_of_one_user_who_all_say_so(open_all: Open) -> None:
@@ -261,7 +274,7 @@ def test_a_port_is_shared_by_those_of_one_user_who_all_say_so(open_all: Open) ->
     address, where = Address("127.0.0.1", port_of(first)), resolve(Address("127.0.0.1", port_of(first)))
     [second] = open_all(str(address), reuse_port=True)
     assert port_of(second) == port_of(first)
-    with pytest.raises(ListenError, match=r"`ss -ltnp` shows which$"):
+    with pytest.raises(ListenError, match=r"`ss -tanp sport = :\d+` shows which$"):
         open_listeners(address, where, 8)
     if os.geteuid() == 0:
         with unprivileged(), pytest.raises(ListenError, match=r"needs reuse_port and the same user too$"):

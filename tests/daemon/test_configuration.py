@@ -273,7 +273,7 @@ def test_a_port_in_use_is_69() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         code, lines = refused("-l", address, "-b", "a:1")
     assert code == 69
-    advice = "another process listens there, `ss -ltnp` shows which"
+    advice = f"another process has that port, `ss -tanp sport = :{address.rpartition(':')[2]}` shows which"
     assert lines == [f"cannot listen on {address}: Address already in use; {advice}"]
 
 

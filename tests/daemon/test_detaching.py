@@ -317,7 +317,7 @@ def test_an_address_in_use_is_69_with_the_reason_once(host: Host, journal: Journ
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         done = host.start("-l", address, "-b", "a:1", "--pid-file", f"{host.folder}/pid")
     assert (done.returncode, done.stdout) == (69, "")
-    advice = "another process listens there, `ss -ltnp` shows which"
+    advice = f"another process has that port, `ss -tanp sport = :{address.rpartition(':')[2]}` shows which"
     assert done.stderr == f"rspd: cannot listen on {address}: Address already in use; {advice}\n"
     eventually(lambda: journal.ended)
     assert journal.lines == []

@@ -289,7 +289,7 @@ def test_a_port_in_use_is_waited_for_and_then_told_with_its_errno() -> None:
     waiting, message = notify.messages
     assert waiting.text == "STATUS=" + message.status
     assert message.fields["ERRNO"] == str(errno.EADDRINUSE)
-    assert message.status.startswith(f"cannot listen on {address}: Address already in use; another process listens ")
+    assert message.status.startswith(f"cannot listen on {address}: Address already in use; another process has ")
 
 
 def test_a_port_that_becomes_free_while_it_waits_is_taken() -> None:
