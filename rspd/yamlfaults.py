@@ -4,38 +4,55 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Callable
 
 import yaml
 
 # What YAML takes for the end of a line.
-_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+BREAK = r"\r\n|[\n\r\x85\u2028\u2029]"
 
-KINDS = {"]": "list", "}": "mapping"}
+# So much of a line is shown.
+SHOWN = 80
 
 TOGETHER = "what belongs together begins in the same column"
 
+CLOSING = {"]": "list", "}": "mapping"}
+
+# A line, counted from 0, and what is wrong with it; None where a rule does not know.
+Told = tuple[int, str] | None
+
 
 def describe_fault(content: bytes, error: yaml.YAMLError) -> tuple[int, str]:
-    """The line at fault, from 1 on, and what is wrong with it."""
+    """The line at fault, counted from 1, and what is wrong with it."""
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    text = content.decode(encoding, "replace")
     if isinstance(error, yaml.reader.ReaderError):
         # Its position counts bytes where they could not be decoded, characters where one is not allowed.
         undecodable = error.encoding != "unicode"
-        before = content[: error.position] if undecodable else content
-        line = before.decode(errors="replace")[: error.position].count("\n")
+        before = content[: error.position].decode(encoding, "replace") if undecodable else text[: error.position]
         reason = f"not {error.encoding.upper()} text, " if undecodable else ""
-        return line + 1, f"{reason}{str(error).splitlines()[0]}"
+        return len(re.split(BREAK, before)), f"{reason}{str(error).splitlines()[0]}"
     assert isinstance(error, yaml.MarkedYAMLError)
-    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    line, what = _Fault(_BREAK.split(content.decode("utf-16" if utf_16 else "utf-8", "replace")), error).describe()
-    return line + 1, what
+    fault = _Fault(re.split(BREAK, text), error)
+    line, what = fault.describe()
+    return min(line, fault.last) + 1, what
+
+
+def advise_pair(text: str) -> str:
+    """What a text lacks to be KEY: VALUE; empty where that is not known."""
+    if re.match(r"\w+:\S", text):
+        return "; a space belongs after the colon"
+    return "; a colon belongs in place of =" if re.match(r"\w+\s*=", text) else ""
 
 
 class _Fault:
-    """An error of the YAML reader, and the lines of the file. Lines count from 0 here, as the reader has them."""
+    """An error of the YAML reader, and the lines of the file. Lines and columns count from 0."""
 
     def __init__(self, lines: list[str], error: yaml.MarkedYAMLError) -> None:
         assert error.problem_mark
         self.lines = lines
+        self.last = max((number for number, text in enumerate(lines) if text.strip()), default=0)
+        # Where the reader found the error, and where the thing began that it was reading.
         self.line: int = error.problem_mark.line
         self.column: int = error.problem_mark.column
         self.begin = error.context_mark.line if error.context_mark else self.line
@@ -45,59 +62,145 @@ class _Fault:
             self.problem = f"{error.context}, {error.problem}"
 
     def describe(self) -> tuple[int, str]:
-        """The line at fault, and what is wrong: of a mistake that people make, else what the reader says."""
-        if self.problem.startswith(r"found character '\t'"):
-            return self.line, "found a tab, expected spaces; YAML indents by spaces"
-        if self.problem == "could not find expected ':'":
-            return self.begin, self._no_pair(self.begin)
-        if self.problem == "found unexpected end of stream" and "quoted" in self.context:
-            return self.begin, "the quote that begins here has no end"
-        unclosed = re.fullmatch(r"expected ',' or '([]}])', but got '(?:(:)|<stream end>)'", self.problem)
-        # Where the end was expected, the next line has a key.
-        if unclosed and (not unclosed[2] or self.line > self.begin):
-            return self.begin, f"the {KINDS[unclosed[1]]} that begins here has no {unclosed[1]}"
-        if port := re.search(r"\*:(\w+)", self._text(self.line)) if "alias" in self.context else None:
-            return self.line, f"{port[0]!r} is no address; a port alone is every address: {port[1]}"
-        if self.problem == "mapping values are not allowed here":
-            return self._second_colon()
-        if self.problem == "sequence entries are not allowed here":
-            return self.line, "a list in lines of its own begins in the line after its key"
-        if self.problem.startswith("expected <block end>, but found") and "]:" not in self._text(self.line):
-            if "<scalar>" in self.problem:
-                return self.line, "found text after a closed quote or bracket"
-            return self._misplaced(self.line, self._above(self.line))
-        if "<document start>" in self.problem and "<block mapping start>" in self.problem:
-            return self._misplaced(self._above(self.line), self.line)
-        if re.search(r"[:-]\s+[\[@]|[\[,]\s*:", self._text(self.line)):
-            # The forms of an address that mean something else to YAML.
-            return self.line, f"{self.problem}; an address that starts with [, @ or : needs quotes"
+        """The line at fault, and what is wrong: for a mistake that people make, else what the reader says."""
+        for pattern, rule in self.RULES:
+            match = re.fullmatch(pattern, self.problem)
+            if match and (told := rule(self, match)):
+                return told
         return self.line, self.problem
 
-    def _second_colon(self) -> tuple[int, str]:
+    def _tab(self, _: re.Match[str]) -> Told:
+        indents = not self._text(self.line)[: self.column].strip()
+        advice = "; YAML indents by spaces" if indents else ""
+        return self.line, f"found a tab in column {self.column + 1}, expected spaces{advice}"
+
+    def _special(self, match: re.Match[str]) -> Told:
+        """A value that begins with what has a meaning of its own."""
+        if match[1] == "@":
+            return self._address(match)
+        return self.line, f"a value that starts with {match[1]} needs quotes"
+
+    def _alias(self, _: re.Match[str]) -> Told:
+        if not re.search("alias|anchor", self.context + self.problem):
+            return None
+        if port := re.search(r"\*:(\w+)", self._text(self.line)):
+            return self.line, f"{port[0]!r} is no address; a port alone is every address: {port[1]}"
+        what = f"{self.problem}; " if "alias" in self.problem else ""
+        return self.line, f"{what}a value that starts with * or & needs quotes"
+
+    def _address(self, _: re.Match[str]) -> Told:
+        """One of the forms of an address that mean something else to YAML."""
+        if not re.search(r"[:-]\s+[\[@]|[\[,]\s*[:@]", self._text(self.line)):
+            return None
+        return self.line, f"{self.problem}; an address that starts with [, @ or : needs quotes"
+
+    def _no_bracket(self, _: re.Match[str]) -> Told:
+        return self.line, "the list or mapping in brackets has no end"
+
+    def _no_colon(self, _: re.Match[str]) -> Told:
+        return self.begin, self._no_pair(self.begin)
+
+    def _no_quote(self, _: re.Match[str]) -> Told:
+        return self.begin, "the quote that begins here has no end"
+
+    def _unclosed(self, match: re.Match[str]) -> Told:
+        """A list or a mapping in brackets that does not go on as it should."""
+        closing = match[1]
+        within = self._text(self.begin).lstrip().startswith(("[", "{"))
+        if match[2] == "<stream end>" or (self.line > self.begin and not self._column(self.line) and not within):
+            return self.begin, f"the {CLOSING[closing]} that begins here has no {closing}"
+        return self.line, f"a comma or {closing} is missing here, or in the line before"
+
+    def _second_colon(self, _: re.Match[str]) -> Told:
         """A key where there cannot be one."""
-        above = self._above(self.line)
-        if re.search(r":\s", self._text(self.line)[: self.column]):
+        text, above = self._text(self.line), self._above(self.line)
+        if re.search(r":\s", text[: self.column]):
             told = "in a value, a colon has no space after it, unless the value is in quotes"
-            return self.line, f"expected one KEY: VALUE, found {self._text(self.line).strip()!r}; {told}"
-        if re.search(r"^ *- |:(\s|$)", self._text(above)):
-            return self._misplaced(self.line, above)
-        return above, self._no_pair(above)
+            return self.line, f"expected one KEY: VALUE, found {_quote(text)}; {told}"
+        upper = self._text(above)
+        if not re.search(r"^ *- |:(\s|$)", upper):
+            return above, self._no_pair(above)
+        if re.search(r":(\s|$)", upper) or self._column(self.line) != self._column(above):
+            return self._misplaced(self.line)
+        item = upper.strip()[1:].strip()
+        advice = (
+            f"; with further keys, it is - address: {item}" if re.fullmatch(r"[^:\s]+:\d+", item) else advise_pair(item)
+        )
+        return above, f"expected - KEY: VALUE, found {_quote(upper)}{advice}"
+
+    def _dash(self, _: re.Match[str]) -> Told:
+        return self.line, "a list in lines of its own begins in the line after its key"
+
+    def _no_end(self, match: re.Match[str]) -> Told:
+        """Something that the block cannot go on with."""
+        found = match[1]
+        if found in ("]", "}"):
+            return self.line, f"found {found}, and nothing that it closes"
+        if found in ("<scalar>", ","):
+            if "]:" in self._text(self.line):
+                return self._address(match)
+            above = self._above(self.line)
+            if any(self._text(above).count(quote) % 2 for quote in "\"'"):
+                return above, "the quote that begins here has no end"
+            return self.line, "found text after a closed quote or bracket"
+        return self._misplaced(self.line)
+
+    def _no_start(self, match: re.Match[str]) -> Told:
+        """Something after the first block, which has another indentation or is none."""
+        above = self._above(self.line)
+        if match[1] != "<block mapping start>":
+            return self.line, self._no_pair(self.line)
+        if self._column(above) == self._column(self.line):
+            return above, self._no_pair(above)
+        return self._indentation(above, self.line)
+
+    RULES: tuple[tuple[str, Callable[[_Fault, re.Match[str]], Told]], ...] = (
+        (r"found character '\\t' .*", _tab),
+        (r"found character '(.)' that cannot start any token", _special),
+        (r"(?s)(?:expected alphabetic or numeric character, but found|found undefined alias) .*", _alias),
+        (r"expected the node content, but found '<stream end>'", _no_bracket),
+        (r"expected the node content, but found .*", _address),
+        (r"could not find expected ':'", _no_colon),
+        (r"found unexpected end of stream", _no_quote),
+        (r"expected ',' or '([]}])', but got '(.*)'", _unclosed),
+        (r"mapping values are not allowed here", _second_colon),
+        (r"sequence entries are not allowed here", _dash),
+        (r"expected <block end>, but found '(.*)'", _no_end),
+        (r"expected '<document start>', but found '(<block mapping start>|<scalar>)'", _no_start),
+    )
 
     def _no_pair(self, line: int) -> str:
         """What is said of a line without key and value."""
-        text = self._text(line).strip()
-        item = ", or - ITEM as above" if self._text(self._above(line)).lstrip().startswith("- ") else ""
-        space = "; a space belongs after the colon" if not item and re.match(r"\w+:\S", text) else ""
-        return f"expected KEY: VALUE{item}, found {text!r}{space}"
+        text, above = self._text(line).strip(), self._above(line)
+        beside = self._text(above).lstrip().startswith("- ") and self._column(line) == self._column(above, dash=True)
+        item = ", or - ITEM as above" if beside and not text.startswith("- ") else ""
+        return f"expected KEY: VALUE{item}, found {_quote(text)}" + ("" if item else advise_pair(text))
 
-    def _misplaced(self, line: int, other: int) -> tuple[int, str]:
-        """A line that begins in another column than those beside it."""
-        dashed = self._text(line).lstrip().startswith("- ")
-        column, beside = self._column(line, dashed), self._column(other, dashed)
-        if column == beside:
+    def _misplaced(self, line: int) -> Told:
+        """A line that begins in none of the columns where something above began that can go on."""
+        text = self._text(line)
+        dash = text.lstrip().startswith("- ")
+        column, nearest = self._column(line, dash), self._above(line)
+        if re.search(r":\s+\S", self._text(nearest)) and column > self._column(nearest):
+            return self._indentation(line, nearest, "below a key that has a value, nothing is indented", dash)
+        open_blocks: list[tuple[int, int]] = []
+        for above in range(line - 1, -1, -1):
+            upper = self._text(above)
+            if upper.lstrip().startswith("#") or not re.search(r"^ *- " if dash else r":(\s|$)", upper):
+                continue
+            if not open_blocks or self._column(above, dash) < open_blocks[-1][0]:
+                open_blocks.append((self._column(above, dash), above))
+        if not open_blocks or column in [beside for beside, _ in open_blocks]:
             return line, self._no_pair(line)
-        where = f"this line begins in column {column + 1}, line {other + 1} in column {beside + 1}"
-        return line, f"wrong indentation: {where}; {TOGETHER}"
+        # Between two columns: what has nothing after its colon is rather beside the outer one.
+        outward = 1 if text.rstrip().endswith(":") else -1
+        _, beside = min(open_blocks, key=lambda block: (abs(block[0] - column), outward * block[0]))
+        return self._indentation(line, beside, dash=dash)
+
+    def _indentation(self, line: int, other: int, why: str = TOGETHER, dash: bool = False) -> Told:
+        column, beside = self._column(line, dash) + 1, self._column(other, dash) + 1
+        where = f"this line begins in column {column}, line {other + 1} in column {beside}"
+        return line, f"wrong indentation: {where}; {why}"
 
     def _above(self, line: int) -> int:
         """The next line above that is neither blank nor a comment; the first of all if there is none."""
@@ -107,10 +210,15 @@ class _Fault:
                 break
         return line
 
-    def _column(self, line: int, dashed: bool = False) -> int:
+    def _column(self, line: int, dash: bool = False) -> int:
         """Where a line begins: with its dash, or with what comes after it."""
-        match = re.match(r" *" if dashed else r" *(?:- +)*", self._text(line))
+        match = re.match(r" *" if dash else r" *(?:- +)*", self._text(line))
         return match.end() if match else 0
 
     def _text(self, line: int) -> str:
         return self.lines[line] if line < len(self.lines) else ""
+
+
+def _quote(text: str) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…")

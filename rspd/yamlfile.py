@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import yaml
 
-from rspd.yamlfaults import describe_fault
+from rspd.yamlfaults import advise_pair, describe_fault
 
 
 class ConfigError(Exception):
@@ -89,7 +88,7 @@ def _advise(root: Value) -> str:
     if root.items:
         dashes = isinstance(root.node, yaml.SequenceNode) and not root.node.flow_style
         return root.kind + ("; leave out the dashes" if dashes else "")
-    return root.kind + ("; a space belongs after a colon" if re.match(r"\w+:\S", root.text or "") else "")
+    return root.kind + advise_pair(root.text or "")
 
 
 def _name(key: Value) -> str:

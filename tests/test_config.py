@@ -385,8 +385,12 @@ def test_an_empty_file_lacks_both_addresses(errors: Errors, content: str) -> Non
     [
         ("listen 8080", "FILE:1: expected lines of KEY: VALUE, found 'listen 8080'"),
         (
+            "listen = 8080",
+            "FILE:1: expected lines of KEY: VALUE, found 'listen = 8080'; a colon belongs in place of =",
+        ),
+        (
             "\n\nlisten:8080\n",
-            "FILE:3: expected lines of KEY: VALUE, found 'listen:8080'; a space belongs after a colon",
+            "FILE:3: expected lines of KEY: VALUE, found 'listen:8080'; a space belongs after the colon",
         ),
         ("- listen: 8080", "FILE:1: expected lines of KEY: VALUE, found a list; leave out the dashes"),
         ("[listen, 8080]", "FILE:1: expected lines of KEY: VALUE, found a list"),
@@ -425,9 +429,6 @@ def test_an_address_that_yaml_takes_for_something_else_needs_quotes_and_is_told_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("listen: *port", "FILE:1: not valid YAML: found undefined alias 'port'"),
-        ("listen: %80", "FILE:1: not valid YAML: found character '%' that cannot start any token"),
-        ("listen: `80`", "FILE:1: not valid YAML: found character '`' that cannot start any token"),
         ("a: b\nlisten: !<%ff> 80", "FILE:2: not valid YAML: 'utf-8' codec can't decode byte 0xff"),
     ],
 )

@@ -200,7 +200,7 @@ colour: red
     ("content", "line", "message"),
     [
         (b"listen: [::1]:80\n", 1, "not valid YAML: .*; an address that starts with \\[, @ or : needs quotes"),
-        (b"\tbacklog: 1\n", 1, "not valid YAML: found a tab, expected spaces; YAML indents by spaces"),
+        (b"\tbacklog: 1\n", 1, "not valid YAML: found a tab in column 1, expected spaces; YAML indents by spaces"),
         (b"backlog: 1\nbackend: caf\xe9:1\n", 2, "not valid YAML: .*"),
         (b'backlog: 1\nbackend: "\\U00110000"\n', 2, "not valid YAML: .*"),
         (b"---\nlisten: 80\n---\n", 3, "not valid YAML: .*single document.*"),

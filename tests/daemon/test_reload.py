@@ -395,7 +395,7 @@ def test_a_download_in_progress_is_untouched_by_changes_of_everything(tmp_path: 
 
 def bad_yaml(file: File, _: int) -> str:
     file.path.write_text("listen: [\n")
-    return f"{file.path}:2: not valid YAML"
+    return f"{file.path}:1: not valid YAML"
 
 
 def no_mapping(file: File, _: int) -> str:
