@@ -154,6 +154,7 @@ _BACKEND = Table(
 )
 _NETWORK = Scalar(listed(parse_network, "a network"), "a network")
 
+# In the order of rspd.yaml(5).
 PROXY_KEYS: Mapping[str, Scalar] = {
     "listen": Many(Scalar(listed(parse_address, "an address"), "an address"), "address"),
     "backends": Many(_BACKEND, "backend"),
@@ -161,30 +162,30 @@ PROXY_KEYS: Mapping[str, Scalar] = {
     # listen(2) takes what net.core.somaxconn allows; an int is what it takes at all.
     "backlog": Scalar(whole_number(1, 2**31 - 1)),
     "reuse_port": Scalar(parse_switch),
-    "connect_timeout": Scalar(parse_duration),
-    "idle_timeout": Scalar(parse_duration),
-    "half_close_timeout": Scalar(parse_duration),
-    "drain_timeout": Scalar(parse_duration),
     "balance": Scalar(one_of(BALANCES)),
     "resolve": Scalar(one_of(("one", "each"))),
     "resolve_interval": Scalar(parse_finite_duration),
+    "connect_timeout": Scalar(parse_duration),
     "retries": Scalar(number_or("all", 0, 1000)),
     "max_fails": Scalar(whole_number(1, 1000)),
     "fail_timeout": Scalar(parse_finite_duration),
     "queue_timeout": Scalar(parse_wait),
     "health": Table(HEALTH_KEYS, HealthConfig, _parse_health, "a mapping, on or off", check=_check_health),
     "on_down": Scalar(one_of(("keep", "abort"))),
-    "send_proxy": Scalar(one_of_or_off("v1", "v2")),
-    "accept_proxy": Many(_NETWORK, "network", none=OFF),
-    "accept_proxy_timeout": Scalar(parse_finite_duration),
+    "idle_timeout": Scalar(parse_duration),
+    "half_close_timeout": Scalar(parse_duration),
+    "drain_timeout": Scalar(parse_duration),
     "allow": Many(_NETWORK, "network", none=("all",)),
     "deny": Many(_NETWORK, "network", none=OFF),
     "max_connections_per_client": Scalar(number_or("off", 1, CONNECTIONS_MAX)),
+    "send_proxy": Scalar(one_of_or_off("v1", "v2")),
+    "accept_proxy": Many(_NETWORK, "network", none=OFF),
+    "accept_proxy_timeout": Scalar(parse_finite_duration),
 }
 
 GENERAL_KEYS: Mapping[str, Scalar] = {
-    "log_level": Scalar(one_of(LEVELS)),
     "exit_idle_time": Scalar(parse_duration),
+    "log_level": Scalar(one_of(LEVELS)),
 }
 
 # What the top of the file has to say of all, and a proxy of itself alone.
@@ -213,10 +214,14 @@ class _Draft(NamedTuple):
 class _Proxies(Scalar):
     """Names, each with the keys of a proxy."""
 
+    def holds(self, key: str) -> bool:
+        return True
+
     def read(self, value: Value, key: str, report: Report, expected: str = "") -> list[_Draft] | None:
         if value.entries is None or not value.entries:
             found = value.kind if value.entries is None else "none"
-            report.add(value.line, key, f"expected names, each with the keys of a proxy, found {found}")
+            advice = "; leave out the dashes" if value.items else ""
+            report.add(value.line, key, f"expected names, each with the keys of a proxy, found {found}{advice}")
             return None
         drafts: dict[str, _Draft] = {}
         for line, name, proxy in value.entries:
@@ -247,13 +252,13 @@ def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool |
     Raises ConfigError with all that is wrong, or OSError if the file cannot be read.
     """
     report = Report(path or "command line")
-    top = Settings({}, {})
+    top = Settings({}, {}, set())
     if path is not None:
         top = read_keys(_TOP_KEYS, read_entries(path), "", report)
     given = {name: value for name, value in options.items() if name in PROXY_KEYS}
     general = {name: value for name, value in {**top.values, **options}.items() if name in GENERAL_KEYS}
     defaults = {name: value for name, value in top.values.items() if name in PROXY_KEYS}
-    drafts = [_Draft("", None, Settings({}, top.seen))]
+    drafts = [_Draft("", None, Settings({}, top.seen, top.meant))]
     if proxies := top.seen.get("proxies"):
         drafts = top.values["proxies"] or []
         for entry in (top.seen[name] for name in _OWN if name in top.seen):
@@ -262,7 +267,8 @@ def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool |
             what = "each has its addresses here; leave out those on the command line, or change the file"
             report.add(proxies.line, proxies.key, what)
     for draft in drafts:
-        missing = [name for name in _OWN if name not in draft.settings.seen and name not in given]
+        said = {*draft.settings.seen, *draft.settings.meant, *given}
+        missing = [name for name in _OWN if name not in said]
         if sockets or (sockets is None and "backends" not in missing):
             missing = [name for name in missing if name != "listen"]
         for name in missing:
@@ -274,19 +280,22 @@ def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool |
             for draft in drafts
         ]
         for draft, proxy in zip(drafts, made, strict=True):
-            _check_proxy(draft, proxy, report)
+            _check_proxy(draft, proxy, given, report)
         _check_together(drafts, made, report)
     if report:
         raise ConfigError(report.errors)
     return Config(tuple(made), **general)
 
 
-def _check_proxy(draft: _Draft, proxy: ProxyConfig, report: Report) -> None:
+def _check_proxy(draft: _Draft, proxy: ProxyConfig, given: Mapping[str, Any], report: Report) -> None:
     if all(backend.backup for backend in proxy.backends):
         entry = draft.settings.seen["backends"]
         report.add(entry.line, draft.path(entry.key), "expected one that is no backup, found none")
-    for what in contradictions(proxy.listen, [backend.address for backend in proxy.backends]):
-        report.add(draft.line, draft.key, what)
+    lines = {name: draft.settings.seen[name].line for name in _OWN if name in draft.settings.seen and name not in given}
+    for what in _covered(proxy.listen):
+        report.add(lines.get("listen", draft.line), draft.key, what)
+    for what in own_listeners(proxy.listen, [backend.address for backend in proxy.backends]):
+        report.add(lines.get("backends", draft.line), draft.key, what)
 
 
 def _check_together(drafts: Sequence[_Draft], proxies: Sequence[ProxyConfig], report: Report) -> None:
@@ -313,13 +322,12 @@ def covers(address: Address, other: Address) -> bool:
     return {"": True, "0.0.0.0": v4, "::": v6}.get(address.host, False)
 
 
-def contradictions(listen: Sequence[Address], backends: Sequence[Address]) -> Iterator[str]:
-    """What is wrong between addresses: one that another covers, or a backend that is the proxy itself."""
+def _covered(listen: Sequence[Address]) -> Iterator[str]:
+    """Which addresses another one covers."""
     for address in listen:
         for other in listen:
             if address != other and covers(address, other):
                 yield f"listen {address} covers {other} too, which cannot be bound twice"
-    yield from own_listeners(listen, backends)
 
 
 def own_listeners(listen: Sequence[Address], backends: Sequence[Address]) -> Iterator[str]:

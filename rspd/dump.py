@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rspd.config import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, BackendConfig, Config, HealthConfig
-from rspd.schema import Many, Scalar
+from rspd.schema import SPELLINGS, Many, Scalar
 from rspd.values import OFF, format_duration
 
 TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
@@ -28,8 +28,16 @@ def dump(config: Config) -> str:
 
 
 def _mapping(keys: Mapping[str, Scalar], values: Mapping[str, Any]) -> yaml.MappingNode:
-    found = [(_scalar(name), _node(reader, values[name])) for name, reader in keys.items() if name in values]
+    found = [
+        (_name(name, values[name]), _node(reader, values[name])) for name, reader in keys.items() if name in values
+    ]
     return yaml.MappingNode(MAPPING, [(name, node) for name, node in found if node])
+
+
+def _name(key: str, value: Any) -> yaml.ScalarNode:
+    """A key in its usual spelling: `backend` where there is one."""
+    usual = {full: short for short, full in SPELLINGS.items()}
+    return _scalar(usual[key] if key in usual and len(value) == 1 else key)
 
 
 def _node(reader: Scalar, value: Any) -> yaml.Node | None:
@@ -43,9 +51,10 @@ def _node(reader: Scalar, value: Any) -> yaml.Node | None:
         return _scalar(value.decode("latin-1"), style='"') if value else None
     if isinstance(reader, Many) and value:
         items = [_node(reader.item, item) for item in value]
-        alone = len(items) == 1 and isinstance(items[0], yaml.ScalarNode)
-        return items[0] if alone else yaml.SequenceNode(LIST, items)
-    return next((_scalar(text) for text in _texts(value) if _reads(reader, text) == value), None)
+        return items[0] if len(items) == 1 else yaml.SequenceNode(LIST, items)
+    node = next((_scalar(text) for text in _texts(value) if _reads(reader, text) == value), None)
+    assert node or value in ("", ()), f"nothing means {value!r}"
+    return node
 
 
 def _texts(value: Any) -> Iterator[str]:

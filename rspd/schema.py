@@ -12,8 +12,8 @@ from rspd.yamlfile import Entry, Value
 # Other ways to write a key.
 SPELLINGS = {"backend": "backends"}
 
-# No more keys than these are listed where one is unknown.
-FEW = 9
+# A table of more keys is not listed where one is unknown.
+FEW = 12
 
 
 class Report:
@@ -49,6 +49,10 @@ class Scalar:
         self.parse = parse
         self.expected = expected
 
+    def holds(self, key: str) -> bool:
+        """Whether a further key may stand below this one."""
+        return False
+
     def read(self, value: Value, key: str, report: Report, expected: str = "") -> Any:
         """What the value means; None, and an error in the report, if it is wrong. key: its dotted name."""
         if value.text is None:
@@ -82,6 +86,10 @@ class Table(Scalar):
         self._make = make
         self._required = required or {}
         self._check = check
+
+    def holds(self, key: str) -> bool:
+        """Those of the mapping."""
+        return key in self.keys
 
     def read(self, value: Value, key: str, report: Report, expected: str = "") -> Any:
         """The same for a mapping."""
@@ -140,10 +148,14 @@ class Many(Scalar):
 
 
 class Settings(NamedTuple):
-    """What the keys of a mapping mean, None where one is wrong, and the entry of each, by the full name."""
+    """What the keys of a mapping mean, None where one is wrong, and the entry of each, by the full name.
+
+    meant: the full names that unknown keys were probably to be.
+    """
 
     values: dict[str, Any]
     seen: dict[str, Entry]
+    meant: set[str]
 
 
 def read_keys(
@@ -158,7 +170,7 @@ def read_keys(
     prefix: what goes before a key in an error, with its dot.
     elsewhere: keys that stand somewhere else, and where.
     """
-    settings = Settings({}, {})
+    settings = Settings({}, {}, set())
     seen = settings.seen
     for entry in entries:
         place = prefix + entry.key
@@ -166,10 +178,13 @@ def read_keys(
         if elsewhere and name in elsewhere:
             report.add(entry.line, place, elsewhere[name])
         elif name not in keys:
-            report.add(entry.line, place, f"unknown key, {_suggest(entry.key, keys, seen)}")
+            advice, meant = _suggest(entry.key, keys, seen)
+            report.add(entry.line, place, f"unknown key, {advice}")
+            settings.meant.add(SPELLINGS.get(meant, meant))
         elif name in seen:
             first = seen[name]
-            report.add(entry.line, place, f"given a second time, first as {first.key} in line {first.line}")
+            advice = "; several values are one list" if isinstance(keys[name], Many) else ""
+            report.add(entry.line, place, f"given a second time, first as {first.key} in line {first.line}{advice}")
         else:
             settings.values[name] = _read_once(keys[name], entry, place, report)
         seen.setdefault(name, entry)
@@ -190,19 +205,22 @@ def _read_once(reader: Scalar, entry: Entry, key: str, report: Report) -> Any:
     return meaning
 
 
-def _suggest(key: str, keys: Mapping[str, Scalar], seen: Mapping[str, Entry]) -> str:
-    """What is said of an unknown key: where it belongs, which one was meant, or which there are.
+def _suggest(key: str, keys: Mapping[str, Scalar], seen: Mapping[str, Entry]) -> tuple[str, str]:
+    """What is said of an unknown key: where it belongs, which one was meant, or which there are; and the one meant.
 
     seen: the entries above it.
     """
     for entry in seen.values():
-        table = keys.get(entry.key)
-        if isinstance(table, Table) and key in table.keys and entry.value.text == "":
-            return f"it belongs to {entry.key} in line {entry.line}: indent it"
+        above = keys.get(SPELLINGS.get(entry.key, entry.key))
+        if above and above.holds(key) and entry.value.text == "":
+            return f"it belongs to {entry.key} in line {entry.line}: indent it", ""
     spelled = {full: short for short, full in SPELLINGS.items()}
     known = [spelled.get(name, name) for name in keys]
+    name, colon, _ = key.partition(":")
+    if colon and name in known:
+        return "a space belongs after the colon", name
     if meant := closest(key, [*known, *(name for name in keys if name in spelled)]):
-        return f"did you mean {meant}?"
+        return f"did you mean {meant}?", meant
     if len(known) <= FEW:
-        return f"expected one of {', '.join(known)}"
-    return f"expected {', '.join(known[:3])}, or another one of rspd.yaml(5)"
+        return f"expected one of {', '.join(known)}", ""
+    return f"expected {', '.join(known[:3])}, or another one of rspd.yaml(5)", ""

@@ -14,8 +14,8 @@ DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h"
 # Seconds: what is done again and again, at a shorter interval, would do nothing else.
 SHORTEST = 0.01
 
-# Seconds: some 300,000 years.
-LONGEST = 1e13
+# Hours, so that any duration can be written as seconds again.
+LONGEST = 999_999_999
 
 # YAML's ways to write them.
 OFF = ("off", "no", "false")
@@ -30,15 +30,19 @@ def _seconds(text: str) -> float:
     """Seconds of `500ms`, `5s`, `2m`, `1h` or a bare number of seconds, to the nanosecond; 0 for anything else."""
     match = re.fullmatch(r"(\d{1,13}(?:\.\d{1,9})?)(ms|s|m|h|)", text, re.ASCII)
     seconds = round(float(match[1]) * UNITS[match[2]], 9) if match else 0
-    return seconds if seconds < LONGEST else 0
+    if seconds > LONGEST * UNITS["h"]:
+        raise ValueError(f"expected at most {LONGEST}h, found {text!r}")
+    return seconds
 
 
 def format_duration(seconds: float) -> str:
     """A duration as it is written in the configuration: what is read from it is the same."""
     if seconds == inf:
         return OFF[0]
-    # A minute is 60s, as the defaults are written.
-    for unit in ("ms",) if seconds < 1 else ("h", "m", "s") if seconds > 60 else ("s",):
+    units = ["ms"] if seconds < 1 else ["s"]
+    if seconds > 60:  # up to there in seconds, as the defaults are written
+        units = ["h", "m", "s"]
+    for unit in units:
         text = f"{seconds / UNITS[unit]:.0f}{unit}"
         if _seconds(text) == seconds:
             return text
@@ -129,21 +133,32 @@ def closest(word: str, words: Iterable[str]) -> str:
     """Which of some words was meant by one that is none of them; empty if none is near."""
     import difflib  # slow to import, and for messages only
 
-    by_lower = {known.lower(): known for known in words}
-    found = difflib.get_close_matches(word.lower(), by_lower, 1)
-    return by_lower[found[0]] if found else ""
+    word, known = word.lower(), list(words)
+    begun = [other for other in known if other.lower().startswith(word)] if len(word) > 2 else []
+    if len(begun) == 1:
+        return begun[0]
+    by_lower = {other.lower(): other for other in known}
+    # Of those that are near, one that begins alike: `proxy` is rather proxies than send_proxy.
+    near = difflib.get_close_matches(word, by_lower, 3, cutoff=0.65)
+    alike = [other for other in near if other[:3] == word[:3]]
+    return by_lower[(alike or near)[0]] if near else ""
 
 
-def listed(parse: Callable[[str], T], noun: str) -> Callable[[str], T]:
-    """A parser of one item, a `noun`, that says how a list is written if it finds several items in one text."""
+def listed(parse: Callable[[str], T], noun: str, option: str = "") -> Callable[[str], T]:
+    """A parser of one item, a `noun`, that says how a list is written if it finds several items in one text.
+
+    option: where the list is on the command line, what goes before each item.
+    """
 
     def parse_item(text: str) -> T:
         try:
             return parse(text)
         except ValueError:
-            parts = [part.lstrip("-") for part in re.split(r"[\s,;]+", text) if part.strip("-")]
+            parts = [part.lstrip("-") for part in re.split(r"[\s,]+", text) if part.strip("-")]
             if len(parts) < 2 or not all(map(is_item, parts)):
                 raise
+        if option:
+            raise ValueError(f"expected {noun}, found {text!r}; several are {' '.join(f'{option} {p}' for p in parts)}")
         # YAML has its own meaning for what begins so.
         quoted = (f'"{part}"' if part[0] in "[@" else part for part in parts)
         raise ValueError(f"expected {noun} or a list, found {text!r}; a list is [{', '.join(quoted)}]")

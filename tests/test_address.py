@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rspd.address import (
+    DIALLED,
     FORMS,
     Address,
     SocketAddress,
@@ -20,17 +22,20 @@ from rspd.address import (
     format_socket_address,
     literal,
     parse_address,
+    parse_backend,
     resolve,
 )
 from tests.support import PATIENCE, private_mounts
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
-LABELS = st.text(LETTERS, min_size=1, max_size=63)
+LABELS = st.text(LETTERS, min_size=1, max_size=63).filter(lambda label: label[0] != "-")
 NAMES = st.lists(LABELS, min_size=1, max_size=3).map(".".join).filter(lambda name: not name.isdigit())
 NUMERIC = st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str)
 PORTS = st.integers(0, 65535)
 PASSED_NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=126, blacklist_characters=":"), min_size=1)
-PATHS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=26)
+PATHS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=26).filter(
+    lambda path: not re.search(r"[\s,][/@]", path)
+)
 
 
 @pytest.mark.usefixtures("service_names")
@@ -91,7 +96,7 @@ def test_the_name_of_a_port_is_that_of_a_service_of_this_host(tmp_path: Path) ->
         ("a" * 64 + ":80", "expected PORT, HOST:PORT"),
         ("ü" * 64 + ":80", "expected PORT, HOST:PORT"),
         (".".join(["a" * 63] * 4) + ":80", "expected PORT, HOST:PORT"),
-        ("-80", f"expected {FORMS} (services(5) has no '-80')"),
+        ("-80", f"expected {FORMS} (services(5) has no '-80'), found '-80'; a space belongs after the dash"),
         ("80 ", "expected PORT, HOST:PORT"),
         ("\uff18\uff10", "expected PORT, HOST:PORT"),
         ("host:8080/path", "expected PORT, HOST:PORT"),
@@ -127,6 +132,52 @@ def test_what_is_no_address_is_refused_with_the_reason_and_the_text(text: str, r
         parse_address(text)
     assert str(caught.value).startswith(reason)
     assert f", found {text!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "dialled", "advice"),
+    [
+        ("*:8090", False, "a port alone is every address: 8090"),
+        (":8090", False, "a port alone is every address: 8090"),
+        ("0:8090", False, "a port alone is every address: 8090"),
+        ("*:8090", True, "port 8090 of this host is 127.0.0.1:8090"),
+        (":8090", True, "port 8090 of this host is 127.0.0.1:8090"),
+        ("8090", True, "port 8090 of this host is 127.0.0.1:8090"),
+        ("8080:80", False, "8080 is no host"),
+        ("8080:80", True, "8080 is no host"),
+        ("http://a:80", True, "write a:80 without http://"),
+        ("http://127.0.0.1:8000/", True, "write 127.0.0.1:8000 without http:// and path"),
+        ("HTTP://a?b", True, "write a:80 without HTTP:// and path"),
+        ("https://a.example/x\ny", True, "write a.example:443 without https:// and path"),
+        ("http://user:word@a/", True, "write a:80 without http:// and path"),
+        ("http://[::1]/", True, "write [::1]:80 without http:// and path"),
+        ("tcp://a", True, "write a:PORT without tcp://"),
+        ("tcp://0.0.0.0:80", False, "write 0.0.0.0:80 without tcp://"),
+        ("unix:/run/a", True, "a unix socket is its path: /run/a"),
+        ("unix:///run/a", False, "a unix socket is its path: /run/a"),
+        ("10.0.0.1", True, "the port is missing, as in 10.0.0.1:80"),
+        ("www.example.org", False, "the port is missing, as in www.example.org:80"),
+        ("-a:80", True, "a space belongs after the dash"),
+        ("a.-b:80", True, ""),
+        ("fd://a", True, ""),
+        ("FD://a:b", False, ""),
+        ("http://", True, ""),
+        ("127.0.0.1:8080:80", False, ""),
+        ("[a:80, b:80]", True, ""),
+        ("0", True, ""),
+        ("80.0", False, ""),
+        ("null", False, ""),
+        ("~", True, ""),
+        ("/run/a /run/b", False, ""),
+        ("/run/a, @b", True, ""),
+        ("a" * 99, True, ""),
+    ],
+)
+def test_what_is_written_in_another_way_is_told_how_it_is_written_here(text: str, dialled: bool, advice: str) -> None:
+    with pytest.raises(ValueError, match="expected ") as caught:
+        parse_backend(text) if dialled else parse_address(text)
+    expected = f"expected {DIALLED if dialled else FORMS}, found {text!r}"
+    assert str(caught.value) == (f"{expected}; {advice}" if advice else expected)
 
 
 def test_an_endless_port_number_is_refused_as_too_high() -> None:

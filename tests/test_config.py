@@ -250,10 +250,10 @@ def test_an_alias_is_what_its_anchor_names(load: Load) -> None:
         ("colour: red", f"colour: unknown key, expected {KEYS}"),
         ("<<: {backlog: 1}", f"<<: unknown key, expected {KEYS}"),
         ("1: 2", f"1: unknown key, expected {KEYS}"),
-        ("listen: 81", "listen: given a second time, first as listen in line 1"),
-        ("'listen': 81", "listen: given a second time, first as listen in line 1"),
-        ("backend: a:1", "backend: given a second time, first as backend in line 2"),
-        ("backends: [a:1]", "backends: given a second time, first as backend in line 2"),
+        ("listen: 81", "listen: given a second time, first as listen in line 1; several values are one list"),
+        ("'listen': 81", "listen: given a second time, first as listen in line 1; several values are one list"),
+        ("backend: a:1", "backend: given a second time, first as backend in line 2; several values are one list"),
+        ("backends: [a:1]", "backends: given a second time, first as backend in line 2; several values are one list"),
     ],
 )
 def test_each_error_names_file_line_and_key_what_is_expected_and_what_was_found(
@@ -284,6 +284,8 @@ def test_each_error_names_file_line_and_key_what_is_expected_and_what_was_found(
         ("a:1 [::1]:80", 2, "expected an address or a list, found 'a:1 [::1]:80'; a list is [a:1, \"[::1]:80\"]"),
         ("\n  - a:1\n   - b:2", 3, "expected an address or a list, found 'a:1 - b:2'; a list is [a:1, b:2]"),
         ("\n  -a:1\n  -b:2", 3, "expected an address or a list, found '-a:1 -b:2'; a list is [a:1, b:2]"),
+        ("/run/a, /run/b", 2, "expected an address or a list, found '/run/a, /run/b'; a list is [/run/a, /run/b]"),
+        ('"@a @b"', 2, 'expected an address or a list, found \'@a @b\'; a list is ["@a", "@b"]'),
         ("80, x y", 2, f"{ADDRESS}, found '80, x y'"),
         ("8080:80", 2, f"{ADDRESS}, found '8080:80'; 8080 is no host"),
         (":8090", 2, f"{ADDRESS}, found ':8090'; a port alone is every address: 8090"),
@@ -295,7 +297,10 @@ def test_each_error_names_file_line_and_key_what_is_expected_and_what_was_found(
         ("\n  127.0.0.1: 80", 3, "expected an address or a list of them, found a mapping"),
         ("[80, 81, 80]", 2, "80 is listed twice"),
         ("\n- 80\n- http", 4, "80 is listed twice"),
-        ("\n- 80\n- x:y:z", 4, "expected brackets around an IPv6 address, as in [::1]:8080, found 'x:y:z'"),
+        ("\n- 80\n- x:y:z", 4, f"{ADDRESS}, found 'x:y:z'"),
+        ("127.0.0.1:80:90", 2, f"{ADDRESS}, found '127.0.0.1:80:90'"),
+        ("2001:db8::1:80", 2, "expected brackets around an IPv6 address, as in [::1]:8080, found '2001:db8::1:80'"),
+        ("127.0.0.1", 2, f"{ADDRESS}, found '127.0.0.1'; the port is missing, as in 127.0.0.1:80"),
         ("\n-\n- 80", 3, f"{ADDRESS}, found ''"),
         ("|\n  80\n", 2, f"{ADDRESS}, found '80\\n'"),
     ],
@@ -347,6 +352,8 @@ def test_an_item_of_a_list_that_is_no_address_is_what_the_message_is_about(
         ("a:0", f"{DIAL}, found 'a:0'"),
         ("fd://a", f"{DIAL}, found 'fd://a'"),
         ("a", f"{DIAL} (services(5) has no 'a'), found 'a'"),
+        ("10.0.0.11", f"{DIAL}, found '10.0.0.11'; the port is missing, as in 10.0.0.11:80"),
+        ("www.example.org", f"{DIAL}, found 'www.example.org'; the port is missing, as in www.example.org:80"),
         ("", f"{DIAL}, found ''"),
         ("[a:1, a:1]", "a:1 is listed twice"),
     ],
@@ -614,7 +621,7 @@ def test_the_same_passed_socket_twice_is_told(errors: Errors) -> None:
 )
 def test_a_proxy_that_relays_to_itself_is_refused(errors: Errors, listen: str, backend: str) -> None:
     listener, dialled = listen.strip("'"), backend.strip("'")
-    expected = [f"FILE: backend {dialled} is this proxy's own listener {listener}"]
+    expected = [f"FILE:2: backend {dialled} is this proxy's own listener {listener}"]
     assert errors(f"listen: {listen}\nbackend: {backend}") == expected
 
 
@@ -638,8 +645,8 @@ def test_a_proxy_that_relays_elsewhere_is_not_refused(load: Load, listen: str, b
 
 def test_every_backend_is_compared_with_every_listener(errors: Errors) -> None:
     assert errors("listen: [8080, 8081]\nbackends: [a:1, 'localhost:8081', 'localhost:8080']") == [
-        "FILE: backend localhost:8081 is this proxy's own listener 8081",
-        "FILE: backend localhost:8080 is this proxy's own listener 8080",
+        "FILE:2: backend localhost:8081 is this proxy's own listener 8081",
+        "FILE:2: backend localhost:8080 is this proxy's own listener 8080",
     ]
 
 
@@ -690,5 +697,5 @@ def test_the_default_file_is_where_the_manual_says() -> None:
 def test_an_address_that_a_bare_port_covers_already_is_refused(tmp_path: Path, listen: str) -> None:
     file = tmp_path / "rspd.yaml"
     file.write_text(f"listen: {listen}\nbackend: 192.0.2.1:80\n")
-    with pytest.raises(ConfigError, match=r"listen 8080 covers \S+:8080 too, which cannot be bound twice"):
+    with pytest.raises(ConfigError, match=r"rspd.yaml:1: listen 8080 covers \S+:8080 too, which cannot be bound twice"):
         load_config(str(file), {})

@@ -246,6 +246,13 @@ def test_a_backend_is_an_address_or_a_mapping(load: Load, key: str) -> None:
         ("health: {expect: a, http: /}", "health.expect: cannot stand beside http"),
         ("health: {host: a}", "health.host: needs http beside it"),
         ("health: {status: 200, send: a}", "health.status: needs http beside it"),
+        ("proxy: v1", "proxy: unknown key, did you mean proxies?"),
+        ("log: debug", "log: unknown key, did you mean log_level?"),
+        (
+            "daemon: yes",
+            "daemon: unknown key, expected listen, backend, max_connections, or another one of rspd.yaml(5)",
+        ),
+        ("health: {http:/}", "health.http:/: unknown key, a space belongs after the colon"),
         ("send_proxi: v1", "send_proxi: unknown key, did you mean send_proxy?"),
         ("weight: 2", None),
     ],
@@ -271,7 +278,7 @@ def test_each_error_names_line_and_key_what_is_expected_and_what_was_found(
             "{address: a:1, weight: 0}",
             "FILE:2: backend.weight: expected a whole number from 1 to 1000, found '0'",
         ),
-        ("{address: a:1, wait: 2}", "FILE:2: backend.wait: unknown key, did you mean weight?"),
+        ("{address: a:1, wieght: 2}", "FILE:2: backend.wieght: unknown key, did you mean weight?"),
         (
             "{address: a:1, name: x}",
             "FILE:2: backend.name: unknown key, expected one of address, weight, backup, max_connections",
@@ -289,7 +296,7 @@ def test_each_error_names_line_and_key_what_is_expected_and_what_was_found(
             "\n- {address: a:1, backup: true}\n- {address: b:1, backup: yes}",
             "FILE:2: backend: expected one that is no backup, found none",
         ),
-        ("{address: localhost:1, weight: 2}", "FILE: backend localhost:1 is this proxy's own listener 1"),
+        ("{address: localhost:1, weight: 2}", "FILE:2: backend localhost:1 is this proxy's own listener 1"),
     ],
 )
 def test_what_is_wrong_with_a_backend_is_told_with_its_own_line(errors: Errors, value: str, message: str) -> None:
@@ -437,6 +444,27 @@ def test_where_systemd_passes_sockets_a_proxy_need_not_listen(load: Load) -> Non
             ],
         ),
         ("proxies:\n", ["FILE:1: proxies: expected names, each with the keys of a proxy, found ''"]),
+        (
+            "proxies:\nweb:\n  listen: 80\n",
+            [
+                "FILE:1: proxies: expected names, each with the keys of a proxy, found ''",
+                "FILE:2: web: unknown key, it belongs to proxies in line 1: indent it",
+            ],
+        ),
+        (
+            "proxies:\n- web: {listen: 80}\n",
+            [
+                "FILE:2: proxies: expected names, each with the keys of a proxy, found a list; leave out the dashes",
+            ],
+        ),
+        (
+            "Listen: 80\nbackens: a:1\nbacklog: 0\n",
+            [
+                "FILE:1: Listen: unknown key, did you mean listen?",
+                "FILE:2: backens: unknown key, did you mean backends?",
+                "FILE:3: backlog: expected a whole number from 1 to 2147483647, found '0'",
+            ],
+        ),
         ("proxies: {}\n", ["FILE:1: proxies: expected names, each with the keys of a proxy, found none"]),
         ("proxies: [a]\n", ["FILE:1: proxies: expected names, each with the keys of a proxy, found a list"]),
         ("proxies: {web: 80}\n", ["FILE:1: proxies.web: expected the keys of a proxy, found '80'"]),

@@ -214,6 +214,21 @@ def test_rspd_yaml_5_lists_each_key_with_its_default(heading: str) -> None:
     assert_told(listed, HEADINGS[heading])
 
 
+def test_the_manual_the_shipped_configuration_and_the_code_have_the_keys_in_the_same_order() -> None:
+    order = [key for key in TOP[0] if key != "proxies"]
+    assert [key for key in explained("KEYS") if key != "proxies"] == order
+    shown = re.findall(r"^#?(\w+): ", SHIPPED.read_text(), re.MULTILINE)
+    assert ["backends" if key == "backend" else key for key in shown] == order
+
+
+def test_rspd_yaml_5_says_how_long_a_duration_may_be() -> None:
+    (longest,) = re.findall(r"^The longest duration is\n\.Ql (\d+)h \.$", RSPD_YAML_5, re.MULTILINE)
+    key = TOP[0]["idle_timeout"]
+    assert takes(key, f"{longest}h")
+    with pytest.raises(ValueError, match=f"^expected at most {longest}h, found '{longest}.1h'$"):
+        key.parse(f"{longest}.1h")
+
+
 def keys_that_expect(what: str) -> list[Any]:
     """The headings and keys whose parser asks for that: what it says of a value that is none of anything."""
     found = []

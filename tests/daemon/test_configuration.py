@@ -27,6 +27,7 @@ from tests.support import (
     skip_for_kernel,
 )
 
+PORT_MISSING = "the port is missing, as in localhost:80"
 DIAL = "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
 ADDRESS = "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h, or off"
@@ -175,10 +176,10 @@ colour: red
         [
             f"{file}:3: listen: a port is at most 65535, found '70000'",
             f"{file}:4: listen: expected brackets around an IPv6 address, as in [::1]:8080, found '::1:80'",
-            f"{file}:5: listen: {ADDRESS} (services(5) has no 'localhost'), found 'localhost'",
+            f"{file}:5: listen: {ADDRESS} (services(5) has no 'localhost'), found 'localhost'; {PORT_MISSING}",
             f"{file}:6: listen: {stale} is listed twice",
             f"{file}:7: backend: {DIAL}, found '8000'; port 8000 of this host is 127.0.0.1:8000",
-            f"{file}:8: backends: given a second time, first as backend in line 7",
+            f"{file}:8: backends: given a second time, first as backend in line 7; several values are one list",
             f"{file}:9: max_connections: expected a whole number from 1 to 1000000, found '0'",
             f"{file}:10: max_conections: unknown key, did you mean max_connections?",
             f"{file}:11: backlog: expected a whole number from 1 to 2147483647, found '1e3'",
