@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from rspd.pidfile import PidFile
 from rspd.process import Starter, detach, started_by_systemd
 from rspd.service import run
 from rspd.systemd import Notifier, take_sockets
-from rspd.values import closest
+from rspd.values import closest, listed
 from rspd.yamlfile import ConfigError
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ a bug, 71 too few descriptors, 73 pid file, 77 permission, 78 configuration.
 """
 
 
-# The form without options.
 SHORT = "PORT BACKEND_HOST:BACKEND_PORT"
 
 USAGE = """\
@@ -105,11 +105,18 @@ def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> No
     if every_value:
         from rspd.dump import dump
 
-        print(dump(config), end="")
+        said = dump(config)
     else:
         from rspd.description import describe
 
-        print(f"{source}: valid", *describe(config), sep="\n")
+        said = "\n".join([f"{source}: valid", *describe(config), ""])
+    try:
+        print(said, end="", flush=True)
+    except BrokenPipeError:
+        sys.stdout = None  # or Python tries again at the end; who reads has enough
+    except OSError as error:
+        sys.stdout = None
+        raise StartError(f"cannot write to stdout: {error.strerror}", os.EX_CANTCREAT) from None
 
 
 def _load_first(path: str | None, overrides: dict[str, Any], sockets: bool | None) -> Config:
@@ -136,10 +143,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Say of an unknown option which one was meant."""
+        for word in sys.argv[1:] if args is None else args:
+            if re.match("-[a-z]", word) and f"-{word}" in self._option_string_actions:
+                self.error(f"unknown option {word!r}; did you mean -{word}?")  # not -c with a value
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            meant = closest(unknown[0].partition("=")[0], self._option_string_actions)
-            self.error(f"unknown option {unknown[0]!r}" + (f"; did you mean {meant}?" if meant else ""))
+            word = unknown[0].partition("=")[0]
+            key, meant = word.lstrip("-").replace("-", "_"), closest(word, self._option_string_actions)
+            advice = f"; did you mean {meant}?" if meant else ""
+            if key in PROXY_KEYS:
+                advice = f"; {key} is a key of the configuration file"
+            self.error(f"unknown option {word!r}{advice}")
         return options, unknown
 
 
@@ -153,11 +167,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=33, width=80),
         allow_abbrev=False,
     )
-    parser.add_argument("original", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("addresses", nargs="*", help=argparse.SUPPRESS)
     add = parser.add_argument
     add("-c", "--config", metavar="FILE", help=f"the configuration file, else {DEFAULT_FILE}")
-    add("-l", "--listen", metavar="ADDRESS", action="append", type=_checked(parse_address), help="listen there")
-    add("-b", "--backend", metavar="ADDRESS", action="append", type=_checked(parse_backend), help="relay to there")
+    add(
+        "-l",
+        "--listen",
+        metavar="ADDRESS",
+        action="append",
+        type=_checked(listed(parse_address, "an address", "-l")),
+        help="listen there",
+    )
+    add(
+        "-b",
+        "--backend",
+        metavar="ADDRESS",
+        action="append",
+        type=_checked(listed(parse_backend, "an address", "-b")),
+        help="relay to there",
+    )
     add(
         "--max-connections",
         metavar="N",
@@ -208,11 +236,11 @@ def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     listen, backends = options.listen, options.backend
     if options.all and not options.check:
         parser.error("--all goes with --check")
-    if options.original:
+    if options.addresses:
         if listen or backends:
             parser.error(f"expected either {SHORT} or -l and -b, found both")
         try:
-            listen, backends = _parse_original(options.original)
+            listen, backends = _parse_addresses(options.addresses)
         except ValueError as error:
             parser.error(str(error))
     values = {
@@ -225,19 +253,31 @@ def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _parse_original(words: Sequence[str]) -> tuple[list[Address], list[Address]]:
+def _parse_addresses(words: Sequence[str]) -> tuple[list[Address], list[Address]]:
     """Where to listen and what to dial, by the arguments that are no options. Raises ValueError."""
     if len(words) == 2:
         return [parse_address(words[0])], [parse_backend(words[1])]
     if len(words) != 3:
-        file = len(words) == 1 and os.path.isfile(words[0])
-        advice = f"; a configuration file needs -c: rspd -c {words[0]}" if file else ""
+        advice = ""
+        if len(words) == 1 and os.path.isfile(words[0]):
+            advice = f"; a configuration file needs -c: rspd -c {words[0]}"
+        elif words[0] in ("start", "stop", "restart", "reload", "status"):
+            advice = f"; the service is for systemctl: systemctl {words[0]} rspd"
         raise ValueError(f"expected {SHORT}, found {' '.join(words)!r}{advice}")
     port, host, backend_port = words
     if host.startswith(("/", "@")):
         raise ValueError(f"expected a host, found {host!r}; a unix socket has no port")
+    if _has_port(host):
+        raise ValueError(f"expected a host without a port, found {host!r}; several backends are -b {host} -b ...")
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     return [parse_address(port)], [parse_backend(f"{host}:{backend_port}")]
+
+
+def _has_port(text: str) -> bool:
+    try:
+        return bool(parse_backend(text))
+    except ValueError:
+        return False
 
 
 def _open_standard_descriptors() -> None:

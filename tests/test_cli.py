@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from rspd import __version__
 from rspd.address import FORMS
 from rspd.cli import main
+from tests.support import PATIENCE
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
 USAGE = (
@@ -189,11 +192,28 @@ def test_a_check_of_an_empty_file_misses_both_addresses(
 def test_a_check_of_all_prints_each_value_in_force_as_a_file_and_nothing_else(rspd: Run, file: Path) -> None:
     code, out, err = rspd("--check", "--all", "-c", str(file), "--max-connections", "7")
     assert (code, err) == (0, "")
-    assert out.startswith("listen: 8080\nbackends:\n- address: 127.0.0.1:8000\n")
+    assert out.startswith("listen: 8080\nbackend:\n  address: 127.0.0.1:8000\n")
     assert "\nmax_connections: 7\n" in out
     assert "\nidle_timeout: 60s\n" in out
     file.write_text(out)
     assert rspd("--check", "--all", "-c", str(file)) == (0, out, "")
+
+
+def test_a_check_whose_reader_has_gone_ends_in_silence(file: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "rspd", "--check", "--all", "-c", str(file)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("more", [[], ["--all"]])
+def test_a_check_whose_output_cannot_be_written_is_73(file: Path, more: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "rspd", "--check", *more, "-c", str(file)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (73, "rspd: cannot write to stdout: No space left on device\n")
 
 
 def test_all_goes_with_a_check_only(rspd: Run) -> None:
@@ -255,7 +275,7 @@ def test_the_originals_form_takes_names_numbers_ipv6_and_options(
         (["8080"], "expected PORT BACKEND_HOST:BACKEND_PORT, found '8080'"),
         (
             ["8080", "80"],
-            "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found '80'; port 80 of this host is 127.0.0",
+            "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found '80'; port 80 of this host is 127.0.0.1:80; see",
         ),
         (["8080", "host", "80", "81"], "expected PORT BACKEND_HOST:BACKEND_PORT, found '8080 host 80 81'"),
         (
@@ -271,9 +291,18 @@ def test_the_originals_form_takes_names_numbers_ipv6_and_options(
         (["8080", "ho st", "80"], "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found 'ho st:80'"),
         (["8080", "", "80"], "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME, found ':80'"),
         (["8080", "::x", "80"], "expected an IPv6 address between the brackets, found '[::x]:80'"),
+        (["--idle-timeout", "4"], "unknown option '--idle-timeout'; idle_timeout is a key of the configuration file"),
+        (["--resolve=each"], "unknown option '--resolve'; resolve is a key of the configuration file"),
         (["-l", "x y", "-b", "a:1"], f"argument -l/--listen: expected {FORMS}, found 'x y'"),
         (["-l", "%s", "-b", "a:1"], f"argument -l/--listen: expected {FORMS}, found '%s'"),
         (["-l", "1", "-b", "80"], "argument -b/--backend: expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"),
+        (["-b", "a:1,b:2"], "argument -b/--backend: expected an address, found 'a:1,b:2'; several are -b a:1 -b b:2"),
+        (["-l", "80,81"], "argument -l/--listen: expected an address, found '80,81'; several are -l 80 -l 81"),
+        (["80", "a:1", "b:2"], "expected a host without a port, found 'a:1'; several backends are -b a:1 -b ..."),
+        (
+            ["reload"],
+            "expected PORT BACKEND_HOST:BACKEND_PORT, found 'reload'; the service is for systemctl: systemctl r",
+        ),
         (["-l", "::1:80"], "argument -l/--listen: expected brackets around an IPv6 address, as in [::1]:8080, found "),
         (["-l"], "argument -l/--listen: expected one argument"),
         (["--max-connections", "0"], "argument --max-connections: expected a whole number from 1 to 1000000, found '0"),
@@ -288,7 +317,7 @@ def test_the_originals_form_takes_names_numbers_ipv6_and_options(
             f"argument -l/--listen: expected {FORMS}, found '*:8090'; a port alone is every address: 8090",
         ),
         (["--colour"], "unknown option '--colour'"),
-        (["--colour=red", "--check"], "unknown option '--colour=red'"),
+        (["--colour=red", "--check"], "unknown option '--colour'; see rspd --help"),
     ],
 )
 def test_a_wrong_argument_is_a_usage_error_with_its_reason(rspd: Run, arguments: list[str], reason: str) -> None:
@@ -304,12 +333,14 @@ def test_a_wrong_argument_is_a_usage_error_with_its_reason(rspd: Run, arguments:
         ("--chekc", "--check"),
         ("--chekc=1", "--check"),
         ("--max-connection=5", "--max-connections"),
-        ("--background", "--backend"),
+        ("--max", "--max-connections"),
         ("--Check", "--check"),
+        ("-check", "--check"),
+        ("-config", "--config"),
     ],
 )
 def test_an_unknown_option_is_told_with_the_one_that_was_meant(rspd: Run, option: str, meant: str) -> None:
-    said = f"{USAGE}rspd: unknown option '{option}'; did you mean {meant}? See rspd --help\n"
+    said = f"{USAGE}rspd: unknown option '{option.partition('=')[0]}'; did you mean {meant}? See rspd --help\n"
     assert rspd("-l", "1", "-b", "a:1", option) == (64, "", said)
 
 
