@@ -127,6 +127,8 @@ def _advise(text: str, dialled: bool) -> str:
         )
     if re.fullmatch(r"localhost|\d+(\.\d+){3}|[\w-]+(\.[\w-]+)*\.[a-z]{2,}\.?", text, re.ASCII | re.IGNORECASE):
         return f"; the port is missing, as in {text}:80"
+    if dialled and re.fullmatch(r"(?![\d.]+$)\w[\w.-]*", text, re.ASCII):
+        return f"; the port is missing, as in {text}:80"
     if text.startswith("-"):
         return "; a space belongs after the dash"
     host = text.rpartition(":")[0]
@@ -161,7 +163,8 @@ def _parse_port(port: str, text: str, dialled: bool) -> int:
     try:
         return socket.getservbyname(port, "tcp")
     except OSError:
-        known = f" (services(5) has no {port!r})" if len(port) < 32 else ""
+        # What is to be dialled has a host: a word alone is no port.
+        known = f" (services(5) has no {port!r})" if len(port) < 32 and (":" in text or not dialled) else ""
         raise _no_address(text, dialled, known) from None
 
 

@@ -149,9 +149,12 @@ class Parser(argparse.ArgumentParser):
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
-            key, meant = word.lstrip("-").replace("-", "_"), closest(word, self._option_string_actions)
+            key, meant = (
+                word.lstrip("-").replace("-", "_"),
+                closest(word.replace("_", "-"), self._option_string_actions),
+            )
             advice = f"; did you mean {meant}?" if meant else ""
-            if key in PROXY_KEYS:
+            if key in PROXY_KEYS and meant != "--" + key.replace("_", "-"):
                 advice = f"; {key} is a key of the configuration file"
             self.error(f"unknown option {word!r}{advice}")
         return options, unknown

@@ -157,6 +157,9 @@ def test_what_is_no_address_is_refused_with_the_reason_and_the_text(text: str, r
         ("unix:///run/a", False, "a unix socket is its path: /run/a"),
         ("10.0.0.1", True, "the port is missing, as in 10.0.0.1:80"),
         ("www.example.org", False, "the port is missing, as in www.example.org:80"),
+        ("web2", True, "the port is missing, as in web2:80"),
+        ("a_b.c", True, "the port is missing, as in a_b.c:80"),
+        ("localhost", True, "the port is missing, as in localhost:80"),
         ("-a:80", True, "a space belongs after the dash"),
         ("a.-b:80", True, ""),
         ("fd://a", True, ""),
@@ -170,7 +173,7 @@ def test_what_is_no_address_is_refused_with_the_reason_and_the_text(text: str, r
         ("~", True, ""),
         ("/run/a /run/b", False, ""),
         ("/run/a, @b", True, ""),
-        ("a" * 99, True, ""),
+        ("a" * 99, False, ""),
     ],
 )
 def test_what_is_written_in_another_way_is_told_how_it_is_written_here(text: str, dialled: bool, advice: str) -> None:

@@ -334,6 +334,8 @@ def test_a_wrong_argument_is_a_usage_error_with_its_reason(rspd: Run, arguments:
         ("--chekc=1", "--check"),
         ("--max-connection=5", "--max-connections"),
         ("--max", "--max-connections"),
+        ("--max_connections", "--max-connections"),
+        ("--log_level=info", "--log-level"),
         ("--Check", "--check"),
         ("-check", "--check"),
         ("-config", "--config"),

@@ -169,7 +169,7 @@ def middle(work: str, name: str) -> float:
 
 def test_what_the_readme_says_of_the_cost_is_what_bench_has_measured() -> None:
     told = "A download takes (.*) times the CPU time that it takes with nginx, and (.*) times that of HAProxy. A new"
-    (ratios,) = re.findall(f"{told} connection takes about twice as much as with these two.", README)
+    (ratios,) = re.findall(f"{told} connection takes about twice the CPU time that it takes with these two.", README)
     for peer, ratio in zip(("nginx", "haproxy"), ratios, strict=True):
         assert f"{middle('down-1', 'rspd') / middle('down-1', peer):.2f}" == ratio
         assert 1.75 < middle("new-64", "rspd") / middle("new-64", peer) < 2.5
