@@ -39,7 +39,6 @@ at once; SIGHUP reads FILE again. Exit codes: 0; 64 usage, 69 cannot listen, 70
 a bug, 71 too few descriptors, 73 pid file, 77 permission, 78 configuration.
 """
 
-
 SHORT = "PORT BACKEND_HOST:BACKEND_PORT"
 
 USAGE = """\
@@ -149,12 +148,10 @@ class Parser(argparse.ArgumentParser):
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
-            key, meant = (
-                word.lstrip("-").replace("-", "_"),
-                closest(word.replace("_", "-"), self._option_string_actions),
-            )
+            dashed = word.replace("_", "-")
+            key, meant = dashed.lstrip("-").replace("-", "_"), closest(dashed, self._option_string_actions)
             advice = f"; did you mean {meant}?" if meant else ""
-            if key in PROXY_KEYS and meant != "--" + key.replace("_", "-"):
+            if key in PROXY_KEYS and meant != dashed:
                 advice = f"; {key} is a key of the configuration file"
             self.error(f"unknown option {word!r}{advice}")
         return options, unknown

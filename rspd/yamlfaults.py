@@ -123,9 +123,8 @@ class _Fault:
         if re.search(r":(\s|$)", upper) or self._column(self.line) != self._column(above):
             return self._misplaced(self.line)
         item = upper.strip()[1:].strip()
-        advice = (
-            f"; with further keys, it is - address: {item}" if re.fullmatch(r"[^:\s]+:\d+", item) else advise_pair(item)
-        )
+        address = re.fullmatch(r"[^:\s]+:\d+", item)
+        advice = f"; with further keys, it is - address: {item}" if address else advise_pair(item)
         return above, f"expected - KEY: VALUE, found {_quote(upper)}{advice}"
 
     def _dash(self, _: re.Match[str]) -> Told:
