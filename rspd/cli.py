@@ -112,9 +112,8 @@ def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> No
     try:
         print(said, end="", flush=True)
     except BrokenPipeError:
-        sys.stdout = None  # or Python tries again at the end; who reads has enough
+        pass  # who reads has enough
     except OSError as error:
-        sys.stdout = None
         raise StartError(f"cannot write to stdout: {error.strerror}", os.EX_CANTCREAT) from None
 
 
@@ -259,7 +258,7 @@ def _parse_addresses(words: Sequence[str]) -> tuple[list[Address], list[Address]
         return [parse_address(words[0])], [parse_backend(words[1])]
     if len(words) != 3:
         advice = ""
-        if len(words) == 1 and os.path.isfile(words[0]):
+        if os.path.isfile(words[0]):
             advice = f"; a configuration file needs -c: rspd -c {words[0]}"
         elif words[0] in ("start", "stop", "restart", "reload", "status"):
             advice = f"; the service is for systemctl: systemctl {words[0]} rspd"

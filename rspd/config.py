@@ -220,7 +220,7 @@ class _Proxies(Scalar):
     def read(self, value: Value, key: str, report: Report, expected: str = "") -> list[_Draft] | None:
         if value.entries is None or not value.entries:
             found = value.kind if value.entries is None else "none"
-            advice = "; leave out the dashes" if value.items else ""
+            advice = "; leave out the dashes" if value.dashed else ""
             report.add(value.line, key, f"expected names, each with the keys of a proxy, found {found}{advice}")
             return None
         drafts: dict[str, _Draft] = {}

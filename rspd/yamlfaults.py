@@ -90,7 +90,7 @@ class _Fault:
 
     def _address(self, _: re.Match[str]) -> Told:
         """One of the forms of an address that mean something else to YAML."""
-        if not re.search(r"[:-]\s+[\[@]|[\[,]\s*[:@]", self._text(self.line)):
+        if not re.search(r"[\[,-]\s*[:@]|:\s+@|\]:", self._text(self.line)):
             return None
         return self.line, f"{self.problem}; an address that starts with [, @ or : needs quotes"
 
@@ -172,7 +172,7 @@ class _Fault:
         """What is said of a line without key and value."""
         text, above = self._text(line).strip(), self._above(line)
         beside = self._text(above).lstrip().startswith("- ") and self._column(line) == self._column(above, dash=True)
-        item = ", or - ITEM as above" if beside and not text.startswith("- ") else ""
+        item = ", or - ITEM as above" if beside else ""
         return f"expected KEY: VALUE{item}, found {_quote(text)}" + ("" if item else advise_pair(text))
 
     def _misplaced(self, line: int) -> Told:
@@ -189,7 +189,7 @@ class _Fault:
                 continue
             if not open_blocks or self._column(above, dash) < open_blocks[-1][0]:
                 open_blocks.append((self._column(above, dash), above))
-        if not open_blocks or column in [beside for beside, _ in open_blocks]:
+        if not open_blocks:
             return line, self._no_pair(line)
         # Between two columns: what has nothing after its colon is rather beside the outer one.
         outward = 1 if text.rstrip().endswith(":") else -1
@@ -215,7 +215,7 @@ class _Fault:
         return match.end() if match else 0
 
     def _text(self, line: int) -> str:
-        return self.lines[line] if line < len(self.lines) else ""
+        return self.lines[line]
 
 
 def _quote(text: str) -> str:

@@ -39,6 +39,11 @@ class Value(NamedTuple):
         return [Value(item) for item in self.node.value] if isinstance(self.node, yaml.SequenceNode) else None
 
     @property
+    def dashed(self) -> bool:
+        """Whether it is a list, with a dash before each item."""
+        return isinstance(self.node, yaml.SequenceNode) and not self.node.flow_style
+
+    @property
     def entries(self) -> list[Entry] | None:
         """What a mapping has, in the file's order."""
         if not isinstance(self.node, yaml.MappingNode):
@@ -85,10 +90,7 @@ def read_entries(path: str) -> list[Entry]:
 
 def _advise(root: Value) -> str:
     """What a file has in place of keys, and how to mend it where that is known."""
-    if root.items:
-        dashes = isinstance(root.node, yaml.SequenceNode) and not root.node.flow_style
-        return root.kind + ("; leave out the dashes" if dashes else "")
-    return root.kind + advise_pair(root.text or "")
+    return root.kind + ("; leave out the dashes" if root.dashed else advise_pair(root.text or ""))
 
 
 def _name(key: Value) -> str:

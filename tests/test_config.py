@@ -561,6 +561,11 @@ def test_an_error_of_the_file_is_one_even_where_the_command_line_wins(errors: Er
     assert found == ["FILE:2: listen: a port is at most 65535, found '70000'"]
 
 
+def test_an_address_of_the_command_line_has_no_line_of_the_file(errors: Errors) -> None:
+    found = errors("listen: 8080\nbackend: a:1", backends=relayed_to(Address("localhost", 8080)))
+    assert found == ["FILE: backend localhost:8080 is this proxy's own listener 8080"]
+
+
 def test_without_a_file_the_command_line_is_the_configuration() -> None:
     proxy = ProxyConfig(listen=(Address(port=80),), backends=relayed_to(Address("a", 1)))
     assert load_config(None, {"listen": proxy.listen, "backends": proxy.backends}) == Config((proxy,))

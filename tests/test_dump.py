@@ -86,6 +86,13 @@ def test_all_of_a_check_is_told() -> None:
     assert expected in dump(read(file))
 
 
+def test_each_value_has_a_line_and_several_backends_are_called_so() -> None:
+    long = "word " * 50 + "end"
+    told = dump(read(f"listen: 80\nbackends: [a:1, b:1]\nhealth: {{send: '{long}'}}\n"))
+    assert f'\n  send: "{long}"\n' in told
+    assert "\nbackends:\n- address: a:1\n" in told
+
+
 def test_several_proxies_stand_under_their_names_after_what_is_for_all() -> None:
     told = dump(read("idle_timeout: 9s\nproxies: {a: {listen: 1, backend: a:1}, b: {backend: b:1}}"))
     assert told.startswith("exit_idle_time: off\nlog_level: info\nproxies:\n  a:\n    listen: 1\n    backend:\n")

@@ -71,6 +71,8 @@ def test_a_line_without_a_colon_is_the_line_at_fault(fault: Fault, content: str 
     [
         ("  listen: 80\nbackend: a:1\n", 1, 3, 2, 1),
         ("# why\n\n  listen: 80\n# why not\nbackend: a:1\n", 3, 3, 5, 1),
+        ("health:\n    http: /\nbackends:\n  - a:1\n   listen: 80\n", 5, 4, 3, 1),
+        ("proxies:\n  web:\n      listen: 80\n     # x: y\n    backend: a:1\n", 5, 5, 3, 7),
         ("health:\n# why\n    # why not\n    http: /\n  rise: 2\n", 5, 3, 4, 5),
         ("health:\n    interval: 5s\n  timeout: 2s\nlisten: 80\n", 3, 3, 2, 5),
         ("backends:\n  - a:1\n - b:2\nlisten: 80\n", 3, 2, 2, 3),
@@ -184,6 +186,7 @@ def test_what_is_not_closed_or_means_something_else_is_told(fault: Fault, conten
     [
         ("listen: !<%ff> 80\n", "1: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         ("%listen: 80\n", "1: expected alphabetic or numeric character, but found ':'"),
+        ("listen: [80,, 81]\n", "1: expected the node content, but found ','"),
         ("listen: >x\n  80\n", "1: expected chomping or indentation indicators, but found 'x'"),
     ],
 )
