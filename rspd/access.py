@@ -1,4 +1,4 @@
-"""Which clients may come, and how the log hears of those that may not."""
+"""Which clients may connect, and what the log says of refused clients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Access:
     ) -> None:
         """Go by other settings from now on.
 
-        present: the host of each connection there is, refused ones left out: they count by a new limit, too.
+        present: the host of each open connection that was not refused: these count towards a new limit too.
         """
         self._allow = Networks(allow) if allow else None
         self._deny = Networks(deny) if deny else None
@@ -43,7 +43,7 @@ class Access:
         self.needed = bool(allow or deny or per_client < inf)
 
     def refusal(self, host: str) -> str:
-        """Why a client may not come, in words for the log; empty if it may. Raises OSError for no numeric address."""
+        """Why a client is refused, in words for the log; empty if it is not. Raises OSError if host is no address."""
         if self._deny and (network := self._deny.find(host)):
             return f"in deny {network}"
         if self._allow and host not in self._allow:
@@ -73,10 +73,10 @@ class Access:
 
 
 class Refusals:
-    """Logs refused clients: the first at once, then no more than a line each second, with how many others there were.
+    """Logs refused clients: the first at once, then at most one line a second, with the number of the other clients.
 
-    tag: what tells the proxy in a line, ` proxy=NAME`, or nothing.
-    count: how many there were.
+    tag: names the proxy in a line of the log: ` proxy=NAME`, or nothing.
+    count: how many clients were refused.
     """
 
     def __init__(self, loop: Loop, tag: str) -> None:
@@ -97,7 +97,7 @@ class Refusals:
             self._task = self._loop.spawn(self._tell_later())
 
     def close(self) -> None:
-        """Log now what is held back, at the end of the proxy. The task that would is done a turn later."""
+        """Log what is held back, since the proxy ends. The task that would have logged it ends a turn later."""
         self._tell()
         if self._task:
             self._task.cancel()

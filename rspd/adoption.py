@@ -24,9 +24,9 @@ class Part(NamedTuple):
 def assign(config: Config, adopted: Sequence[Listener]) -> dict[str, Part]:
     """What each proxy listens on, by the proxies' names.
 
-    A proxy takes the sockets that its `listen` names (`fd://NAME`). Where it names none, it takes those that have
-    its own name, and a lone proxy all of them, in place of what `listen` says.
-    Raises ConfigError if some socket is nobody's, or somebody has nothing to listen on.
+    A proxy takes the sockets that its `listen` names (`fd://NAME`). If `listen` names none, the proxy takes the sockets
+    that have its own name, in place of the addresses in `listen`; a lone proxy takes all sockets.
+    Raises ConfigError if no proxy takes some socket, or if some proxy has nothing to listen on.
     """
     passed = _names(adopted)
     what = f"passed are {', '.join(passed)}" if passed else "none was passed; is its socket unit active?"
@@ -55,7 +55,7 @@ def assign(config: Config, adopted: Sequence[Listener]) -> dict[str, Part]:
 
 
 def log_replaced(config: Config, parts: dict[str, Part]) -> None:
-    """Log which addresses of `listen` sockets from systemd took the place of, and nobody listens on."""
+    """Log the addresses in `listen` that are not listened on, because sockets from systemd took their place."""
     for proxy in config.proxies:
         part = parts[proxy.name]
         if not part.adopted or any(address.passed for address in proxy.listen):

@@ -13,15 +13,15 @@ from rspd.health import Checker
 class Backend:
     """A backend of a proxy, and its state; changed by `Backends` only.
 
-    address, weight, backup, limit: as configured; `limit` is of connections at once.
-    name: its address, for people. Of a name whose addresses count each, the one of them.
-    addresses: what it stands for, the one to be tried first at the front; empty as long as the name is unknown.
-    open: connections to it, those that are being dialled among them.
-    healthy: as far as checks say; True without any.
+    address, weight, backup, limit: as configured; `limit` is the most connections at once.
+    name: its address, for people. With `resolve: each`, the one address of the name that this backend is.
+    addresses: its socket addresses, the first to be tried at the front; empty as long as its name is unknown.
+    open: how many connections it has, those that are being dialled included.
+    healthy: what the health checks say; True if there are none.
     out_until: until when it is out of service because connecting failed, by the loop's time; 0 if it is not.
     failures: when connecting failed, within fail_timeout.
-    member: whether it is configured; one that is not goes on until its connections have ended.
-    policy: what chooses among the backends of its kind; eligible: whether it may choose this one.
+    member: whether it is still configured. If not, its open connections go on.
+    policy: chooses among the backends, or among the spares. eligible: whether the policy may choose this backend.
     """
 
     __slots__ = (

@@ -1,4 +1,4 @@
-"""The backends of a proxy: who they are, how each is, and which is next."""
+"""The backends of a proxy: which there are, the state of each, and which is next."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from rspd.ways import Way, Ways
 # How many backends that are down are tried for one client.
 LAST_RESORTS = 10
 
-# Of so many backends, a line of the log says why they are down.
+# How many backends a line of the log names with the reason why each is down.
 REASONS_MAX = 3
 
 log = logging.getLogger(__name__)
 
 
 class Backends:
-    """The backends of a proxy, as far as they are configured and their names are known. Owns what checks them.
+    """The backends of a proxy that are configured and whose addresses are known. Owns health checks and lookups.
 
-    config: by which they go.
-    members: each, by its name, in the order of the configuration.
-    only: the one that there is, while there is nothing to choose.
-    on_room: called when a backend may get connections, or may soon; to be set by who waits for that.
+    config: the proxy's configuration in force.
+    members: each backend by its name, in the order of the configuration.
+    only: the lone member, while it is up and has no limit, so that there is nothing to choose; else None.
+    on_room: called after a change by which a backend may get connections, now or soon. The dialler sets it.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Backends:
         on_change: Callable[[], object] = lambda: None,
         ways: Ways | None = None,
     ) -> None:
-        """on_down: called when a backend goes down, after those that wait have been given another.
+        """on_down: called when a backend goes down, after the first waiting client was woken to take another.
 
         on_change: called when `describe` may say something else.
         """
@@ -64,21 +64,21 @@ class Backends:
         self._tag = f" proxy={config.name}" if config.name else ""
         self._names: dict[Address, Name] = {}
         self.members: dict[str, Backend] = {}
-        self._left: dict[str, Backend] = {}  # were members, and may have connections that count if they return
+        self._left: dict[str, Backend] = {}  # no members any more; their connections count if they return
         self.config = config
         self._policies = _policies(config)
-        self._up = [0, 0]  # how many are, of either kind
-        self._out: list[Backend] = []  # of service because they failed, those to be tried first at the front
+        self._up = [0, 0]  # how many are up that are no spares, and how many spares
+        self._out: list[Backend] = []  # of service after a failure; the next to be tried at the front
         self.only: Backend | None = None
         self.on_room: Callable[[], object] = lambda: None
-        self._learning: set[Task] = set()  # who waits until there is any member
+        self._learning: set[Task] = set()  # tasks that wait until there is a member
         self._stopped = False
         self.apply(config)
 
     # For the proxy
 
     def apply(self, config: ProxyConfig) -> None:
-        """Go by another configuration: backends that stay keep their state, those that go their connections."""
+        """Go by another configuration. Backends that stay keep their state; the others keep their connections."""
         if config.balance != self.config.balance:
             self._policies = _policies(config)
             for backend in self.members.values():
@@ -105,7 +105,7 @@ class Backends:
         self._set_members()
 
     def stop(self) -> None:
-        """Check nobody and look nothing up any more. Connections go on, and may still be released."""
+        """End all health checks and lookups. Connections go on, and may still be released."""
         self._stopped = True
         for name in self._names.values():
             name.stop()
@@ -113,7 +113,7 @@ class Backends:
             backend.stop_checking()
 
     def describe(self) -> str:
-        """Which backends there are, and how they are, for people."""
+        """Which backends there are, and which are down, for people."""
         members = list(self.members.values())
         down = [f"{backend.name} down: {backend.why_down}" for backend in members if not backend.up]
         if not members:
@@ -123,11 +123,11 @@ class Backends:
         which = f" ({_first(down)})" if down else ""
         return f"{len(members) - len(down)} of {len(members)} backends up{which}"
 
-    # For whoever dials
+    # For the dialler
 
     @property
     def next_trial(self) -> float:
-        """When the next of those that failed is to be tried, by the loop's time; inf if there is none."""
+        """When the next backend that is out of service is to be tried, by the loop's time; inf if none is out."""
         return self._out[0].out_until if self._out else inf
 
     @property
@@ -148,12 +148,12 @@ class Backends:
         return self._choose_in_trouble(client_key(host_of(address)), tried)
 
     def _due_for_trial(self, tried: Collection[Backend]) -> Backend | None:
-        """A backend that has been out for its time, and that one client is to try; spares last, and only if needed."""
+        """A backend whose time out of service is over: this client tries it. A spare only while no other is up."""
         due = [backend for backend in self._out if backend.out_until <= self._loop.now and not backend.full]
-        # One that this client has tried without a verdict stays due, for the next.
+        # If this client's attempt came to no verdict, the backend stays due: the next client tries it.
         left = [backend for backend in due if backend not in tried]
         for backend in sorted(left, key=lambda backend: backend.backup):
-            self._put_out(backend)  # for the others, while this client tries it, or since nobody is to try it now
+            self._put_out(backend)  # no other client tries it meanwhile, or nobody does for now
             if backend.healthy and not (backend.backup and self._up[0]):
                 return backend
         return None
@@ -164,13 +164,13 @@ class Backends:
                 return found
             kind = [backend for backend in self.members.values() if backend.backup is backup]
             if any(backend.up and backend not in tried for backend in kind):
-                break  # full: they are to be waited for, and are no case for the spares
+                break  # these are only full: clients wait for them, and the spares are not used
         if self.any_up or (self.config.queue_timeout and not tried) or len(tried) >= LAST_RESORTS:
-            return None  # to be waited for, or left to the next client
+            return None  # this client waits, or the next client tries other backends
         return self.last_resort(tried)
 
     def last_resort(self, tried: Collection[Backend]) -> Backend | None:
-        """Of those that failed, the one that was tried longest ago; spares last."""
+        """Of the backends that failed, the one that was tried longest ago; spares last."""
         left = [backend for backend in self._out if backend.healthy and not backend.full and backend not in tried]
         backend = min(left, key=lambda backend: backend.backup, default=None)
         if backend:
@@ -206,14 +206,14 @@ class Backends:
         """Connect to a backend that may have several addresses, or none yet. Raises OSError (see dialling)."""
         if len(backend.addresses) == 1:
             return await connect(self._loop, self._shortage, backend.addresses[0], deadline, client, way)
-        # Who waits for the answer may wait longer than the backend is configured: then nobody tells the backend of it.
+        # The wait may outlast the backend's configuration: then nobody sets `backend.addresses`. So use the answer.
         addresses = backend.addresses or await self._names[backend.address].first_answer(
             deadline, lambda: client is not None and client.aborted
         )
         return await connect_to_one_of(self._loop, self._shortage, addresses, deadline, client, way)
 
     def failed(self, backend: Backend, error: OSError) -> None:
-        """A connection to a backend was not to be had."""
+        """Connecting to a backend failed."""
         if not backend.member:
             return
         if name := self._names.get(backend.address):
@@ -236,11 +236,11 @@ class Backends:
                 self._on_down(backend)
 
     def no_verdict(self, backend: Backend, out_until: float) -> None:
-        """An attempt to reach a backend came to no verdict: if it was a trial, it is the next client's.
+        """An attempt to reach a backend came to no verdict. If it was a trial, the next client tries the backend.
 
-        out_until: the backend's, when the attempt began. If it is another by now, somebody else has tried.
+        out_until: the backend's when the attempt began. If the backend's has changed since, another client has tried.
         """
-        if out_until and backend.out_until == out_until:  # then it is a member
+        if out_until and backend.out_until == out_until:  # so it is still a member
             self._out.remove(backend)
             self._out.insert(0, backend)
             backend.out_until = self._loop.now
@@ -262,7 +262,7 @@ class Backends:
         return _first(down) or "no backend is known"
 
     async def learn_names(self, client: Side, deadline: float) -> list[str]:
-        """Wait until some backend is known by its name; the reasons why none is, none of them if one is."""
+        """Wait until the address of some backend is known. Returns why each lookup failed; nothing if one is known."""
         reasons: list[str] = []
         task = self._loop.current
         self._learning.add(task)
@@ -280,7 +280,7 @@ class Backends:
             self._learning.discard(task)
         return reasons
 
-    # What is known of each
+    # The state of each backend
 
     def _put_out(self, backend: Backend) -> None:
         """Out of service for `fail_timeout` from now on."""
@@ -290,7 +290,7 @@ class Backends:
         self._out.append(backend)
 
     def _checked(self, backend: Backend, healthy: bool, reason: str) -> None:
-        """A check has another verdict."""
+        """The verdict of a backend's checks has changed."""
         was_up = backend.up
         backend.healthy = healthy
         if healthy and not was_up:
@@ -298,7 +298,7 @@ class Backends:
         elif not healthy:
             if was_up:
                 self._gone_down(backend, reason)
-            # One failure to connect is no reason to cut what is open, where checks tell better.
+            # Where there are checks, only they cut open connections: one failure to connect is not reason enough.
             self._on_down(backend)
 
     def _gone_down(self, backend: Backend, reason: str) -> None:
@@ -320,16 +320,16 @@ class Backends:
             self._up[backend.backup] += backend.up
         self._on_change()
 
-    # Who they are
+    # Which backends there are
 
     def _set_members(self) -> None:
-        """Have the members that configuration and names make; those that stay keep their state."""
+        """Make the list of members from the configuration and the names. Backends that stay keep their state."""
         members: dict[str, Backend] = {}
         self._left = {name: backend for name, backend in self._left.items() if backend.open}
         for config in self.config.backends:
             for name, addresses in self._resolved(config):
                 if name in members:
-                    continue  # two names stand for it
+                    continue  # two names have this address
                 backend = self.members.pop(name, None) or self._left.pop(name, None) or Backend(config, name)
                 backend.addresses = addresses
                 if backend.config != config and backend.eligible:
@@ -352,7 +352,7 @@ class Backends:
             task.wake()
 
     def _resolved(self, config: BackendConfig) -> list[tuple[str, list[SocketAddress]]]:
-        """The backends that one of the configuration stands for: the name and the addresses of each."""
+        """The backends that one configured backend stands for: the name and the addresses of each."""
         known = literal(config.address)
         if known:
             return [(str(config.address), [known])]
@@ -369,7 +369,7 @@ class Backends:
             backend.out_until = 0.0
         log.info("backend taken out%s backend=%s connections=%d", self._tag, backend.name, backend.open)
         backend.failures.clear()
-        backend.healthy = True  # until it is known better, should it return
+        backend.healthy = True  # if it returns, it is healthy until a check says otherwise
         self.update(backend)
 
     # Checking them
@@ -377,7 +377,7 @@ class Backends:
     def _check(self, backend: Backend, part: float) -> None:
         """Have a backend checked as the configuration says.
 
-        part: of the interval, before its second check: so that not all are checked at once.
+        part: of the interval, from the first check to the second, so that not all backends are checked at once.
         """
         config = self.config.health
         preface = encode(self.config.send_proxy, None, None) if self.config.send_proxy else b""
@@ -395,7 +395,7 @@ class Backends:
 
         def reach(deadline: float) -> Coroutine[Any, Any, Side]:
             if way:
-                way.end()  # of the check before
+                way.end()  # the way of the check before
             may_return = ways and ways.may_return(backend.address)
             return self.reach(backend, deadline, None, way if may_return else None)
 
@@ -408,12 +408,12 @@ class Backends:
 
 
 def _first(reasons: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first reasons, and how many more there are."""
     more = [f"and {len(reasons) - REASONS_MAX} more"] if len(reasons) > REASONS_MAX else []
     return "; ".join([*reasons[:REASONS_MAX], *more])
 
 
 def _policies(config: ProxyConfig) -> tuple[Policy[Backend], Policy[Backend]]:
-    """Who chooses among the backends, and among the spares."""
+    """The policy that chooses among the backends, and the one that chooses among the spares."""
     policy = POLICIES[config.balance]
     return policy(), policy()

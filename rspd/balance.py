@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 
 class Candidate(Protocol):
-    """What a policy looks at of a backend. Each is hashed by its identity.
+    """What a policy needs to know of a backend. Backends are hashed by identity.
 
     name: distinct, and the same after a restart: `source` goes by it.
     weight: whole, from 1; the same from `add` to `remove`.
@@ -48,7 +48,7 @@ class Policy(ABC, Generic[B]):
     def pick(self, client: str) -> B | None:
         """The backend for a connection; None if there is none.
 
-        client: what `networks.client_key` made. Clients of the same key are one client, and so are those of no key.
+        client: what `networks.client_key` made. Clients with the same key, or with an empty one, count as one client.
         """
 
     @abstractmethod
@@ -67,9 +67,9 @@ AWAY_MAX = 1000
 class RoundRobin(Policy[B]):
     """Each in turn, as often as its weight says.
 
-    Each backend has turns on a virtual clock, spaced evenly, `weight` in each round; the earliest turn is next. So any
-    sum(weights) picks in a row have each backend exactly `weight` times. Turns that pass while a backend is away are
-    lost, and none is had twice.
+    On a virtual clock, each backend has `weight` turns in each round, spaced evenly; the earliest turn is next. So any
+    sum(weights) picks in a row have each backend exactly `weight` times. A backend that is away loses the turns that
+    pass meanwhile. It has no turn twice.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class RoundRobin(Policy[B]):
         return backend
 
     def _stretch(self, factor: int) -> None:
-        """Make a round so many times as long, with all turns where they were in it."""
+        """Make a round `factor` times as long. Each turn keeps its place in the round."""
         self._round *= factor
         self._now *= factor
         self._away = {backend: (turn * factor, place) for backend, (turn, place) in self._away.items()}
@@ -128,24 +128,25 @@ class RoundRobin(Policy[B]):
 
 
 def _turn(earliest: int, place: int, step: int) -> int:
-    """The first of a backend's turns from a time on: each place has them at another time of its step."""
+    """A backend's first turn from a time on. Backends with different places have different offsets in their step."""
     offset = (place * GOLDEN % 2**64) * step >> 64
     return earliest + (offset - earliest) % step
 
 
 class LeastConnections(Policy[B]):
-    """The one with the fewest connections by its weight, once it has the next; among equals, each in turn.
+    """The backend with the fewest connections for its weight, the next one included; among equals, each in turn.
 
-    A backend's entry in the heap is corrected when it comes to the top, or at once where it would come there late.
+    A backend's entry in the heap is corrected when it comes to the top. If the backend's load has sunk, the entry is
+    corrected at once: else it would come to the top too late.
     """
 
     counting = True
 
     def __init__(self) -> None:
-        # Load, turn, backend. A load is at most what it really is. Quotients of numbers so small are equal or ordered
-        # as floats exactly when they are in truth.
+        # Load, turn, backend. The real load may be higher, never lower. A load is a quotient of small numbers: two such
+        # floats are equal, or in order, exactly when the real quotients are.
         self._heap: list[tuple[float, int, B]] = []
-        self._entries: dict[B, tuple[float, int, B]] = {}  # the valid one of each
+        self._entries: dict[B, tuple[float, int, B]] = {}  # the valid entry of each backend
         self._turns = count()
 
     def add(self, backend: B) -> None:
@@ -197,7 +198,7 @@ def _load(backend: Candidate) -> float:
 
 
 class Random(Policy[B]):
-    """Two drawn by weight, and of them the one with fewer connections by its weight.
+    """Of two backends drawn by weight, the one with fewer connections for its weight.
 
     draw: returns a random number from 0 up to, not including, 1; for tests.
     """
@@ -209,7 +210,7 @@ class Random(Policy[B]):
             draw = random
         self._draw = draw
         self._backends: list[B] = []
-        self._ends: list[int] = []  # the sums of the weights up to each
+        self._ends: list[int] = []  # for each backend, the sum of the weights up to it
 
     def add(self, backend: B) -> None:
         self._backends.append(backend)
@@ -233,7 +234,7 @@ class Random(Policy[B]):
         number = bisect(ends, int(self._draw() * total))
         one = backends[number]
         weight = one.weight
-        # The other is drawn from what is left without the one.
+        # The other backend is drawn from all but the first.
         point = int(self._draw() * (total - weight))
         if point >= ends[number] - weight:
             point += weight
@@ -248,8 +249,8 @@ def _sums(backends: Sequence[Candidate]) -> list[int]:
 class Source(Policy[B]):
     """The same backend for the same client, after a restart, too: weighted rendezvous hashing.
 
-    Clients are hashed into 65,536 groups, and each group has its backend: the one with the best score for the two. So
-    a backend that leaves moves only its own clients, and gets them again when it comes back.
+    Clients are hashed into 65,536 groups. Each group has one backend: the one with the best score in this group. So if
+    a backend leaves, only its own clients move. They return when the backend comes back.
     """
 
     by_client = True
@@ -286,8 +287,8 @@ class Source(Policy[B]):
         return self._hash(client.encode(), digest_size=2).digest()
 
     def _best(self, group: bytes, backends: Collection[B]) -> B:
-        # Each gets a random time, exponentially distributed with its weight as rate: it is the first one as often as
-        # its weight says.
+        # Each backend gets a random time, exponentially distributed with its weight as rate. So a backend is first as
+        # often as its weight says.
         digest, names = self._hash, self._names
 
         def time(backend: B) -> float:

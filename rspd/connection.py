@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 class Terms(NamedTuple):
     """What the connections of a proxy have in common, from one reload to the next.
 
-    shortage: where a connection waits that cannot be watched.
+    shortage: where a connection waits if epoll has no watch for it.
     keep_alive: whether the kernel is to find out which peers are gone.
     guarded: whether anything is asked of a client before it is served.
-    ways: where some backend may be a proxy of this process, under whatever name.
-    trusted: whose word on who the client is counts (accept_proxy).
+    ways: None if no backend can be a proxy of this process.
+    trusted: the peers that rspd believes when they name the client (accept_proxy).
     tag: names the proxy in the log, with a space before it, or is empty.
     """
 
@@ -52,12 +52,12 @@ class Terms(NamedTuple):
     tag: str = ""
 
 
-# Why a client that has not got to a backend gets RST: it was not to come, did not say who it is, or is rspd itself.
+# A client without a backend gets RST for these causes: it was refused, sent no good PROXY header, or is rspd itself.
 UNSERVED = frozenset({None, "loop", "bad-header", "header-timeout"})
 
 
 class RefusedError(Exception):
-    """The client is not served; the text says why. The cause is None if the log has been told."""
+    """The client is not served; the text says why. The cause is None if the log has its line already."""
 
     def __init__(self, cause: Cause | None, reason: str) -> None:
         super().__init__(reason)
@@ -85,7 +85,7 @@ class Connection:
         "way",
     )
 
-    task: Task  # the one that handles it, set by who spawned that
+    task: Task  # runs `handle`; set by the proxy, which spawned it
     cut_for: Cause  # set by `cut`
 
     def __init__(self, terms: Terms, client: Side, client_address: object) -> None:
@@ -95,10 +95,10 @@ class Connection:
         self.backend: Backend | None = None
         self.relay: Relay | None = None
         self.started = terms.loop.now
-        self.peer: object = None  # who told the client's address, if another did
-        self.destination: HostPort | None = None  # where the client connected to, if that was told too
-        self.way: Way | None = None  # where it may lead back to this process
-        self.admitted: str | None = None  # as whom the client is counted
+        self.peer: object = None  # the peer that told the client's address, if one did
+        self.destination: HostPort | None = None  # where the client connected to, if the peer told that too
+        self.way: Way | None = None  # if a backend may be a proxy of this process
+        self.admitted: str | None = None  # the host that the client counts as
 
     async def handle(self) -> None:
         """Serve the client to its end, whatever happens."""
@@ -134,13 +134,13 @@ class Connection:
         self.task.cancel()
 
     def counts_as(self) -> str | None:
-        """As which host the client counts among the connections of its own; None while it is not known who it is."""
+        """The host that the client counts as for max_connections_per_client; None while that is not known."""
         if self.admitted is None and not self.terms.guarded:
             self.admitted = host_of(self.client_address)
         return self.admitted
 
     async def _watch_client(self, error: OSError) -> None:
-        """Watch the client as soon as that can be done, after it failed. Raises DialError."""
+        """Watch the client as soon as that is possible, after the first attempt failed. Raises DialError."""
         terms = self.terms
         deadline = terms.loop.now + terms.config.connect_timeout
         try:
@@ -151,7 +151,7 @@ class Connection:
             raise DialError("backend-unreachable", [f"the client cannot be watched: {why(last)}"]) from None
 
     def _find_way(self, ways: Ways) -> Way:
-        """By which proxies of this process the client has come. Raises RefusedError if this is one of them."""
+        """The proxies of this process that the client has passed. Raises RefusedError if this proxy is one of them."""
         name = self.terms.config.name
         near = place_of(self.client_address)
         if not ways.knows(near):
@@ -159,9 +159,9 @@ class Connection:
         passed = ways.take(near, ways.place(self.client.sock.getsockname()))
         if passed is None:
             log.debug("client has gone client=%s%s", format_peer(self.client_address), self.terms.tag)
-            raise RefusedError(None, "")  # it was rspd, and the client for whom it came has a line
+            raise RefusedError(None, "")  # the client was rspd; the log has a line for rspd's own client
         if passed and isinstance(near, str):
-            self.client_address = ""  # its name was made for this only
+            self.client_address = ""  # `connect` made its name only for this
         if name in passed:
             raise RefusedError("loop", came_back((*passed, name)))
         return Way(ways, (*passed, name))
@@ -208,7 +208,7 @@ class Connection:
         return relay
 
     def _header(self) -> bytes:
-        """What tells the backend who the client is."""
+        """The PROXY header that tells the backend who the client is."""
         source = self.client_address
         destination = self.destination or self.client.sock.getsockname()
         if isinstance(source, tuple) and isinstance(destination, tuple):
@@ -216,7 +216,7 @@ class Connection:
         return encode(self.terms.config.send_proxy, None, None)
 
     def _close(self, cause: Cause | None) -> int:
-        """Close what is open; how many bytes were lost by that."""
+        """Close what is open. Returns how many bytes were lost by that."""
         lost = 0
         try:
             if self.way:
@@ -231,7 +231,7 @@ class Connection:
             else:
                 self.client.close()
         finally:
-            # Whatever happens, nobody waits for places that are free.
+            # Whatever happens, the client no longer counts.
             if self.admitted is not None:
                 self.terms.access.leave(self.admitted)
         return lost
@@ -243,7 +243,7 @@ class Connection:
         level = logging.WARNING if lost or (reason and cause != "client-aborted") else logging.INFO
         if level >= LOGGER.level:
             sent, received = (self.relay.upload.total, self.relay.download.total) if self.relay else (0, 0)
-            sent = sent if sent > 0 else 0  # below, as long as the backend has not got the header
+            sent = sent if sent > 0 else 0  # below 0 as long as the backend has not got the header
             via = "" if self.peer is None else self._via()
             write(
                 level,

@@ -1,4 +1,4 @@
-"""A client's way to a backend: one attempt after the other, and the queue of those for whom there is none."""
+"""A client's way to a backend: one attempt after the other, and the queue of clients that wait for a backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rspd.ways import Way
 # Seconds between two attempts at backends that are down while clients wait for one of them.
 RETRY = 0.1
 
-# Of the time that is left for a client, one attempt gets no less than this part, however many backends there are.
+# The time that is left for a client is divided among so many attempts at most, however many backends there are.
 SHARES_MAX = 3
 
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class DialError(Exception):
-    """No backend was reached. `cause` is the last attempt's; the text has the reason of each."""
+    """No backend was reached. `cause` is that of the last attempt; the text has the reason of each attempt."""
 
     def __init__(self, cause: Cause, reasons: Sequence[str]) -> None:
         super().__init__("; ".join(reasons))
@@ -41,17 +41,17 @@ class Dialler:
         self._loop = loop
         self._backends = backends
         self._shortage = shortage
-        self._waiting: list[tuple[float, Task]] = []  # by when dialling began
+        self._waiting: list[tuple[float, Task]] = []  # sorted by when dialling began
         self._next_retry = 0.0
         backends.on_room = self._wake_first
 
     async def dial(self, client: Side, address: object, way: Way | None = None) -> tuple[Backend, Side]:
-        """Connect to the next backend that can be reached: which it is, and its side, watched by the running task.
+        """Connect to the next backend that can be reached. Returns it and its side, watched by the running task.
 
         client: when it aborts, dialling ends.
         address: the client's, as accept(2) returns it.
         way: see `connect`.
-        What is returned counts as open until `Backends.release`. Raises DialError.
+        The connection counts as open until `Backends.release`. Raises DialError.
         """
         loop, backends = self._loop, self._backends
         config = backends.config
@@ -121,7 +121,7 @@ class Dialler:
                 return backend, side
 
     def _share(self, deadline: float, tried: Collection[Backend], used: int) -> float:
-        """Until when an attempt may last, for the others to have their part of the time."""
+        """Until when an attempt may last, so that time is left for other attempts."""
         backends = self._backends
         attempts = min(len(backends.members) - len(tried), backends.config.retries + 1 - used, SHARES_MAX)
         return share(self._loop.now, deadline, max(1, attempts))
@@ -130,12 +130,12 @@ class Dialler:
         """How many seconds a client may wait for a backend."""
         config = self._backends.config
         others = [backend for backend in self._backends.members.values() if backend not in tried]
-        # Of those that are up, all are full; one that is not may be full of attempts to reach it.
+        # Every backend that is up is full. A backend that is out of service may be full of attempts to reach it.
         full = any(backend.up or (backend.full and backend.healthy) for backend in others)
         return config.queue_timeout or (config.connect_timeout if full else 0.0)
 
     async def _wait(self, client: Side, address: object, began: float, until: float) -> Backend:
-        """Wait in the queue, before those that began later, until there is a backend to dial. Raises DialError."""
+        """Wait in the queue until there is a backend to dial; clients that began earlier go first. Raises DialError."""
         loop, backends = self._loop, self._backends
         task = loop.current
         place = (began, task)

@@ -19,12 +19,12 @@ from rspd.ways import LoopError, Way
 # connect(2) says EAGAIN, and no event tells when there is room.
 FIRST_RETRY, LAST_RETRY = 0.01, 0.1
 
-# From here on, by the kernel's rules, a port may be picked for the near end of an outgoing connection.
+# The lowest port that the kernel may pick for the near end of an outgoing connection.
 UNPRIVILEGED_PORTS = 1024
 
 REFUSED = frozenset({errno.ECONNREFUSED, errno.ENOENT})
 
-# What is amiss on this side, and says nothing of the backend: descriptors, memory, ports of our own.
+# Errors of this host, which say nothing of the backend: no descriptor, no memory, or no local port is free.
 OUR_FAULT = SHORT | {errno.EADDRNOTAVAIL}
 
 STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -38,15 +38,15 @@ async def connect(
     client: Side | None = None,
     way: Way | None = None,
 ) -> Side:
-    """Connect to an address: the side, watched by the running task, and the caller's to close.
+    """Connect to an address. Returns the side: the running task watches it, and the caller closes it.
 
-    client: when it aborts, dialling ends; None where nobody waits for it.
-    way: the client's, if it might lead back to this process; its `end` is to be called when the side is closed.
+    client: when it aborts, dialling ends; None if no client waits for the connection.
+    way: the client's way, if the address might lead back to this process. Call its `end` when the side is closed.
     Raises TimeoutError at the deadline, LoopError, or another OSError (connect(2)).
     """
     family, address = where
     if way and not way.check(where):
-        way = None  # nobody of this process is there
+        way = None  # no proxy of this process listens there
     try:
         sock = socket.SocketType(family, STREAM, 0)
     except OSError as error:
@@ -55,7 +55,7 @@ async def connect(
     side = UnixSide(loop, sock) if family == socket.AF_UNIX else Side(loop, sock)
     try:
         if way and family == socket.AF_UNIX:
-            # A name that the proxy there sees for its client; the kernel's own choice needs Python 3.10.6 or 3.11.1.
+            # The proxy there sees this name as its client's. To let the kernel choose needs Python 3.10.6 or 3.11.1.
             near = f"\0rspd-{os.urandom(8).hex()}"
             sock.bind(near)
             way.begin(near)
@@ -67,7 +67,7 @@ async def connect(
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
         if way and not way.near:
-            way.begin(sock.getsockname())  # before another task accepts it
+            way.begin(sock.getsockname())  # before another task accepts the connection
         try:
             side.watch()
         except OSError as error:
@@ -79,7 +79,7 @@ async def connect(
             await news()
         if side.ready & ERR:
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            # After these it was connected, and has aborted since: what it sent before is for the relay to pass on.
+            # These two mean: it was connected, and has aborted since. The relay passes on what it sent before.
             if code not in (errno.ECONNRESET, errno.EPIPE):
                 raise OSError(code, os.strerror(code))
         elif family != socket.AF_UNIX:
@@ -111,7 +111,7 @@ async def connect_to_one_of(
 ) -> Side:
     """Connect to the first of these addresses that answers, as `connect` does; each gets a share of the time.
 
-    addresses: the one that was reached is moved to the front, so that a family that is dead costs time once only.
+    addresses: the address that was reached moves to the front, so that a dead address family costs time only once.
     Raises UnreachableError.
     """
     reasons: list[str] = []
@@ -134,7 +134,7 @@ async def connect_to_one_of(
 
 
 def share(now: float, deadline: float, attempts: float) -> float:
-    """Until when the next of so many attempts may last, for all to have the same time."""
+    """Until when the next of so many attempts may last, if all are to have the same time."""
     return deadline if attempts == 1 or deadline == inf else now + (deadline - now) / attempts
 
 
@@ -152,7 +152,7 @@ def cause_of(error: OSError) -> Cause:
 
 
 def is_own_fault(error: OSError) -> bool:
-    """Whether an error says nothing of the backend: something is short here, or the client's way led back."""
+    """Whether an error says nothing of the backend: this host is short of something, or the client's way led back."""
     if isinstance(error, UnreachableError):
         error = error.last
     return error.errno in OUR_FAULT or (isinstance(error, LoopError) and not error.itself)
@@ -164,12 +164,12 @@ def why(error: OSError) -> str:
 
 
 def _configure(sock: socket.SocketType, address: tuple[str, int], way: Way | None) -> None:
-    # The kernel lets a socket connect to itself when it picks the very port it dials and nobody listens there.
+    # If nobody listens on the dialled port, the kernel may pick it for the near end too: the socket dials itself.
     if address[1] >= UNPRIVILEGED_PORTS:
         near = (way and way.near) or sock.getsockname()
         if near[1] == address[1] and near == sock.getpeername():
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-    # A relayed message is not to wait for the acknowledgement of the last (Nagle's algorithm, tcp(7)).
+    # A relayed message must not wait until the one before is acknowledged (Nagle's algorithm, tcp(7)).
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 

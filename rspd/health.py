@@ -17,7 +17,7 @@ ANSWER_MAX = 16384
 # Bytes of a wrong answer that the log shows.
 SHOWN_MAX = 40
 
-# As servers send it; RFC 9112 lets clients forgive a bare line feed and the missing space before an empty reason.
+# The status line as servers send it. RFC 9112 lets clients accept a bare line feed, and no space if no reason follows.
 STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: .*)?\r?")
 
 log = logging.getLogger(__name__)
@@ -35,11 +35,11 @@ async def check(
 ) -> None:
     """Check a backend once, within the running task; return if it is well.
 
-    connect: gives a connected side, watched by the running task, by this time of the loop; the side is closed here.
+    connect: gives a connected side, watched by the running task, by a time of the loop. `check` closes the side.
     host: the backend's address as it is written, for the Host header.
     preface: sent before all else.
-    Raises CheckError, or the OSError of `connect` when it is rspd that is short of something (OUR_FAULT): that says
-    nothing of the backend.
+    Raises CheckError if the check is bad. Raises the OSError of `connect` if rspd is short of something (OUR_FAULT):
+    this says nothing of the backend.
     """
     deadline = loop.now + config.timeout
     awaited = "answer"
@@ -47,7 +47,7 @@ async def check(
     try:
         side = await connect(deadline)
         if loop.now >= deadline:
-            # Connected in time, and seen late, as after a freeze: the backend has not been asked yet.
+            # It was connected in time, but seen late, as after a freeze: the backend has not been asked yet.
             deadline = loop.now + config.timeout
         try:
             await _send(side, preface + _request(config, host), deadline)
@@ -57,9 +57,9 @@ async def check(
             elif side.aborted and (preface or config.send):
                 raise CheckError("aborted before all was sent")
         finally:
-            # With FIN: RST would spare us the TIME_WAIT, one port of thousands for a minute, but accept, getpeername or
-            # read fail at the backend then, and many log that. What has come is read first, since closing with bytes
-            # unread is an RST too.
+            # Close with FIN. RST would save the TIME_WAIT, one port of thousands for a minute. But after RST, accept,
+            # getpeername or read fail at the backend, and many backends log that. Read what has come first: closing
+            # with unread bytes sends RST too.
             side.read_into(buffer)
             side.close()
     except TimeoutError as error:
@@ -109,7 +109,7 @@ async def _receive(side: Side, config: HealthConfig, buffer: memoryview, deadlin
     """Read until the answer is a good one. Raises CheckError or TimeoutError."""
     total = 0
     while True:
-        # Read until there is no more: what came together with the end of the stream has no event of its own.
+        # Read until there is no more: bytes and the end of the stream may have come with one event.
         count = side.read_into(buffer[total:])
         if count is None:
             await _wait(side.loop, deadline)
@@ -133,7 +133,7 @@ def _is_good(config: HealthConfig, answer: bytes) -> bool:
     match = STATUS_LINE.fullmatch(line)
     if not match:
         raise CheckError(f"expected a status line, found '{_shown(line[:SHOWN_MAX])}'")
-    # A 1xx is no promise of more here: no server may send one to HTTP/1.0 (RFC 9110, 15.2).
+    # After a 1xx, nothing more is expected: no server may send one to an HTTP/1.0 client (RFC 9110, 15.2).
     status = int(match[1])
     if not any(low <= status <= high for low, high in config.status):
         raise CheckError(f"status {status}, expected {', '.join(map(str, config.status))}")
@@ -148,7 +148,7 @@ async def _wait(loop: Loop, deadline: float) -> None:
 
 
 def _shown(data: bytes) -> str:
-    """Bytes in printable ASCII: a backend writes no line of the log."""
+    """Bytes in printable ASCII: a backend must not be able to write lines of the log."""
     return data.decode("latin-1").encode("unicode_escape").decode()
 
 
@@ -159,11 +159,11 @@ class Checker:
     """Checks one backend again and again, in a task of its own, until `stop`.
 
     config, connect, host, preface: as for `check`.
-    first: seconds, above 0 and up to `interval`, from the first check, made at once, to the second. From then on there
-    is one every `interval`, so the owner of many checkers spreads them out. One that takes longer delays the next.
-    report: told whether the backend is up, and if not, why, when that changes; never from within the constructor. The
-    first check decides by itself, later `fall` bad ones in a row or `rise` good ones. One for which rspd was short of
-    something does not count.
+    first: seconds from the first check, made at once, to the second: above 0, up to `interval`. Further checks follow
+    every `interval`. So the owner of many checkers can spread their checks. A check that takes longer delays the next.
+    report: called when the verdict changes: whether the backend is up, and if not, why. The constructor never calls it.
+    The first check decides alone. Later, `fall` bad checks or `rise` good checks in a row decide. A check for which
+    rspd was short of something does not count.
     """
 
     def __init__(
@@ -182,14 +182,14 @@ class Checker:
         self._host = host
         self._preface = preface
         self._report = report
-        self._up: bool | None = None  # as reported; None where the next verdict is to be reported whatever it is
+        self._up: bool | None = None  # as reported; None: report the next verdict, whatever it is
         self._latest: bool | None = None  # what the last check said; None before the first
         self._in_a_row = 0  # how many checks said the same
         self._stopped = False
         self._task = loop.spawn(self._run(first))
 
     def doubt(self) -> None:
-        """A client could not connect: that the backend is up is to be reported anew, after `rise` good checks."""
+        """A client could not connect: after `rise` good checks, report again that the backend is up."""
         if self._up:
             self._up = None
         if self._latest:

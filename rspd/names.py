@@ -12,8 +12,8 @@ from rspd.loop import Loop, news
 from rspd.resolver import Resolver
 from rspd.shortage import SHORT, Shortage
 
-# Seconds until a lookup that failed is tried again, doubled each time up to `interval`; and until one whose answer has
-# proved useless.
+# Seconds until a failed lookup is tried again, doubled each time up to `interval`. Also the seconds until the next
+# lookup if the known addresses have proved useless.
 FIRST_RETRY = 1.0
 
 # Seconds after which a lookup in the background counts as failed, whatever the system's resolver waits for.
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class Name:
     """A host name and what it stands for, looked up every `interval` seconds until `stop`.
 
-    addresses: what is known, those known longest first; empty until a lookup succeeds. A lookup that fails takes
-        nothing away.
+    addresses: the known addresses, those known longest first; empty until a lookup succeeds. A lookup that fails
+        removes none.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Name:
         tag: str,
         changed: Callable[[], object],
     ) -> None:
-        """part: of `interval`, above 0 and up to 1, until the second lookup: so that many are not all at once.
+        """part: of `interval`, above 0 and up to 1, until the second lookup, so that not all lookups come at once.
 
         tag: names the proxy in the log, with a space before it, or is empty.
         changed: called whenever `addresses` has become another list.
@@ -56,7 +56,7 @@ class Name:
         self._interval = interval
         self._failing = False
         self._looked = 0.0  # when the last lookup ended
-        self._pause = inf  # how long after it the next is wanted, if that is before `interval` has passed
+        self._pause = inf  # seconds from then to the next lookup, if fewer than `interval`
         self._task = loop.spawn(self._keep_looking())
 
     def stop(self) -> None:
@@ -69,12 +69,12 @@ class Name:
         self._task.wake()
 
     def refresh(self) -> None:
-        """Look up soon: what is known has proved useless."""
+        """Look up soon: the known addresses have proved useless."""
         self._pause = min(self._pause, FIRST_RETRY)
         self._task.wake()
 
     async def first_answer(self, deadline: float, given_up: Callable[[], bool]) -> list[SocketAddress]:
-        """What the name stands for, for a client, or a check, that comes before anything is known.
+        """The addresses of the name, for a client or a check that comes before any is known.
 
         given_up: as for `Resolver.look_up`.
         Raises TimeoutError at the deadline, another OSError if the name has no address, or it is given up.
@@ -97,7 +97,7 @@ class Name:
         loop = self._loop
         retry = FIRST_RETRY
         first = self._interval * self._part
-        await loop.yield_turn()  # its owner is to know it before it hears of a change
+        await loop.yield_turn()  # the owner must have this `Name` before `changed` is called
         while True:
             try:
                 found = await self._resolver.look_up(self.address, loop.now + LOOKUP_TIMEOUT)
@@ -120,7 +120,7 @@ class Name:
             log.info("name found again%s name=%s", self._tag, self.address.host)
         known = self.addresses
         if set(found) != set(known):
-            # Servers rotate the order of their answers; the one that was reached last stays first.
+            # Servers rotate the order of their answers. The address that was reached last stays first.
             self.addresses = [a for a in known if a in found] + [a for a in found if a not in known]
             if known:
                 addresses = ",".join(map(str, self.addresses))

@@ -15,16 +15,16 @@ USEFUL_SIZE = 1 << 16
 
 PIPES_MAX = 64
 
-# Bytes that all flows together may move in a turn of the loop, about 5 ms of work; and what one of them may at least, a
-# buffer full, and at most.
+# Bytes that all flows together may move in a turn of the loop: about 5 ms of work. Then the least and the most bytes
+# that one flow may move in a turn; the least is a buffer full.
 TURN = 1 << 24
 LEAST, MOST = 1 << 16, 1 << 20
 
-# Bytes that a flow has passed on when its reader has shown that it reads. One that reads nothing takes as much as the
-# buffers of two sockets hold: 4 MiB to send, by default, and little to receive (tcp(7)).
+# When a flow has passed on so many bytes, its reader has shown that it reads. If the reader reads nothing, the flow can
+# pass on what the buffers of two sockets hold: by default 4 MiB to send, and little to receive (tcp(7)).
 PROVEN = 1 << 23
 
-# The part of the pipes that only proven flows get: one in so many.
+# One in so many pipes is for proven flows only.
 RESERVED = 8
 
 # Bytes per second below which a flow is slow: what moves so little costs little, spliced or copied.
@@ -33,15 +33,15 @@ SLOW = 10_000_000
 # Seconds over which the pace is measured, and between two looks for somebody slow.
 LOOK = 0.1
 
-# Bytes of pipes that may be in memory, all together, so that others have these pipes.
+# Bytes that may be moved from pipes into memory, all together, so that other flows get these pipes.
 IN_MEMORY_MAX = 1 << 24
 
-# How often to do without before asking for a pipe again, after one was too small or there was no descriptor.
+# How often flows do without a new pipe after one was too small, or after no descriptor was free.
 REFRAIN = 256
 
 
 class Pace:
-    """How fast somebody passes bytes on. `slow`: by the last look at it."""
+    """How fast a borrower passes bytes on. `slow`: what the last look found."""
 
     __slots__ = ("_since", "_total", "slow")
 
@@ -66,15 +66,15 @@ class Borrower(Protocol):
         """How many bytes it has passed on so far."""
 
     def empty_into_memory(self, pace: Pace) -> int:
-        """Keep what is in the pipe elsewhere, for the pipe goes to somebody else; how many bytes.
+        """Move the bytes in the pipe into memory, since another flow gets the pipe. Returns how many bytes.
 
-        pace: that by which it is slow.
-        Raises OSError or MemoryError, with all as it was.
+        pace: the one that was found slow.
+        Raises OSError or MemoryError; then nothing has changed.
         """
 
 
 class Loan(NamedTuple):
-    """Who has a pipe, and how fast that one has moved since."""
+    """The borrower of a pipe, and how fast it has passed bytes on since."""
 
     borrower: Borrower
     pace: Pace
@@ -119,14 +119,14 @@ class Pipes:
         self.in_memory = 0  # bytes that were in pipes
         self._next_look = 0.0
         self._turn = 0
-        self._flows = 0  # that have had an allowance in this turn
-        self._expected = 0  # how many will, by the turn before
+        self._flows = 0  # flows that have had an allowance in this turn
+        self._expected = 0  # how many flows will have one: as many as in the turn before
         self._left = 0  # bytes of TURN
 
     def allowance(self, turn: int) -> int:
         """How many bytes a flow may move in this turn of the loop: its share, by the number of flows that ask.
 
-        All together they get TURN, and LEAST each after that.
+        All flows together get TURN. When TURN is used up, each further flow gets LEAST.
         """
         if turn != self._turn:
             self._turn = turn
@@ -139,10 +139,10 @@ class Pipes:
         return share
 
     def borrow(self, borrower: Borrower, now: float) -> Pipe | None:
-        """An empty pipe, to be given back; None where there is none to be had: do without.
+        """An empty pipe, to be given back; None if there is none: the flow does without.
 
-        The last ones are for borrowers that have passed on PROVEN bytes. For these, where all are lent, one is taken
-        from a borrower that hardly moves.
+        The last pipes are for borrowers that have passed on PROVEN bytes. If all pipes are lent, such a borrower gets
+        the pipe of a slow one.
         now: seconds, monotonic.
         """
         proven = borrower.total >= PROVEN
@@ -174,7 +174,7 @@ class Pipes:
         return pipe
 
     def _take(self, now: float) -> Pipe | None:
-        """The pipe of somebody slow, whose bytes are in memory then: the one with the fewest."""
+        """The pipe of a slow borrower, the one with the fewest bytes. These bytes are in memory then."""
         if now < self._next_look or self.made > self.limit:
             return None
         for loan in self._lent.values():
@@ -191,7 +191,7 @@ class Pipes:
         return None
 
     def free_memory(self, size: int) -> None:
-        """So many bytes that `empty_into_memory` kept are there no more."""
+        """So many of the bytes that `empty_into_memory` kept are no longer in memory."""
         self.in_memory -= size
 
     def give_back(self, pipe: Pipe) -> None:

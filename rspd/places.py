@@ -1,4 +1,4 @@
-"""All places of a proxy taken, and clients in the backlog: the log hears of it twice, and the status how many wait."""
+"""Clients that wait because all places are taken: the log has their wait's begin and end, the status their number."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ log = logging.getLogger(__name__)
 
 
 class Places:
-    """The state of a proxy's clients waiting because as many are served as may be.
+    """Whether clients wait because all places of a proxy are taken.
 
     A task looks each second who waits. It begins when the last place is taken, and ends when a place is free and nobody
     has waited for a while. So an idle proxy has no such task, and a lone connection that ends soon costs no look.
 
-    A standstill is what two looks in a row find: somebody waits, and nobody has been accepted in between. One look does
-    not tell it: the client may have come just now, or another process may be about to accept it.
+    A standstill: two looks in a row find a client that waits, and nobody has been accepted in between. One look is not
+    enough: the client may have come just now, or another process may be about to accept it.
 
-    tag: what tells the proxy in a line, ` proxy=NAME`, or nothing.
+    tag: names the proxy in a line of the log: ` proxy=NAME`, or nothing.
     taken: the connections of the proxy.
-    newest: when the last of them was accepted; asked when as many are served as may be.
+    newest: says when the newest of them was accepted; called only while all places are taken.
     looking: whether the task is at work.
-    changed: called when `waiting` is another.
+    changed: called when `waiting` has changed.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Places:
         self._waiting = ""
         self._found = False  # whether the last look found somebody at these listeners
         self._stands_from = 0.0  # when a standstill began, if the next look finds one
-        self._began = 0.0  # when the wait did
+        self._began = 0.0  # when the wait began
         self._last: float | None = None  # when a standstill was last found; None once the wait is over
         self._warned_at = -inf
         self._told_limit = 0  # the limit that the log has been told of; 0 once it has been told of the end
@@ -73,7 +73,7 @@ class Places:
         return self._waiting if self._full() else ""
 
     def look(self) -> None:
-        """Look each second, unless it is `looking` already: the last place is taken."""
+        """Look each second, since the last place is taken. Not to be called while `looking`."""
         self.looking = True
         self._task = self._loop.spawn(self._watch())
 

@@ -26,12 +26,12 @@ from rspd.ways import Ways
 # Seconds without accepting after an error that nobody expected.
 AFTER_ERROR = 1.0
 
-# Seconds between two looks at who waits at a listener that other processes share. The kernel wakes one of them for a
-# client (EPOLLEXCLUSIVE, epoll_ctl(2)); if that one ends, or has no descriptor left, the others have not heard of it.
+# Seconds between two looks for clients at a listener that other processes share. The kernel wakes one of the processes
+# for a client (EPOLLEXCLUSIVE, epoll_ctl(2)). If that process ends, or has no descriptor left, no other hears of it.
 LOOK_AGAIN = 1.0
 
-# How many clients are accepted in one turn of the loop, of one listener: about 5 ms of work. And where other processes
-# share the listener: who has accepted a client serves it, even while the others have nothing to do.
+# How many clients of one listener are accepted in one turn of the loop: about 5 ms of work. Fewer if other processes
+# share the listener: the process that accepts a client serves it, even while the others have nothing to do.
 BATCH, SHARED_BATCH = 64, 4
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Common(NamedTuple):
 
 
 class Proxy:
-    """A proxy at work. Owns its listeners and its connections, and what checks its backends."""
+    """A proxy at work. Owns its listeners, its connections and its backends."""
 
     def __init__(self, common: Common, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
         self.loop = common.loop
@@ -75,7 +75,7 @@ class Proxy:
         self._leaving = False
         self._watched: list[Listener] = []
         self._rush = -1  # the last turn in which each call to accept found a client
-        self._look_again = inf  # when to, while accepting
+        self._look_again = inf  # when to look for waiting clients, while accepting
         self._last_end = common.loop.now
         self._set(config, listeners)
         self._acceptor = common.loop.spawn(self._serve())
@@ -120,17 +120,17 @@ class Proxy:
         return 0.0 if self._connections else self.loop.now - self._last_end
 
     def pause(self) -> None:
-        """Accept nobody, and watch no listener, in this turn of the loop: they are about to change hands."""
+        """Accept nobody, and watch no listener, in this turn of the loop: the listeners are about to be replaced."""
         self._pause()
         self._acceptor.wake()
 
     def apply(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
-        """Serve by a new configuration, after `pause`. Open connections go on by the one they began with."""
+        """Serve by a new configuration, after `pause`. Open connections keep the one they began with."""
         self.backends.apply(config)
         self._set(config, listeners)
 
     def stop_listening(self) -> None:
-        """Accept nobody any more. Who waits in the backlog is reset by the kernel, or waits on for systemd's next."""
+        """Accept nobody any more. The kernel resets the clients in the backlog; at a socket of systemd they wait on."""
         self._acceptor.cancel()
         self._pause()
         self.places.close()
@@ -146,7 +146,7 @@ class Proxy:
     async def drain(self, hurry: Callable[[], bool]) -> None:
         """Wait for the open connections to end; abort those still open after `drain_timeout`, or when in a hurry.
 
-        hurry: looked at whenever the running task is woken.
+        hurry: called whenever the running task is woken.
         """
         task = self.loop.current
         self.watchers.add(task)
@@ -165,13 +165,13 @@ class Proxy:
         while True:
             try:
                 if self._accept_ready():
-                    # Who comes now waits in the backlog, in order.
+                    # A client that comes now waits in the backlog, in order.
                     self._pause()
                     if not self.places.looking:
                         self.places.look()
                     while len(self._connections) >= self.config.max_connections:
                         await news()
-                    # Often somebody does: then accepting saves asking epoll first.
+                    # Often a client waits at a listener: accept at once, and save asking epoll first.
                     for waited_for in self.listeners:
                         waited_for.ready = IN
                 else:
@@ -189,17 +189,17 @@ class Proxy:
                 await self.loop.sleep(AFTER_ERROR)
 
     def _accept_ready(self) -> bool:
-        """Accept at each listener where somebody waits; whether all places are taken. Raises OSError.
+        """Accept at each listener where a client waits. Returns whether all places are taken. Raises OSError.
 
-        One client, but as many as wait, up to a bound, if somebody waited in the turn before already: so a call that
-        finds nobody is made at the end of a rush only.
+        Usually this accepts one client. If clients waited in the turn before too, it accepts as many as wait, up to a
+        bound. So only the end of such a rush costs a call that finds nobody.
         """
         limit, connections, rotation = self.config.max_connections, self._connections, self._rotation
         for _ in self.listeners:
             free = limit - len(connections)
             if free <= 0:
                 return True
-            # From now on this one comes last: where places are few, a busy one does not starve the others.
+            # From now on this listener comes last: where places are few, a busy listener does not starve the others.
             listener = rotation[0]
             rotation.rotate(-1)
             if listener.ready:
@@ -235,7 +235,7 @@ class Proxy:
             self._acceptor.wake()
         self._last_end = self.loop.now
         if self._leaving and not self._connections:
-            self.backends.stop()  # till now, clients may have waited for one of them
+            self.backends.stop()  # not before: clients may have waited for a backend
         self._changed()
 
     def _changed(self) -> None:
@@ -243,7 +243,7 @@ class Proxy:
             watcher.wake()
 
     def _newest(self) -> float:
-        """When the client was accepted that came last, of those that are served."""
+        """When the newest of the served clients was accepted."""
         return next(reversed(self._connections.values())).started
 
     def _backend_down(self, backend: Backend) -> None:
@@ -259,7 +259,7 @@ class Proxy:
 
     def _resume(self) -> None:
         for listener in self.listeners:
-            # epoll looks at once who waits, and goes to the end of the line of those that it may wake.
+            # The kernel looks at once whether a client waits. It puts this process last among those that it may wake.
             self.loop.watch(listener, IN | EXCLUSIVE)
             self._watched.append(listener)
         self._accepting = True

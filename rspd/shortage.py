@@ -1,4 +1,4 @@
-"""Running out of descriptors, or of epoll's watches: who needs one waits, and the log hears of it twice."""
+"""Running out of descriptors, or of epoll's watches: tasks that need one wait; the log says when it begins and ends."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ log = logging.getLogger(__name__)
 
 
 class Shortage:
-    """The state of descriptors, or watches, being short.
+    """Whether descriptors or watches are short.
 
-    Tasks that failed for want of one wait here, first come first served.
+    Tasks that could not get one wait here, first come first served.
     """
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._waiting: list[Task] = []
-        self._last: float | None = None  # when a call failed, while there is a shortage
+        self._last: float | None = None  # when a call failed last; None if there is no shortage
         self.spare = -1
 
     @property
@@ -51,8 +51,8 @@ class Shortage:
     def keep_spare(self) -> None:
         """Hold a descriptor in reserve, `spare`, until somebody has to wait for one. Raises OSError if there is none.
 
-        Nobody may be accepted without: clients that held all descriptors would wait for each other, with none left to
-        look up or to dial the backend of any.
+        No client may be accepted without the spare one. Else clients could hold all descriptors and wait for each
+        other: none would be left to look up or dial a backend.
         """
         if self.spare < 0:
             self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -83,9 +83,9 @@ class Shortage:
                 self._waiting.remove(task)
 
     async def retry(self, attempt: Callable[[], T], error: OSError, deadline: float, given_up: Callable[[], bool]) -> T:
-        """After `attempt` failed: what it returns when it does not, tried again as often as something is short.
+        """`attempt` has failed: make it again as long as something is short, and return what it returns.
 
-        deadline: in the loop's time. given_up: looked at before each attempt.
+        deadline: in the loop's time. given_up: called before each attempt.
         Raises the last OSError if that is no shortage, or at the deadline, or once it is given up.
         """
         while error.errno in SHORT and self._loop.now < deadline and not given_up():

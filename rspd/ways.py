@@ -11,17 +11,17 @@ from rspd.address import Address, Place, SocketAddress, literal, place_of
 from rspd.listener import Listener
 from rspd.loop import Loop
 
-# Seconds for which a connection to this host is known after it was closed, if nobody had accepted it: in a serial proxy
-# it is accepted when that which dialled it has ended.
+# If a connection to this host is closed before a proxy has accepted it, it stays known for so many seconds: a serial
+# proxy accepts it only after the connection that dialled it has ended.
 GONE_FOR = 1.0
 
-# What connect(2) makes of an address that stands for all of a family, and where a listener on all of it is.
+# What connect(2) dials in place of a wildcard address; and the wildcard address of IPv4 (False) and of IPv6 (True).
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 EVERYWHERE = {False: "0.0.0.0", True: "::"}
 
 
 class LoopError(OSError):
-    """What is dialled is a proxy that the connection has passed. itself: it is the one that dials."""
+    """The dialled address is a proxy that the connection has passed. itself: that proxy is the one that dials."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(came_back(names))
@@ -29,34 +29,34 @@ class LoopError(OSError):
 
 
 def came_back(names: Sequence[str]) -> str:
-    """In words, that the way through these proxies ends at one of them."""
+    """The text that says that the way through these proxies comes back to one of them."""
     if names[-1] == names[-2]:
         return "it is this proxy itself"
     return f"it leads back to proxy {names[-1]} ({', '.join(names)})"
 
 
 class Ways:
-    """Which proxy is where, and which clients are this process itself. One serves all proxies.
+    """Where each proxy listens, and which clients are this process itself. All proxies share one `Ways`.
 
-    A chain of proxies is no loop. So a connection that may go to a proxy of this process is known by both of its ends,
-    with the names of the proxies that it has passed, until the proxy there accepts it.
+    A chain of proxies is no loop. So if a connection may go to a proxy of this process, its two ends are noted, with
+    the names of the proxies that it has passed. The note lasts until the proxy there accepts the connection.
 
-    needed: whether some proxy has a backend that may be one of them.
+    needed: whether some backend may be a proxy of this process.
     """
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self.needed = False
-        self._proxies: dict[Place, str] = {}  # their names, by where they listen
+        self._proxies: dict[Place, str] = {}  # their names, by the places where they listen
         self._ports: set[int] = set()
-        self._paths: dict[str, str] = {}  # of unix sockets: what symbolic links make of them
-        # By the near end, then by the far one. The kernel gives a port to several sockets with other far ends. Empty
-        # where it is closed already.
+        self._paths: dict[str, str] = {}  # of unix sockets: each with its symbolic links followed
+        # The names, by the near end, then by the far end: sockets with different far ends may have the same near port.
+        # Empty if the connection is closed already.
         self._coming: dict[Place, dict[Place, tuple[str, ...]]] = {}
-        self._gone: deque[tuple[float, Place, Place]] = deque()  # those that are closed, by when
+        self._gone: deque[tuple[float, Place, Place]] = deque()  # closed connections: when, and both ends
 
     def listen(self, listeners: Mapping[str, Sequence[Listener]], backends: Iterable[Address]) -> None:
-        """Know where proxies, by their names, listen from now on, and the backends of all."""
+        """Note where each proxy listens from now on, and the backends of all proxies."""
         self._paths.clear()
         reached = ((name, where) for name, own in listeners.items() for one in own for where in one.reached_at)
         self._proxies = {self._real(place_of(where)): name for name, where in reached}
@@ -71,7 +71,7 @@ class Ways:
     def proxy_at(self, far: Place, near: Place | None = None) -> str | None:
         """The proxy that is at an address; None if there is none, or that cannot be known.
 
-        near: the other end of a connection there. Where both have one address, it is this host's.
+        near: the near end of a connection to it. If both ends have the same address, it is an address of this host.
         """
         if isinstance(far, tuple) and far not in self._proxies:
             host, port = far
@@ -84,7 +84,7 @@ class Ways:
         return far[1] in self._ports if isinstance(far, tuple) else far in self._proxies
 
     def begin(self, near: Place, far: Place, names: tuple[str, ...]) -> None:
-        """A connection begins, that has passed these proxies."""
+        """A connection that has passed these proxies begins."""
         self._coming.setdefault(near, {})[far] = names
 
     def end(self, near: Place, far: Place) -> None:
@@ -99,7 +99,7 @@ class Ways:
             self._gone.append((now, near, far))
 
     def take(self, near: Place, far: Place) -> tuple[str, ...] | None:
-        """A client is accepted: which proxies it has passed, none if it is somebody else; None if it is closed."""
+        """The proxies that an accepted client has passed: none if it is not this process; None if it has closed."""
         names = self._coming[near].get(far)
         if names is None:
             return ()
@@ -107,16 +107,16 @@ class Ways:
         return names or None
 
     def knows(self, near: Place) -> bool:
-        """Whether a connection with this near end may be one of ours: then ask `take`."""
+        """Whether a connection with this near end may come from this process: then ask `take`."""
         return near in self._coming
 
     def place(self, address: object) -> Place:
-        """A socket address as connect(2) has it: the same for each way to write it."""
+        """The place that connect(2) goes to for a socket address: the same however the address is written."""
         place = self._real(place_of(address))
         return (LOOPBACK.get(place[0], place[0]), place[1]) if isinstance(place, tuple) else place
 
     def _real(self, place: Place) -> Place:
-        """The same with the path that symbolic links make of a unix socket's."""
+        """The place, with the symbolic links in a unix socket's path followed."""
         if isinstance(place, tuple) or place.startswith("\0"):
             return place
         if place not in self._paths:
@@ -132,8 +132,8 @@ class Ways:
 class Way:
     """The way of one connection.
 
-    names: of the proxies that it has passed, that which serves it last.
-    near: the near end of what was dialled (getsockname(2)), from `begin` to `end`.
+    names: the proxies that it has passed; the last one serves it.
+    near: the near end of the dialled connection (getsockname(2)), from `begin` to `end`.
     """
 
     __slots__ = ("_far", "_ways", "names", "near")
@@ -145,13 +145,13 @@ class Way:
         self.near: Any = None
 
     def check(self, where: SocketAddress) -> bool:
-        """Whether what is dialled there may be a proxy of this process. Raises LoopError if it was passed already."""
+        """Whether a proxy of this process may listen there. Raises LoopError if the connection has passed it."""
         self._far = self._ways.place(where.address)
         self._refuse(self._ways.proxy_at(self._far))
         return self._ways.may_be_at(self._far)
 
     def begin(self, near: object) -> None:
-        """There is a connection from this end to what was checked last. Raises LoopError, as `check` does."""
+        """A connection from this near end to the address checked last begins. Raises LoopError, as `check` does."""
         self.near = near
         place = place_of(near)
         self._ways.begin(place, self._far, self.names)
