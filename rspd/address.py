@@ -22,9 +22,8 @@ UNIX_NAME_MAX = 107
 class Address(NamedTuple):
     """Where to listen, or what to dial.
 
-    Either `path` is set (a unix socket's path, or `@` and its name in the abstract namespace), or `passed` is (the
-    name of a socket that systemd passes, to listen on), or `port` and `host` are, where an empty host means every
-    local address.
+    One of these is set. `path`: a unix socket's path, or `@` and its name in the abstract namespace. `passed`: the name
+    of a socket that systemd passes, to listen on. `port` and `host`: an empty host means every local address.
     """
 
     host: str = ""
@@ -62,7 +61,7 @@ def parse_address(text: str, dialled: bool = False) -> Address:
     Raises ValueError, which names the forms that are expected, and what was probably meant.
     """
     if text.startswith(("/", "@")):
-        # After blanks or commas, it is a second address rather than a part of the first.
+        # After a blank or a comma, `/` or `@` more likely begins a second address.
         if len(text) < 2 or "\0" in text or re.search(r"[\s,][/@]", text):
             raise _no_address(text, dialled)
         try:
@@ -104,7 +103,7 @@ def parse_backend(text: str) -> Address:
 
 
 def _no_address(text: str, dialled: bool, reason: str = "") -> ValueError:
-    """What is said of a text that is no address: what was expected, and what was probably meant."""
+    """The error for a text that is no address: what was expected, and what was probably meant."""
     return ValueError(f"expected {DIALLED if dialled else FORMS}{reason}, found {text!r}{_advise(text, dialled)}")
 
 
@@ -141,7 +140,7 @@ def _parse_host(host: str, text: str, dialled: bool) -> str:
     except UnicodeError:
         name = ""
     labels = name.removesuffix(".").split(".")
-    # RFC 1123, 2.1, and underscores. A number alone is an address to the C library, and a second port to people.
+    # RFC 1123, 2.1, and underscores. No number alone: the C library takes it for an address, people for a port.
     good = (0 < len(label) < 64 and set(label) <= HOST_CHARACTERS and label[0] != "-" for label in labels)
     if len(name) > 253 or name.isdigit() or not all(good):
         raise _no_address(text, dialled)
@@ -157,19 +156,19 @@ def _parse_port(port: str, text: str, dialled: bool) -> int:
         if len(digits) > 5 or int(port[-5:]) > 65535:
             raise ValueError(f"a port is at most 65535, found {text!r}")
         return int(port[-5:])
-    # YAML's word for nothing is a service, too.
+    # `null`, YAML's word for nothing, would be read as a service name.
     if not port or not set(port) <= HOST_CHARACTERS or text.lower() == "null":
         raise _no_address(text, dialled)
     try:
         return socket.getservbyname(port, "tcp")
     except OSError:
-        # What is to be dialled has a host: a word alone is no port.
+        # An address to dial needs a host: a word alone is not meant as a port.
         known = f" (services(5) has no {port!r})" if len(port) < 32 and (":" in text or not dialled) else ""
         raise _no_address(text, dialled, known) from None
 
 
 def _is_numeric(host: str, family: int) -> bool:
-    # The codec for a str would let other scripts' digits through, the C library stops at a null byte.
+    # The codec for a str would let the digits of other scripts pass. The C library stops at a null byte.
     if not host.isascii() or not host.isprintable():
         return False
     try:
@@ -220,12 +219,12 @@ def bound_address(sock: socket.SocketType) -> Address:
 
 
 def _unmapped(host: str) -> str:
-    """An IPv4 address as such, which a socket for both families shows as an IPv6 one."""
+    """The host; an IPv4 address as such, if a socket for both families shows it as an IPv6 address."""
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
 def place_of(address: object) -> Place:
-    """A socket address as accept(2), getsockname(2) and connect(2) have it, in the form that compares."""
+    """The place that a socket address of accept(2), getsockname(2) or connect(2) stands for."""
     if isinstance(address, tuple):
         return _unmapped(address[0]), address[1]
     return address.decode(errors="surrogateescape") if isinstance(address, bytes) else str(address)
@@ -239,7 +238,7 @@ def host_of(address: object) -> str:
 def format_peer(address: object) -> str:
     """A peer's address as accept(2) returns it, for the log.
 
-    The path of a unix socket is in quotes: whoever bound it chose every byte. Few clients have one; else it is `unix`.
+    The path of a unix socket is in quotes: another program chose its bytes. A client without a path is `unix`.
     """
     if isinstance(address, tuple):
         host, port = address[:2]

@@ -6,7 +6,7 @@ Cause = Literal[
     "client-closed",  # both streams ended, the client's first
     "backend-closed",  # both streams ended, the backend's first
     "client-aborted",  # RST from the client, or the network lost it
-    "backend-aborted",  # the same of the backend
+    "backend-aborted",  # RST from the backend, or the network lost it
     "idle-timeout",  # no byte in either direction for idle_timeout
     "half-close-timeout",  # one stream had ended, and no byte came on the other for half_close_timeout
     "backend-refused",  # the backend's host answered, and nothing listens there
@@ -14,10 +14,10 @@ Cause = Literal[
     "backend-unknown",  # the backend's name has no address
     "connect-timeout",  # no backend was reached within connect_timeout
     "backend-down",  # its backend went down and on_down is abort; or all of them are, by their checks
-    "queue-timeout",  # no backend was to be had within queue_timeout
+    "queue-timeout",  # no backend was free within queue_timeout
     "loop",  # the way to the backend led back to the proxy
     "bad-header",  # no PROXY protocol header where accept_proxy expects one
-    "header-timeout",  # none of it, or not all, within accept_proxy_timeout
+    "header-timeout",  # no header, or only part of it, within accept_proxy_timeout
     "drain-timeout",  # still open when drain_timeout had passed, or at the second signal to end
     "error",  # an unexpected error, logged with its traceback
 ]

@@ -48,7 +48,7 @@ rspd [-c FILE] [-l ADDRESS]... [-b ADDRESS]... [OPTION]...
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run rspd with these arguments, by default the process's, and return its exit code (sysexits(3))."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop has it: end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop handles SIGINT: end without a traceback
     _open_standard_descriptors()
     notifier = Notifier()
     starter: Starter | None = None
@@ -92,15 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> None:
-    """Say on stdout what the configuration means, or each value in force; warn of what is right under systemd only."""
+    """Say on stdout what the configuration means, or all values in force. Warn of a proxy without `listen`."""
     config = _load_first(path, overrides, sockets=None)
     source = path or "command line"
-    # What systemd starts, as before a reload, may be about to get its address from a socket unit.
+    # A check that systemd starts, as before a reload, does not warn: a socket unit may bring the address.
     for proxy in config.proxies if not started_by_systemd() else ():
         if not proxy.listen:
             key = f"proxies.{proxy.name}.listen" if proxy.name else "listen"
             complain(f"warning: {source}: {key}: missing, rspd can start only where systemd passes a socket")
-    # Each for this only.
+    # Each module is for this only.
     if every_value:
         from rspd.dump import dump
 
@@ -112,7 +112,7 @@ def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> No
     try:
         print(said, end="", flush=True)
     except BrokenPipeError:
-        pass  # who reads has enough
+        pass  # the reader has enough
     except OSError as error:
         raise StartError(f"cannot write to stdout: {error.strerror}", os.EX_CANTCREAT) from None
 
@@ -280,13 +280,13 @@ def _has_port(text: str) -> bool:
 
 
 def _open_standard_descriptors() -> None:
-    """Put /dev/null where stdin, stdout or stderr is closed, lest a client's socket gets the log's number."""
+    """Put /dev/null where stdin, stdout or stderr is closed. Else a client's socket could get the log's number."""
     while True:
         fd = os.open(os.devnull, os.O_RDWR)
         if fd > 2:
             os.close(fd)
             break
-    # Python has None in place of what was closed; argparse, print and python-daemon want a file.
+    # Python has None for a stream that was closed; argparse, print and python-daemon want a file.
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115

@@ -35,7 +35,7 @@ DEFAULT_FILE = "/etc/rspd.yaml"
 
 
 class BackendConfig(NamedTuple):
-    """One backend of a proxy, and what it gets of the connections."""
+    """One backend of a proxy, and which connections it gets."""
 
     address: Address
     weight: int = 1
@@ -51,11 +51,11 @@ class HealthConfig(NamedTuple):
 
     interval: float = 5.0
     timeout: float = 2.0  # of one check, connecting included
-    rise: int = 2  # good checks in a row until a backend is up
-    fall: int = 3  # bad ones until it is down
+    rise: int = 2  # so many good checks in a row, and a backend is up
+    fall: int = 3  # so many bad checks in a row, and it is down
     http: str = ""  # the path to GET
     host: str = ""  # the Host header; else the backend's address
-    status: tuple[StatusRange, ...] = (StatusRange(200, 399),)  # the good ones
+    status: tuple[StatusRange, ...] = (StatusRange(200, 399),)  # the statuses that are good
     send: bytes = b""  # what to send first
     expect: bytes = b""  # what the answer has to contain
 
@@ -68,7 +68,7 @@ class ProxyConfig(NamedTuple):
     name: str = ""  # empty where the file has one proxy, without a name
     max_connections: int = 1
     backlog: int = 4096
-    reuse_port: bool = False  # of TCP listeners of our own
+    reuse_port: bool = False  # for TCP listeners, not for sockets from systemd
     connect_timeout: float = 5.0
     idle_timeout: float = 60.0
     half_close_timeout: float = 30.0
@@ -77,7 +77,7 @@ class ProxyConfig(NamedTuple):
     resolve: str = "one"  # one: a name is one backend; each: each address of it is one
     resolve_interval: float = 10.0  # how often names are looked up again; finite
     retries: float = inf  # further backends tried for a client; inf: all
-    max_fails: int = 1  # within fail_timeout, until a backend is out
+    max_fails: int = 1  # so many failures within fail_timeout, and a backend is out
     fail_timeout: float = 10.0  # finite
     queue_timeout: float = 0.0  # how long clients wait while no backend is up; finite, 0: not at all
     health: HealthConfig | None = None
@@ -91,7 +91,7 @@ class ProxyConfig(NamedTuple):
 
 
 class Config(NamedTuple):
-    """All of it."""
+    """The whole configuration."""
 
     proxies: tuple[ProxyConfig, ...]
     log_level: str = "info"
@@ -111,7 +111,7 @@ CONNECTIONS_MAX = 1_000_000
 
 
 def _parse_health(text: str) -> HealthConfig | None:
-    """What `health` is without a mapping."""
+    """What `health` means if its value is no mapping."""
     if text.lower() in ON:
         return HealthConfig()
     if text.lower() not in OFF:
@@ -159,7 +159,7 @@ PROXY_KEYS: Mapping[str, Scalar] = {
     "listen": Many(Scalar(listed(parse_address, "an address"), "an address"), "address"),
     "backends": Many(_BACKEND, "backend"),
     "max_connections": Scalar(whole_number(1, CONNECTIONS_MAX)),
-    # listen(2) takes what net.core.somaxconn allows; an int is what it takes at all.
+    # The most that listen(2) takes is an int; net.core.somaxconn lowers it.
     "backlog": Scalar(whole_number(1, 2**31 - 1)),
     "reuse_port": Scalar(parse_switch),
     "balance": Scalar(one_of(BALANCES)),
@@ -188,11 +188,11 @@ GENERAL_KEYS: Mapping[str, Scalar] = {
     "log_level": Scalar(one_of(LEVELS)),
 }
 
-# What the top of the file has to say of all, and a proxy of itself alone.
+# Keys that are for all proxies, at the top of the file; and keys that each proxy has of its own.
 _ABOVE = dict.fromkeys(GENERAL_KEYS, "belongs to the top of the file, it is for all proxies")
 _OWN = ("listen", "backends")
 
-# What is said where one of these is missing: the usual spelling, and what it is for.
+# For the error if one of these keys is missing: the usual spelling, and what the key is for.
 _MISSING = {"listen": ("listen", "listen on"), "backends": ("backend", "relay to")}
 
 
@@ -246,8 +246,8 @@ def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool |
     """The configuration that a file and the command line make; the command line wins.
 
     path: None for no file.
-    sockets: whether systemd passes sockets, so that there need be no address to listen on. None, where that is not
-        known: there need be none beside a backend.
+    sockets: whether systemd passes sockets. If it does, no address to listen on is needed. None if that is not known:
+        then none is needed where there is a backend.
     options: parsed values by the names of the fields of Config and ProxyConfig.
     Raises ConfigError with all that is wrong, or OSError if the file cannot be read.
     """
@@ -299,7 +299,7 @@ def _check_proxy(draft: _Draft, proxy: ProxyConfig, given: Mapping[str, Any], re
 
 
 def _check_together(drafts: Sequence[_Draft], proxies: Sequence[ProxyConfig], report: Report) -> None:
-    """What proxies take from each other."""
+    """Report addresses that two proxies listen on."""
     for index, (draft, proxy) in enumerate(zip(drafts, proxies, strict=True)):
         for address in proxy.listen:
             others = ((other, taken) for other in proxies[:index] for taken in other.listen)
@@ -312,7 +312,7 @@ def _check_together(drafts: Sequence[_Draft], proxies: Sequence[ProxyConfig], re
 
 
 def covers(address: Address, other: Address) -> bool:
-    """Whether who listens on an address has another one, too."""
+    """Whether a listener on an address takes the other address too."""
     if address == other:
         return True
     if address.path or address.passed or address.port != other.port or not address.port or other.path or other.passed:
@@ -323,7 +323,7 @@ def covers(address: Address, other: Address) -> bool:
 
 
 def _covered(listen: Sequence[Address]) -> Iterator[str]:
-    """Which addresses another one covers."""
+    """An error for each address in `listen` that covers another one."""
     for address in listen:
         for other in listen:
             if address != other and covers(address, other):
@@ -331,8 +331,8 @@ def _covered(listen: Sequence[Address]) -> Iterator[str]:
 
 
 def own_listeners(listen: Sequence[Address], backends: Sequence[Address]) -> Iterator[str]:
-    """Which backends are the proxy itself."""
-    # To dial oneself would open connections without end.
+    """An error for each backend that is the proxy itself."""
+    # A proxy that dials itself would open connections without end.
     ports = {address.port for address in listen}
     for backend in [backend for backend in backends if backend.path or backend.port in ports]:
         v4 = backend.host in ("localhost", "0.0.0.0") or backend.host.startswith("127.")

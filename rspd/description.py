@@ -1,4 +1,4 @@
-"""What a configuration makes rspd do, in words."""
+"""What rspd does by a configuration, in words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIMEOUTS = ("connect_timeout", "idle_timeout", "half_close_timeout", "drain_time
 
 
 def describe(config: Config) -> list[str]:
-    """A line for each proxy, followed by one for each of its backends; then what is for all. Defaults go unsaid."""
+    """A line for each proxy, followed by one for each of its backends; then what is for all. Leaves out defaults."""
     lines: list[str] = []
     for proxy in config.proxies:
         name = f"{proxy.name}: " if proxy.name else ""

@@ -17,12 +17,12 @@ OWN_DESCRIPTORS = 24
 
 
 def reserve_descriptors(config: Config, listeners: int) -> int:
-    """Make room for the connections of all proxies, if need be by raising the soft limit to the hard one.
+    """Make room for the connections of all proxies. If needed, raise the soft limit to the hard limit.
 
     Returns how many pipes there is room for. Raises StartError if there is none for the connections.
     """
     connections = sum(proxy.max_connections for proxy in config.proxies)
-    # Each check of a backend has a socket, each lookup one or a file.
+    # Each check of a backend has a socket; each lookup has a socket or a file.
     checks = sum(len(proxy.backends) for proxy in config.proxies if proxy.health)
     names = sum(not literal(backend.address) for proxy in config.proxies for backend in proxy.backends)
     own = OWN_DESCRIPTORS + listeners + checks + names

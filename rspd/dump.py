@@ -1,4 +1,4 @@
-"""What is in force, defaults included, as a configuration file."""
+"""All values in force, defaults included, as a configuration file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dump(config: Config) -> str:
     if config.proxy.name:
         named = [(_scalar(proxy.name), node) for proxy, node in zip(config.proxies, proxies, strict=True)]
         entries = [*general, (_scalar("proxies"), yaml.MappingNode(MAPPING, named))]
-    # The base class takes each scalar for text: 8080 needs no quotes.
+    # The base class reads each scalar as text, so 8080 needs no quotes.
     return str(yaml.serialize(yaml.MappingNode(MAPPING, entries), Dumper=yaml.BaseDumper, width=inf))
 
 
@@ -35,7 +35,7 @@ def _mapping(keys: Mapping[str, Scalar], values: Mapping[str, Any]) -> yaml.Mapp
 
 
 def _name(key: str, value: Any) -> yaml.ScalarNode:
-    """A key in its usual spelling: `backend` where there is one."""
+    """A key in its usual spelling: `backend` if there is only one."""
     usual = {full: short for short, full in SPELLINGS.items()}
     return _scalar(usual[key] if key in usual and len(value) == 1 else key)
 
@@ -58,7 +58,7 @@ def _node(reader: Scalar, value: Any) -> yaml.Node | None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """What may mean this value."""
+    """Texts that may mean this value."""
     if isinstance(value, bool):
         yield str(value).lower()
     yield from (OFF[0], "all")

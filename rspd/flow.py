@@ -47,7 +47,7 @@ class Flow:
         self.target = target
         self.total = 0  # bytes the target has taken
         self.eof = False  # nothing more comes from the source
-        self.waiting = False  # something has been read, and not yet taken by the target
+        self.waiting = False  # the target has yet to take something that was read
         self.finished = False  # nothing more comes, and nothing is waiting
         self.held: memoryview | bytes = b""  # what is waiting, unless it is in a pipe
         self._pipes = pipes
@@ -55,9 +55,9 @@ class Flow:
         self._bulk = False
         self._can_splice = True
         self._held_back = False
-        self._pace: Pace | None = None  # since another flow got the pipe, until the reader reads again
+        self._pace: Pace | None = None  # set when another flow gets the pipe, until the reader reads again
         self._from_pipe = 0  # bytes that were in a pipe, as long as any of them are in `held`
-        self._end = 0  # the total at which others come first
+        self._end = 0  # the total at which the turn of this flow ends
 
     def pump(self) -> bool:
         """Move bytes until the source is dry or the target full; True if the flow stopped before, for this turn.
@@ -97,7 +97,7 @@ class Flow:
         hold_back = self.waiting and not target.ready & OUT
         if hold_back is not self._held_back:
             self._held_back = hold_back
-            # What else comes has to wait for the target, whose room is what resumes the task.
+            # More bytes from the source have to wait until the target has room: only this resumes the task.
             if hold_back:
                 source.ignore(IN | PRI)
             else:
@@ -116,8 +116,8 @@ class Flow:
 
     @property
     def held_back(self) -> int:
-        """How many bytes of the source's have been read and not taken by the target."""
-        ours = min(self.total, 0)  # below, as long as what was put first is not taken
+        """How many bytes of the source have been read, but not taken by the target."""
+        ours = min(self.total, 0)  # below 0 as long as the target has not taken what was put first
         return len(self.held) + (self._pipe.held if self._pipe else 0) + ours
 
     def drop(self) -> None:
@@ -126,9 +126,9 @@ class Flow:
         self._give_back()
 
     def empty_into_memory(self, pace: Pace) -> int:
-        """Keep what is in the pipe in `held`; how many bytes. Another flow gets the pipe; this one copies while slow.
+        """Move the pipe's bytes to `held`; return how many. Another flow gets the pipe; this one copies while slow.
 
-        Raises OSError or MemoryError, with all as it was.
+        Raises OSError or MemoryError; then nothing has changed.
         """
         self._pipe_to_held()
         self._pipe = None
@@ -139,11 +139,11 @@ class Flow:
     def _pipe_to_held(self) -> None:
         pipe = self._pipe
         assert pipe
-        self.held = os.read(pipe.read_fd, pipe.held) if pipe.held else b""  # all that is there, pipe(7)
+        self.held = os.read(pipe.read_fd, pipe.held) if pipe.held else b""  # takes all bytes, pipe(7)
         pipe.held = 0
 
     def _keep_rest(self, rest: memoryview | bytes) -> None:
-        self.held = rest or b""  # an empty view would keep all that it is a view of
+        self.held = rest or b""  # an empty view would keep the whole memory behind it
         if self._from_pipe and not rest:
             self._pipes.free_memory(self._from_pipe)
             self._from_pipe = 0
@@ -198,8 +198,8 @@ class Flow:
         source = self.source
         if self.eof or not source.ready & IN:
             return False
-        # Only an empty pipe is filled. One with bytes in it may be out of slots, which many small segments use
-        # up long before the bytes do, and EAGAIN would not tell that from an empty socket.
+        # Only an empty pipe is filled. A pipe with bytes in it may have no free slot: many small segments use up the
+        # slots long before the bytes. EAGAIN would not tell such a pipe from an empty socket.
         try:
             pipe.held = os.splice(
                 source.fd, pipe.write_fd, min(pipe.size, max(self._end - self.total, BUFFER_SIZE)), flags=SPLICE
@@ -221,7 +221,7 @@ class Flow:
         return True
 
     def _leave_splice(self) -> bool:
-        """Go on by copying: at urgent data splice finds nothing or the end, and only a read tells which it is."""
+        """Go on by copying. At urgent data, splice finds nothing, or the end: only a read tells which it is."""
         self._bulk = False
         self._give_back()
         return True
@@ -237,7 +237,7 @@ class Flow:
             if error.errno != errno.EINVAL:
                 target.note_failure(error)
                 return False
-            self._can_splice = False  # nor to
+            self._can_splice = False  # this kind of socket cannot be spliced to
             self._pipe_to_held()
             return self._leave_splice()
         pipe.held -= count

@@ -44,7 +44,7 @@ UNACKED = slice(24, 28)
 NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
 ADVICE = {
-    # Also by a connection that goes out from that port, which `ss -l` does not show.
+    # An outgoing connection may have that port too; `ss -l` does not show it.
     errno.EADDRINUSE: "another process has that port, `ss -tanp sport = :{port}` shows which",
     errno.EADDRNOTAVAIL: "no interface of this host has that address, `ip address` lists them",
     errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE",
@@ -80,10 +80,10 @@ class ListenError(Exception):
 
 
 class Listener(Watch):
-    """A listening socket, which it owns, for one of the configured addresses, or from systemd.
+    """A listening socket, for a configured address or from systemd. Owns the socket.
 
     name: where it listens, for people.
-    side: what a client's side is.
+    side: the class of a client's side.
     passed: the name of a socket that systemd passed, and will pass to the next process too; None for one of our own.
     """
 
@@ -112,7 +112,7 @@ class Listener(Watch):
         return [where, ("0.0.0.0", bound.port)] if not (bound.path or bound.host) else [where]
 
     def accept(self) -> tuple[socket.SocketType, object]:
-        """The next client's socket, non-blocking and the caller's to close, and its address. Raises OSError."""
+        """The next client's socket and address. The socket is non-blocking; the caller closes it. Raises OSError."""
         sock = self._sock
         # socket.accept() would do the same with a slower class around it.
         fd, address = sock._accept()  # type: ignore[attr-defined]  # typeshed lacks it; in CPython since 3.0
@@ -133,14 +133,14 @@ class Listener(Watch):
         return None if poll.poll(0) else 0
 
     def listen(self, backlog: int) -> None:
-        """Listen on, with a new backlog, or again after `rest`."""
+        """Go on listening with a new backlog, or listen again after `rest`."""
         self._sock.listen(backlog)
         self.backlog = backlog
 
     def share_port(self) -> None:
         """Let other processes of the same user bind this address too, if they say the same (SO_REUSEPORT, socket(7)).
 
-        Not to be taken back: the kernel goes on letting them. Of no meaning for a unix socket.
+        This cannot be undone: the kernel goes on letting them. It means nothing for a unix socket.
         """
         if self._sock.family != socket.AF_UNIX:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -148,9 +148,9 @@ class Listener(Watch):
     def rest(self) -> None:
         """Stop listening, so that another socket can take the address over; clients in the backlog are reset.
 
-        For a TCP listener whose port is configured: one that the kernel picked would be lost.
+        Only for a TCP listener whose port is configured: a port that the kernel picked would be lost.
         """
-        # Linux takes a listening socket back to the state it had after bind.
+        # On Linux, this returns a listening socket to the state it had after bind.
         self._sock.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
@@ -159,14 +159,14 @@ class Listener(Watch):
             try:
                 os.unlink(self.address.path)
             except OSError:
-                pass  # the folder is not ours to write in any more; the next start finds the file stale
+                pass  # rspd may no longer write in the folder; the next start finds the file stale
         self._sock.close()
 
 
 def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
-    """A listener on a socket that listens already and belongs to systemd as well. It owns our descriptor of it."""
-    # Whether accept(2) waits is a flag that all processes share, and systemd clears it whenever it starts another one
-    # on the socket (NonBlocking=, systemd.service(5)). This one is the socket's own: nobody waits there for long.
+    """A listener on a socket that listens already and belongs to systemd too. It owns our descriptor of the socket."""
+    # All processes on this socket share the flag by which accept(2) does not wait, and systemd clears the flag when it
+    # starts one more of them (NonBlocking=, systemd.service(5)). With this timeout, accept(2) never waits long.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, MOMENT)
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as for those of our own, see _open
@@ -178,7 +178,7 @@ def open_listeners(
 ) -> list[Listener]:
     """Bind and listen on all socket addresses that a configured address stands for.
 
-    A host without IPv6, or without IPv4, does without that half. Raises ListenError; nothing is left open then.
+    On a host without IPv6, or without IPv4, those addresses are left out. Raises ListenError; then nothing stays open.
 
     reuse_port: share TCP ports with other processes, see `Listener.share_port`.
     """
@@ -210,10 +210,10 @@ class Binding(NamedTuple):
 
 
 def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]) -> list[Listener]:
-    """Listeners for the wanted addresses: of the old ones those that stay; the others are closed.
+    """Listeners for the wanted addresses. Old listeners that are still wanted stay; the other old ones are closed.
 
-    Those from systemd stay in any case: what is closed of them could not be had again.
-    None of the old ones may be watched. Raises ListenError, with the old ones as they were.
+    Listeners from systemd always stay: rspd could not get a closed one back.
+    No old listener may be watched meanwhile. Raises ListenError; then the old listeners are as they were.
     """
     adopted = [listener for listener in old if listener.passed is not None]
     bound = [listener for listener in old if listener.passed is None]
@@ -228,7 +228,7 @@ def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]
         in_the_way = [listener for listener in leaving if listener.address.port in ports - {0}]
         if error.errno != errno.EADDRINUSE or not in_the_way:
             raise
-        # One of our own may stand in the way, as 8080 does of 127.0.0.1:8080. Who comes meanwhile is refused.
+        # An old listener may be in the way: 8080 is in the way of 127.0.0.1:8080. A client that comes now is refused.
         for listener in in_the_way:
             listener.rest()
         try:
@@ -269,7 +269,7 @@ def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if reuse_port:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # Accepted sockets inherit it: a relayed message is not to wait for the acknowledgement of the last.
+            # Accepted sockets inherit it: a relayed message must not wait until the one before is acknowledged.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if where.family == socket.AF_INET6:
             # Each family has its own socket, so that neither can be mistaken for the other.

@@ -19,7 +19,7 @@ PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERR
 
 SYSLOG_DAEMON = 3 << 3  # the facility, as in syslog(3)
 
-# Milliseconds of waiting for a reader of the log who has fallen behind that are saved up, and how many each second
+# Milliseconds that rspd may wait for a slow reader of the log: how many it saves up at most, and how many each second
 # adds. When they are used up, lines are dropped and counted: a slow log may slow rspd down a little, never stop it.
 PATIENCE = 500.0
 PATIENCE_PER_SECOND = 20.0
@@ -57,7 +57,7 @@ def is_journal(fd: int) -> bool:
 
 def set_up(level: str) -> None:
     """Send what the modules of rspd log to stderr, from a level of `LEVELS` on. May be called again."""
-    # What no line shows need not be found out for each record (the logging HOWTO, "Optimization").
+    # Do not find out for each record what no line shows (the logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     LOGGER.propagate = False
@@ -67,7 +67,7 @@ def set_up(level: str) -> None:
 
 
 def write(level: int, message: str) -> None:
-    """Log a line of an enabled level without a record of `logging`, whose making costs more than all else of a line.
+    """Log a line of an enabled level without a record of `logging`: the record would cost more than all the rest.
 
     For the lines that each connection has. Only rspd's own handler gets them.
     """
@@ -126,29 +126,29 @@ class StderrHandler(logging.Handler):
 
 
 class Output:
-    """A descriptor written to without waiting long for its reader; it stays blocking for all who share it.
+    """Writes to a descriptor without waiting long for its reader. It stays blocking for all processes that share it.
 
     datagrams: whether it is a datagram socket; each `write` makes one then.
     note_lost: makes the line that says how many were lost.
     """
 
     def __init__(self, fd: int, note_lost: Callable[[int], bytes]) -> None:
-        self._own = -1  # what was opened here
+        self._own = -1  # the descriptor that was opened here
         try:
             mode = os.fstat(fd).st_mode
         except OSError:
-            # Closed: its number may be a client's socket next.
+            # It is closed: a client's socket may get its number.
             self._own = fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             mode = os.fstat(fd).st_mode
-        # So much a pipe takes without blocking once poll(2) calls it writable (pipe(7)).
+        # A pipe takes so much without blocking once poll(2) calls it writable (pipe(7)).
         self._piece = select.PIPE_BUF
         if stat.S_ISCHR(mode) and self._own < 0:
-            # A terminal may take less, and a blocking write waits for its reader then. Only a descriptor of our own may
-            # be non-blocking: the shell has this one too.
+            # A terminal may take less, and a blocking write would wait for its reader. So open it again, without
+            # blocking: the shell shares the descriptor that was given.
             try:
                 self._own = fd = os.open(f"/proc/self/fd/{fd}", REOPEN_FLAGS)
             except OSError:
-                # Another user's, as after su(1). One byte fits whenever poll(2) says so.
+                # The terminal is another user's, as after su(1). One byte fits whenever poll(2) says so.
                 self._piece = 1 if os.isatty(fd) else self._piece
         self._fd = fd
         self._note_lost = note_lost
@@ -187,7 +187,7 @@ class Output:
                 self._cut = b"\n"
             elif len(rest) < len(cut + data):
                 self._cut = b""
-            return rest == b"\n"  # the line is whole: its end comes before the next one
+            return rest == b"\n"  # only the line's end is missing: it is written before the next line
         self._cut = b""
         return True
 
@@ -200,7 +200,7 @@ class Output:
             except OSError:
                 if not self._peer:
                     raise
-                # A syslog daemon that was restarted is another peer under the same name.
+                # After a restart, the syslog daemon is a new peer with the same name.
                 self._sock.connect(self._peer)
             return self._sock.send(data, SEND_FLAGS)
         if self._never_full or self._poll.poll(0) or self._wait():
@@ -208,7 +208,7 @@ class Output:
         raise BlockingIOError
 
     def _wait(self) -> bool:
-        """Wait for the reader as long as patience lasts; whether it has made room."""
+        """Wait for the reader as long as patience lasts. Returns whether the reader has made room."""
         begun = time.monotonic()
         self._patience = min(self._patience + (begun - self._waited) * PATIENCE_PER_SECOND, PATIENCE)
         self._waited = begun

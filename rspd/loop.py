@@ -1,8 +1,8 @@
 """The event loop: tasks over edge-triggered epoll, timers, wake-up by signals and by threads.
 
-A task is a coroutine. It suspends in one way only, `await news()` (or a bare `yield`, which is what that does), and
-is resumed when a descriptor it watches is ready for something new, when its deadline has passed, or when somebody
-called `Task.wake`. It may be resumed without cause, so it looks at what it waits for again each time.
+A task is a coroutine. It suspends in one way only: `await news()`, or a bare `yield`, which does the same. The loop
+resumes a task when a descriptor it watches is ready for something new, when its deadline has passed, or when somebody
+called `Task.wake`. A task may be resumed without cause, so each time it checks what it waits for.
 
 Everything runs in one thread; a task that neither waits nor yields keeps the others waiting.
 """
@@ -32,7 +32,7 @@ RDHUP = select.EPOLLRDHUP
 EDGE = select.EPOLLET
 EXCLUSIVE = select.EPOLLEXCLUSIVE
 
-# Seconds. epoll_wait takes no more than 24 days; a day's wait for nothing costs nothing either.
+# Seconds. epoll_wait takes no more than 24 days. To wake once a day for nothing costs nothing.
 LONGEST_WAIT = 86400.0
 
 T = TypeVar("T")
@@ -53,9 +53,9 @@ def news() -> Generator[None, None, None]:
 class Watch:
     """A descriptor's readiness, as far as epoll has told.
 
-    `ready` collects event bits. Whoever uses the descriptor clears a bit when a call shows that it no longer
-    holds (EAGAIN, say): edge-triggered epoll sets it again when that changes, and not before.
-    The descriptor stays the caller's, who calls `Loop.unwatch` before closing it.
+    `ready` collects event bits. The user of the descriptor clears a bit when a call shows that it no longer
+    holds (EAGAIN, say). Edge-triggered epoll sets the bit again when that changes, and not before.
+    The caller owns the descriptor, and calls `Loop.unwatch` before closing it.
     """
 
     __slots__ = ("fd", "ready", "task")
@@ -90,7 +90,7 @@ class Task:
     def wake_at(self, when: float) -> None:
         """Resume the task once at the loop's time `when`, in place of an earlier deadline; `inf` for never."""
         self.deadline = when
-        # A deadline that moves away costs nothing here: the timer looks at it when it is due, and is set again.
+        # A deadline that moves away costs nothing here: when the timer is due, it sees the deadline and is set again.
         if when < self._armed:
             self._loop._push_timer(when, self)
 
@@ -124,7 +124,7 @@ class Loop:
         self._stopped = False
         self._timers: list[tuple[float, int, Task]] = []  # never empty: the loop's own task has one
         self._sequence = count()
-        self._handlers: dict[int, Any] = {}  # those that were there before ours
+        self._handlers: dict[int, Any] = {}  # the handlers before ours
         self._calls: deque[Callable[[], object]] = deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -202,7 +202,7 @@ class Loop:
             await news()
 
     def wake_later(self, task: Task, seconds: float) -> None:
-        """Wake a task after so long, whatever its deadline; of no effect where that is about to happen already."""
+        """Wake a task after so long, whatever its deadline. Does nothing if an earlier call has yet to wake it."""
 
         async def wake() -> None:
             await self.sleep(seconds)
@@ -280,9 +280,9 @@ class Loop:
         while True:
             self.current.wake_at(self.now + LONGEST_WAIT)
             await news()
-            # The calls are looked for after the socket is read: what is queued later writes a byte of its own.
-            # The bytes say nothing but that, since a full socket takes no more of them. There may be none (EAGAIN), or
-            # no memory to read them (ENOMEM).
+            # Read the socket first, then look for calls: a call that is queued later writes a byte of its own. How many
+            # bytes there are says nothing, since a full socket takes no more. There may be none (EAGAIN), or no memory
+            # to read them (ENOMEM).
             try:
                 self._wake_read.recv(4096)
             except OSError:
@@ -296,7 +296,7 @@ class Loop:
     # Turns
 
     def _run_turns(self) -> None:
-        """Wait and resume whom it concerns, again and again, until the main task is done."""
+        """Wait for events and resume the tasks that they concern, again and again, until the main task is done."""
         poll, clock, watches, timers = self._epoll.poll, self._clock, self._watches, self._timers
         turns = count(self.turn + 1)
         for self.turn in turns:
@@ -305,22 +305,22 @@ class Loop:
             queue = self._queue
             due = timers[0][0]
             wait = 0.0 if queue else due - clock()
-            # All that is ready is in the turn: else tasks that are woken in each would run more often than others.
+            # A turn has all events that are ready: else tasks that are woken in each turn would run more often.
             events = poll(wait if wait > 0.0 else 0.0, len(watches))  # below 0 is for ever
             now = self.now = clock()
             late = due <= now
             if late:
-                # After a freeze (SIGSTOP, a paused virtual machine) the poll may have brought nothing. What came
-                # meanwhile is known, and told first, before any timer fires.
+                # After a freeze (SIGSTOP, a paused virtual machine) the poll may have brought nothing. So poll again:
+                # tasks hear of what came meanwhile before any timer fires.
                 events += poll(0.0, len(watches))
-            # All events are noted before any task runs. A task may close a descriptor and another may get its
-            # number: what the batch still holds for the old one must not reach the new one.
+            # All events are noted before any task runs. A task may close a descriptor, and a new one may get its
+            # number: events of the old descriptor must not reach the new one.
             for fd, mask in events:
                 try:
                     watch = watches[fd]
                 except KeyError:
-                    # Closed here, and another process has a copy, which epoll goes on reporting (epoll(7)). As soon as
-                    # the number has a new owner, that one gets these events.
+                    # The descriptor is closed here, but another process has a copy, which epoll goes on reporting
+                    # (epoll(7)). As soon as the number has a new owner, the new owner gets these events.
                     continue
                 watch.ready |= mask
                 queue[watch.task] = None
@@ -350,14 +350,14 @@ class Loop:
 
     def _push_timer(self, when: float, task: Task) -> None:
         timers, now = self._timers, self.now
-        # Within what epoll_wait takes; a timer that is early is set again.
+        # Stay within what epoll_wait takes: a timer that fires too early is set again.
         if when > now + LONGEST_WAIT:
             when = now + LONGEST_WAIT
         elif when < now:
             when = now
         task._armed = when
         heapq.heappush(timers, (when, next(self._sequence), task))
-        # Entries of tasks that are done stay until due; when they are the most, they are swept out.
+        # Outdated entries stay until they are due. When most entries are outdated, these are removed.
         if len(timers) > 2 * len(self._tasks) + 64:
             timers[:] = [entry for entry in timers if entry[0] == entry[2]._armed and not entry[2].done]
             heapq.heapify(timers)

@@ -40,7 +40,7 @@ class Network(NamedTuple):
 def parse_network(text: str) -> Network:
     """Read a network, or an address as a network of one. Raises ValueError, which says what was expected and found.
 
-    One of IPv4-mapped IPv6 addresses is read as the IPv4 network that it stands for.
+    A network of IPv4-mapped IPv6 addresses is read as the IPv4 network that it stands for.
     """
     if text == UNIX_CLIENT:
         return Network(AF_UNIX, 0, 0)
@@ -72,14 +72,14 @@ class Networks:
         for network in networks:
             shift = BITS[network.family] - network.length
             found[network.family].setdefault(shift, {})[network.value >> shift] = network
-        # By family: how many bits of an address do not count, and the networks by those that do; small ones first.
+        # By family: how many bits of an address do not count, and the networks by the other bits; small ones first.
         self._tables = {family: sorted(tables.items()) for family, tables in found.items()}
 
     def find(self, host: str) -> Network | None:
         """The smallest of the networks that a client is in, None if it is in none.
 
-        host: its numeric address, where an IPv4-mapped IPv6 address is an IPv4 one and a zone (`%eth0`) is ignored;
-        empty for a client of a unix socket. Raises OSError for a host that is no address.
+        host: the client's numeric address; empty for a client of a unix socket. An IPv4-mapped IPv6 address counts as
+        IPv4, and a zone (`%eth0`) is ignored. Raises OSError for a host that is no address.
         """
         family, value = _read(host)
         for shift, networks in self._tables[family]:
@@ -93,7 +93,7 @@ class Networks:
 
 
 def client_key(host: str) -> str:
-    """What a client is known by: its IPv4 address, the /64 network of its IPv6 address, or `unix`.
+    """The key of a client: its IPv4 address, the /64 network of its IPv6 address, or `unix`.
 
     host: as `Networks.find` takes it.
     """

@@ -22,18 +22,18 @@ class PidFile:
         self._fd = -1
 
     def __enter__(self) -> PidFile:
-        """Write it. Raises StartError if it is another's, or cannot be written."""
+        """Write the file. Raises StartError if it belongs to another process or user, or cannot be written."""
         number = f"{os.getpid()}\n".encode()
         try:
             while self._fd < 0:
                 self._fd = self._open()
             if os.fstat(self._fd).st_uid == os.geteuid():
-                os.fchmod(self._fd, 0o644)  # whoever may look for a process may know its number
+                os.fchmod(self._fd, 0o644)  # everybody may read the process's number
             os.pwrite(self._fd, number, 0)
             os.ftruncate(self._fd, len(number))
         except OSError as error:
             if self._fd >= 0:
-                # What had no content before goes; it may have been made here.
+                # Remove a file that had no content before: it may have been made here.
                 self._close(remove=not os.fstat(self._fd).st_size)
             reason = "a symbolic link stands there" if error.errno == errno.ELOOP else error.strerror
             raise self._refusal(f"cannot be written: {reason}", error.errno or 0) from None
@@ -50,13 +50,13 @@ class PidFile:
             if remove and self._is_in_place(self._fd):
                 os.unlink(self._path)
         except OSError:
-            pass  # the folder is not ours to write in; the next start finds the file stale
+            pass  # rspd may not write in the folder; the next start finds the file stale
         os.close(self._fd)
         self._fd = -1
 
     def _open(self) -> int:
         """The file, locked and ours to overwrite; -1 if it has vanished meanwhile."""
-        # Without waiting for anybody to write, should it be a FIFO.
+        # If the file is a FIFO, do not wait for a writer.
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         try:
             self._check(fd)

@@ -14,8 +14,8 @@ from rspd.errors import StartError
 JOURNAL = "/run/systemd/journal/stdout"
 SYSLOG = "/dev/log"
 
-# What journald wants to know of a stream, a line each: identifier, unit, priority of lines without one, whether lines
-# may begin with theirs (`<N>`), and whether to pass lines on to syslog, the kernel's log and the console.
+# What journald wants to know of a stream, one line each: identifier, unit, the priority of a line that names none,
+# whether lines may name one (`<N>`), and whether to pass lines on to syslog, the kernel's log and the console.
 JOURNAL_HEADER = b"rspd\n\n6\n1\n0\n0\n0\n"
 
 STDERR = 2
@@ -23,8 +23,8 @@ STDERR = 2
 # Nobody but the owner may write what the daemon creates, and others may not read it.
 UMASK = 0o027
 
-# python-daemon 2.x keeps a set of all descriptors that the hard limit allows, 80 bytes each. So a daemon is left as
-# many as LimitNOFILE= leaves the service, unless its connections need more.
+# python-daemon 2.x keeps a set of all descriptors that the hard limit allows, 80 bytes each. So a daemon gets the same
+# limit as the service (LimitNOFILE=), unless its connections need more.
 DESCRIPTORS = 65536
 
 # Seconds after which the process that was started stops waiting for the daemon, as systemd does by default.
@@ -34,7 +34,7 @@ START_TIMEOUT = 90.0
 def started_by_systemd() -> bool:
     """Whether this process is the main one of a unit, or is to notify systemd.
 
-    INVOCATION_ID and JOURNAL_STREAM do not tell: all a unit's children have them, and some are to start daemons.
+    INVOCATION_ID and JOURNAL_STREAM do not tell: all processes of a unit have them, and some of these start daemons.
     """
     return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()) or "NOTIFY_SOCKET" in os.environ
 
@@ -46,14 +46,14 @@ class Starter:
         self._fd = fd
 
     def release(self, code: int, reason: str = "") -> bool:
-        """Let it exit with this code, after the reason on its stderr. Whether it was still waiting."""
+        """Let it write the reason on its stderr and exit with this code. Returns whether it was still waiting."""
         if self._fd < 0:
             return False
         try:
             os.write(self._fd, bytes([code]) + reason.encode(errors="backslashreplace")[: select.PIPE_BUF - 1])
             return True
         except OSError:
-            return False  # it was killed, or tired of waiting
+            return False  # it was killed, or has stopped waiting
         finally:
             os.close(self._fd)
             self._fd = -1
@@ -85,9 +85,9 @@ def detach(preserve: Sequence[int], descriptors: int) -> Starter:
         stdout=log,
         stderr=log,
         files_preserve=[writer, *preserve],
-        signal_map={},  # the loop's are to come; its own end with exit code 1
+        signal_map={},  # the loop will set handlers; python-daemon's exit with code 1
     ).open()
-    log.close()  # it is 1 and 2 now
+    log.close()  # descriptors 1 and 2 are copies of it now
     return Starter(writer)
 
 

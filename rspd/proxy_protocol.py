@@ -21,8 +21,8 @@ HostPort = tuple[str, int]
 # Bytes of a version 1 line, its CRLF included.
 V1_MAX = 107
 
-# Bytes of a version 2 header that are accepted, a quarter of what its field can tell.
-# HAProxy takes one only if it fits into one of its buffers, which have this size by default (tune.bufsize).
+# The longest version 2 header that is accepted, in bytes; its length field could say four times as many.
+# HAProxy takes a header only if it fits into one of its buffers, which have this size by default (tune.bufsize).
 V2_MAX = 16384
 
 V1_UNKNOWN = b"PROXY UNKNOWN\r\n"
@@ -43,7 +43,7 @@ V2_TCP6 = V2_START.pack(SIGNATURE, PROXY, TCP6, 36)
 PORTS = struct.Struct("!HH")
 
 # Bytes of both addresses with their ports, for TCP and UDP over IPv4 and IPv6, and for unix streams and datagrams.
-# Any other pair of a known family and a known protocol has an UNSPEC in it: no telling where its addresses end.
+# Any other pair of a known family and a known protocol has an UNSPEC in it: it does not tell where its addresses end.
 ADDRESS_SIZES = {0x11: 12, 0x12: 12, 0x21: 36, 0x22: 36, 0x31: 216, 0x32: 216}
 
 TLV = struct.Struct("!BH")  # type and length
@@ -63,8 +63,8 @@ class NoHeaderError(HeaderError):
 class Header(NamedTuple):
     """Who connected to the first proxy, and to which address of it.
 
-    Both are None where the header does not say, or says it of something other than TCP: LOCAL (a health check of the
-    proxy itself), UNKNOWN, UNSPEC, UDP, unix sockets. The connection's own addresses are to be used then.
+    Both are None if the header does not say, or says it of something other than TCP: LOCAL (a health check of the
+    proxy itself), UNKNOWN, UNSPEC, UDP, unix sockets. Then use the connection's own addresses.
     """
 
     source: HostPort | None
@@ -79,8 +79,8 @@ def encode(version: str, source: HostPort | None, destination: HostPort | None) 
 
     version: `v1` or `v2`.
     source, destination: the client's address, and the one it connected to. If one is IPv4 and the other IPv6, the IPv4
-    one is sent IPv4-mapped. None if there is none: v1 says UNKNOWN, and v2 LOCAL, which each receiver has to accept,
-    where PROXY with UNSPEC is left to its choice.
+    one is sent IPv4-mapped. If there are none: v1 says UNKNOWN, and v2 says LOCAL. Each receiver has to accept LOCAL,
+    but need not accept PROXY with UNSPEC.
     """
     if source is None or destination is None:
         return V1_UNKNOWN if version == "v1" else V2_LOCAL
@@ -95,10 +95,10 @@ def encode(version: str, source: HostPort | None, destination: HostPort | None) 
 
 
 def parse(data: bytes) -> tuple[Header, int] | None:
-    """The header that `data` begins with, and its length; None while it is a header so far, and more belongs to it.
+    """The header that `data` begins with, and its length; None as long as the header is good so far, but not complete.
 
-    Of version 2 the TLVs are passed over, save a checksum (CRC32C), which is verified.
-    Raises HeaderError as soon as no header can begin so.
+    In version 2, a checksum (CRC32C) is verified, and all other TLVs are skipped.
+    Raises HeaderError as soon as no header can begin with `data`.
     """
     if data.startswith(SIGNATURE):
         return _parse_v2(data)
@@ -112,7 +112,7 @@ def parse(data: bytes) -> tuple[Header, int] | None:
 def _parse_v1(data: bytes) -> tuple[Header, int] | None:
     line, crlf, _ = data[:V1_MAX].partition(b"\r\n")
     if not crlf:
-        # Only the last byte may be the CR of a CRLF of which the LF is still to come.
+        # A CR may only be the last byte: its LF is still to come.
         if len(data) < V1_MAX and V1_BEGUN.fullmatch(line.removesuffix(b"\r")):
             return None
         raise HeaderError(f"expected {V1_FORM}, CRLF within {V1_MAX} bytes, found {line!r}")
@@ -131,7 +131,7 @@ def _parse_v1(data: bytes) -> tuple[Header, int] | None:
 
 
 def _parse_v2(data: bytes) -> tuple[Header, int] | None:
-    # What has not come yet is taken to be good, as LOCAL's is.
+    # Fill up the bytes that have not come yet from a LOCAL header, which is good.
     _, command, kind, length = V2_START.unpack(data[:V2_MIN] + V2_LOCAL[len(data) :])
     if command not in (LOCAL, PROXY):
         raise HeaderError(f"expected version 2 and LOCAL or PROXY (0x20, 0x21), found {command:#04x}")
@@ -155,7 +155,7 @@ def _parse_v2(data: bytes) -> tuple[Header, int] | None:
 
 
 def _check_tlvs(header: bytes, place: int) -> None:
-    checksum = 0  # where it stands
+    checksum = 0  # its place in the header
     while place < len(header):
         value = place + TLV.size
         kind, length = TLV.unpack_from(header, place) if value <= len(header) else (0, 0)
@@ -208,19 +208,19 @@ def _unpack(packed: bytes) -> str:
 
 
 async def receive(loop: Loop, client: Side, deadline: float) -> Header:
-    """Take the header from the client's side, watched by the running task, and leave what follows it there.
+    """Take the header from the client's side, and leave there what follows it. The running task watches the side.
 
     `client.ready` says then what a relay has to know of the rest: more bytes, or the end, need no further event.
     deadline: in the loop's time.
-    Raises HeaderError, also where the stream ends within the header (NoHeaderError: before it); TimeoutError at the
-    deadline; ConnectionAbortedError if the client aborted. Some of the header, or all, may have been taken then.
+    Raises HeaderError, also if the stream ends within the header (NoHeaderError: before it). Raises TimeoutError at the
+    deadline, ConnectionAbortedError if the client aborted. By then, some or all of the header may have been taken.
     """
     loop.current.wake_at(deadline)
     data = b""
     while True:
         piece = client.peek((V2_MAX if data.startswith(SIGNATURE) else V1_MAX) - len(data))
         if piece:
-            # As long as there is no whole header, all that has come belongs to it, and may be taken.
+            # As long as the header is not complete, all that has come belongs to it, and may be taken.
             found = parse(data + piece)
             piece = client.read(found[1] - len(data) if found else len(piece))
             data += piece or b""

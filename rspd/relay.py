@@ -20,7 +20,7 @@ FIRST_LOOK, LAST_LOOK = 0.001, 0.1
 class Relay:
     """What moves a connection's two flows.
 
-    client, backend: both watched by the task that runs the relay; they stay the caller's to release with `close`.
+    client, backend: both watched by the task that runs the relay. The caller releases them with `close`.
     idle_timeout: seconds without a byte in either direction; up to twice as long while the kernel holds bytes.
     half_close_timeout: the same once one flow has ended, if it is shorter.
     """
@@ -52,7 +52,7 @@ class Relay:
     def run(self) -> Generator[None, None, Cause]:
         """Relay until both flows have ended, a side has aborted, or a timeout has passed; return which it was.
 
-        What a side had sent before it aborted has been delivered then.
+        By then, what a side had sent before it aborted has been delivered.
         """
         loop, client, backend, upload, download = self.loop, self.client, self.backend, self.upload, self.download
         task = loop.current
@@ -60,7 +60,7 @@ class Relay:
         timeout = self.idle_timeout
         task.wake_at(loop.now + timeout)
         moved = 0  # bytes in both directions when the deadline was set
-        last = loop.now  # when the task ran before this time
+        last = loop.now  # when the task ran last
         while True:
             now = loop.now
             late = now >= task.deadline
@@ -85,7 +85,7 @@ class Relay:
                         if flow.target.aborted:
                             continue
                 if upload.finished and download.finished:
-                    # Both sides are closed next, which says the same as an end passed on.
+                    # Both sides are closed next: this tells a peer the same as passing the end on.
                     return first
             if late:
                 total = upload.total + download.total
@@ -106,8 +106,8 @@ class Relay:
     def close(self) -> int:
         """Close both sides: each with FIN if all that was sent to it has been passed on, else with RST.
 
-        So what was cut short does not look complete. Returns how many bytes were lost by that: read for a side that had
-        not aborted itself, and not acknowledged by it.
+        With RST, what was cut short does not look complete. Returns how many bytes were lost: rspd had read them for a
+        side, the side had not aborted, and the side has not acknowledged them.
         """
         client, backend, upload, download = self.client, self.backend, self.upload, self.download
         if upload.finished and download.finished and not (client.ready | backend.ready) & ERR:
@@ -124,7 +124,7 @@ class Relay:
         return changed
 
     async def _deliver_before_abort(self) -> Cause:
-        """Pass on what the aborted side had sent, and wait until the other has it: the RST to come would destroy it.
+        """Pass on what the aborted side had sent, and wait until the other has it: the later RST would destroy it.
 
         The wait ends when the other side has taken nothing for as long as a half-closed connection may be silent.
         """
@@ -161,10 +161,10 @@ class Relay:
 
 
 def cut(flow: Flow, other: Flow) -> int:
-    """Close a flow's target, not all being in order; how many bytes were lost by that."""
+    """Close the target of a flow, when not all is in order. Returns how many bytes were lost by that."""
     target = flow.target
     whole = flow.finished and not flow.source.aborted
-    # Of a socket that is closed with bytes of the peer's unread the kernel makes a reset too (tcp(7)).
+    # If a socket is closed while bytes from its peer are unread, the kernel sends RST too (tcp(7)).
     resets = not whole or (not other.finished and target.peek(1))
     lost = at_risk(flow) if resets and not target.aborted else 0
     if whole:
@@ -176,8 +176,8 @@ def cut(flow: Flow, other: Flow) -> int:
 
 
 def at_risk(flow: Flow) -> int:
-    """How many bytes of a flow's source RST to its target now would destroy, those in rspd and those in the kernel."""
-    # The kernel counts an end passed on as a byte, and holds what rspd put first, which is not in the flow's total.
+    """How many bytes from a flow's source would be lost by RST to its target now: those in rspd and in the kernel."""
+    # The kernel counts an end as one byte. It may also hold what rspd put first, which is not in the flow's total.
     target = flow.target
     in_kernel = max(target.at_risk() - target.ended, 0)
     return flow.held_back + min(in_kernel, max(flow.total, 0))

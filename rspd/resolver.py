@@ -22,7 +22,7 @@ class Lookup:
 
 
 class Resolver:
-    """Looks names up in threads: one at a time for a name, however many tasks ask for it."""
+    """Looks names up in threads. For each name, one lookup runs at a time, however many tasks ask for the name."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -34,7 +34,7 @@ class Resolver:
     ) -> list[SocketAddress]:
         """The socket addresses of an address; at once if it is numeric, or was looked up just now.
 
-        given_up: looked at whenever the task is woken; once true, the answer is not waited for.
+        given_up: called whenever the task is woken; if it returns True, the wait for the answer ends.
         Raises TimeoutError at the deadline (the loop's time), another OSError if the name has no address.
         """
         known = literal(address)

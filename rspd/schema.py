@@ -12,15 +12,15 @@ from rspd.yamlfile import Entry, Value
 # Other ways to write a key.
 SPELLINGS = {"backend": "backends"}
 
-# A table of more keys is not listed where one is unknown.
+# The error for an unknown key lists the known keys if they are at most so many.
 FEW = 12
 
 
 class Report:
     """What is wrong with a file, and what has been read of it.
 
-    meanings: by who read it and its node's id, what a value means, the key where it was read, and whether it is right.
-        By aliases a value may stand in many places; it is read once.
+    meanings: by reader and id of the value's node: what the value means, the key where it was read, and whether it is
+        right. With aliases, a value may stand in many places; it is read once.
     """
 
     def __init__(self, source: str) -> None:
@@ -32,7 +32,7 @@ class Report:
         return len(self._errors)
 
     def add(self, line: int | None, key: str, what: str) -> None:
-        """Take an error down. line: None where there is none. key: dotted from the top, empty for all of it."""
+        """Note an error. line: None if it has none. key: dotted, from the top; empty for the whole file."""
         place = self.source if line is None else f"{self.source}:{line}"
         self._errors.append((inf if line is None else line, ": ".join(part for part in (place, key, what) if part)))
 
@@ -43,7 +43,7 @@ class Report:
 
 
 class Scalar:
-    """A key with one value, which `parse` reads, or raises ValueError. `expected` is said where there is no scalar."""
+    """A key with one value. `parse` reads it or raises ValueError. `expected`: for the error if it is no scalar."""
 
     def __init__(self, parse: Callable[[str], Any], expected: str = "one value") -> None:
         self.parse = parse
@@ -66,7 +66,7 @@ class Scalar:
 
 
 class Table(Scalar):
-    """A key with a mapping of further ones, from whose values `make` makes its own; or with a scalar, as above.
+    """A key with a mapping of further keys: `make` turns their values into one. Or a key with a scalar, as above.
 
     required: keys that have to be there, and what they should have.
     check: yields keys and what is wrong between their values.
@@ -88,7 +88,7 @@ class Table(Scalar):
         self._check = check
 
     def holds(self, key: str) -> bool:
-        """Those of the mapping."""
+        """Whether it is a key of the mapping."""
         return key in self.keys
 
     def read(self, value: Value, key: str, report: Report, expected: str = "") -> Any:
@@ -108,10 +108,10 @@ class Table(Scalar):
 
 
 class Many(Scalar):
-    """A key with one or a list of what `item` reads, into a tuple.
+    """A key with one item or a list of items. `item` reads each; the result is a tuple.
 
     noun: what an item is.
-    none: words for an empty one; without them, there has to be an item.
+    none: words that mean no items; if there are no such words, at least one item is needed.
     separator: between several items in one scalar.
     """
 
@@ -148,9 +148,9 @@ class Many(Scalar):
 
 
 class Settings(NamedTuple):
-    """What the keys of a mapping mean, None where one is wrong, and the entry of each, by the full name.
+    """What each key of a mapping means, None if it is wrong, and the entry of each key. Both go by its full name.
 
-    meant: the full names that unknown keys were probably to be.
+    meant: the full names of the keys that were probably meant by unknown ones.
     """
 
     values: dict[str, Any]
@@ -165,10 +165,10 @@ def read_keys(
     report: Report,
     elsewhere: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings that entries make by a table of keys.
+    """Read entries by a table of keys.
 
     prefix: what goes before a key in an error, with its dot.
-    elsewhere: keys that stand somewhere else, and where.
+    elsewhere: keys that belong somewhere else, and the text that says where.
     """
     settings = Settings({}, {}, set())
     seen = settings.seen
@@ -192,7 +192,7 @@ def read_keys(
 
 
 def _read_once(reader: Scalar, entry: Entry, key: str, report: Report) -> Any:
-    """What the value of an entry means; if it was read in another place and is wrong, one error says so."""
+    """What the value of an entry means. If an alias had it read before, and it is wrong, one error says so."""
     known = report.meanings.get((reader, id(entry.value.node)))
     if not known:
         before = len(report)
@@ -206,7 +206,7 @@ def _read_once(reader: Scalar, entry: Entry, key: str, report: Report) -> Any:
 
 
 def _suggest(key: str, keys: Mapping[str, Scalar], seen: Mapping[str, Entry]) -> tuple[str, str]:
-    """What is said of an unknown key: where it belongs, which one was meant, or which there are; and the one meant.
+    """The advice for an unknown key: where it belongs, which was meant, or which there are. And the key that was meant.
 
     seen: the entries above it.
     """

@@ -38,23 +38,23 @@ EXIT_CODES = {
 
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
-# Seconds: more starts than that makes hit the limits in rspd.service and rspd.socket.
+# Seconds. With a shorter exit_idle_time, so many starts follow that the limits in rspd.service and rspd.socket are hit.
 SHORTEST_IDLE_TIME = 1.0
 
 # Seconds between two status lines for systemd while something changes.
 STATUS_INTERVAL = 1.0
 
-# Seconds that systemd is asked to go on waiting for the end, each STATUS_INTERVAL anew. Where nothing bounds the
-# draining, the unit's TimeoutStopSec= does.
+# Seconds that rspd asks systemd to wait for the end; it asks again each STATUS_INTERVAL. If drain_timeout is off, the
+# unit's TimeoutStopSec= counts.
 STOP_EXTENSION = 30.0
 
-# Seconds for which a start under systemd is tried again where it cannot listen, and between two tries. Who has the port
-# may give it up; and each start that fails costs systemd several lines of the journal, four times a second.
+# Seconds for which a start under systemd goes on trying to listen, and seconds between two tries. The process that has
+# the port may give it up. Each start that fails writes several lines to the journal, and systemd starts four a second.
 LISTEN_PATIENCE = 5.0
 LISTEN_AGAIN = 0.5
 
-# Objects made and not freed before the garbage collector looks for cycles. By Python's own figure it would do so
-# while clients come, for each few dozen of them.
+# Objects made and not freed before the garbage collector looks for cycles. With Python's default it would look once for
+# every few dozen clients that come.
 GARBAGE = 20_000
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def run(
     except ConfigError as error:
         raise StartError("\n".join(error.errors), os.EX_CONFIG) from None
     listeners, pipes = _listen(config, parts, adopted, notifier)
-    # What is there by now stays, and a connection leaves no cycles behind, only the lookup of a name does.
+    # The objects made so far stay. A connection leaves no cycles behind; only the lookup of a name does.
     gc.freeze()
     gc.set_threshold(GARBAGE)
     with Loop() as loop:
@@ -149,8 +149,8 @@ class Service:
         self._ends = 0  # signals to end so far
         self._reload_asked = False
         self._reload_error = ""  # of the last reload
-        self._served_before = 0  # by proxies that are gone
-        self._last_end = -inf  # of a connection of theirs
+        self._served_before = 0  # clients served by proxies that are gone
+        self._last_end = -inf  # when the last connection of these proxies ended
         self._ending = False
 
     async def run(self, on_ready: Callable[[], object]) -> None:
@@ -169,7 +169,7 @@ class Service:
         for number in ENDING_SIGNALS:
             loop.on_signal(number, end)
         loop.on_signal(signal.SIGHUP, ask_reload)
-        # Whoever started rspd may have blocked them (daemon(7)).
+        # The process that started rspd may have blocked these signals (daemon(7)).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS | {signal.SIGHUP})
         for proxy in self._proxies.values():
             _log_listening(proxy, proxy.listeners)
@@ -184,14 +184,14 @@ class Service:
                 await self._reload()
                 notifier.ready(self._status())
                 if reporter:
-                    reporter.wake()  # it sends again what found no room
+                    reporter.wake()  # the reporter sends again what systemd had no room for
             else:
                 await news()
         self._ending = True
         self._common.ways.listen({}, ())
         proxies = self._everyone()
         timeouts = {f"{proxy.config.drain_timeout:g}" for proxy in proxies}
-        # The kernel resets them; those at a socket of systemd wait on for the next process.
+        # The kernel resets these clients. Clients at a socket of systemd wait on for the next process.
         reset = who_waits(listener for proxy in proxies for listener in proxy.listeners if listener.passed is None)
         waiting = f" waiting={reset}" if reset else ""
         for proxy in proxies:
@@ -203,17 +203,17 @@ class Service:
         drains = [loop.spawn(proxy.drain(lambda: self._ends > 1), lambda _: task.wake()) for proxy in proxies]
         while not all(drain.done for drain in drains):
             for drain in drains:
-                drain.wake()  # a second signal to end concerns all
+                drain.wake()  # a second signal to end concerns all proxies
             await news()
         self._common.pipes.close()
         self._common.shortage.give_up_spare()
         self._tell_stopping()
         log.info("ended served=%d", self._served())
-        # One more would find the default action restored, and the exit code would be its number.
+        # Closing the loop restores the default actions: one more signal would kill rspd and be its exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS | {signal.SIGHUP})
 
     def _everyone(self) -> list[Proxy]:
-        """The proxies, those that were taken out and still have connections among them."""
+        """All proxies, also those that were taken out and still have connections."""
         for proxy in self._retired:
             if not proxy.open:
                 self._served_before += proxy.served
@@ -274,7 +274,7 @@ class Service:
                 await news()
 
     def _idle_for_long(self) -> bool:
-        """Whether there was no connection for `exit_idle_time`; if not, the running task is woken when to ask again."""
+        """Whether rspd was idle for `exit_idle_time`. If not, the running task is woken when to ask again."""
         limit = self._config.exit_idle_time
         if limit == inf:
             return False
@@ -320,7 +320,7 @@ class Service:
         log.info("reloaded listen=%s", listen)
 
     def _apply(self, config: Config, parts: Mapping[str, Part], bindings: Mapping[Address, Binding]) -> None:
-        """Have the proxies that a configuration says. Raises ListenError, with nothing changed."""
+        """Make the proxies what a configuration says. Raises ListenError; then nothing has changed."""
         old = self._proxies
         for proxy in old.values():
             proxy.pause()
@@ -340,7 +340,7 @@ class Service:
             _log_listening(proxy, [listener for listener in own[wanted.name] if listener not in before])
         for name, proxy in old.items():
             if name not in new:
-                proxy.listeners.clear()  # they are others' now, or closed
+                proxy.listeners.clear()  # other proxies have them now, or they are closed
                 proxy.stop_listening()
                 self._retired.append(proxy)
                 log.info("proxy taken out%s connections=%d", proxy.tag, proxy.open)

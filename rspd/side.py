@@ -15,14 +15,14 @@ from rspd.loop import EDGE, ERR, HUP, IN, OUT, PRI, RDHUP, Loop, Watch
 
 EVENTS = IN | OUT | PRI | RDHUP | EDGE
 
-# With none of these in an event, a read that got less than it asked for has emptied the socket. An end of the
-# stream or an error is still to be read, and urgent data (tcp(7)) cuts a read short where more follows.
+# If an event has none of these, a read that gets less than it asked for has emptied the socket. An end of the stream
+# or an error is still to be read. Urgent data (tcp(7)) cuts a read short though more bytes follow.
 MORE_TO_READ = PRI | RDHUP | HUP | ERR
 
 # close(2) of a TCP socket that lingers for 0 seconds sends RST and drops what was not sent (socket(7)).
 LINGER_0 = struct.pack("ii", 1, 0)
 
-# The kernel had no memory for this one call (send(2)); the connection is as it was.
+# The kernel had no memory for this one call (send(2)); the connection has not changed.
 NO_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
 
 # Seconds after which to make such a call again: no event tells when there is memory.
@@ -30,7 +30,7 @@ RETRY = 0.01
 
 
 class Side(Watch):
-    """A connected, non-blocking stream socket, which it owns, and what epoll says of it."""
+    """A connected, non-blocking stream socket, and what epoll says of it. Owns the socket."""
 
     __slots__ = ("events", "loop", "sock")
 
@@ -41,14 +41,14 @@ class Side(Watch):
         self.ready = 0
         self.loop = loop
         self.sock = sock
-        self.events = EVENTS  # those that resume the task
+        self.events = EVENTS  # the events that resume the task
 
     def watch(self) -> None:
         """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
         self.loop.watch(self, EVENTS)
 
     def ignore(self, events: int) -> None:
-        """Have the task not resumed by these events, which would tell it nothing."""
+        """Stop resuming the task by these events, since they would tell it nothing."""
         self.events &= ~events
         self.loop.rewatch(self, self.events)
 
@@ -117,9 +117,9 @@ class Side(Watch):
         return count
 
     def note_failure(self, error: OSError) -> bool:
-        """Note that a call failed: the connection broke, and it returns True, or there was no memory for the call.
+        """Note that a call failed. Returns True if the connection broke, False if there was no memory for the call.
 
-        For want of memory `ready` stays as it was, and the task is woken a moment later, to try again.
+        If there was no memory, `ready` does not change, and the task is woken a moment later, to try again.
         """
         if error.errno in NO_MEMORY:
             self.loop.wake_later(self.task, RETRY)
@@ -143,7 +143,7 @@ class Side(Watch):
         return not self.events & OUT
 
     def unsent(self) -> int:
-        """How many bytes the kernel holds that the peer has not acknowledged, an end as one (SIOCOUTQ, tcp(7))."""
+        """How many bytes in the kernel the peer has not acknowledged; an end counts as one (SIOCOUTQ, tcp(7))."""
         answer = fcntl.ioctl(self.fd, termios.TIOCOUTQ, b"\0\0\0\0")
         return int(struct.unpack("i", answer)[0])
 
@@ -173,11 +173,11 @@ class Side(Watch):
 
 
 class UnixSide(Side):
-    """The same of a unix socket. It has no RST: `abort` closes it."""
+    """A side with a unix socket. A unix socket has no RST: `abort` only closes it."""
 
     __slots__ = ()
 
-    # A passed descriptor cuts a read short too, and no event tells of it (unix(7)): it is read to EAGAIN.
+    # A passed descriptor cuts a read short too, and no event tells of it (unix(7)): so the socket is read to EAGAIN.
     more_to_read = MORE_TO_READ | IN
 
     def at_risk(self) -> int:

@@ -20,7 +20,7 @@ LISTEN_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDI
 
 FAMILIES = {socket.AF_INET: "AF_INET", socket.AF_INET6: "AF_INET6", socket.AF_UNIX: "AF_UNIX"}
 
-# TCP, TCP in several paths, and what a unix socket has.
+# Those of a unix socket, of TCP, and of Multipath TCP.
 PROTOCOLS = frozenset({0, socket.IPPROTO_TCP, 262})
 
 FILE_KINDS = {
@@ -105,15 +105,15 @@ def _take(fd: int, name: str) -> socket.SocketType:
 class Notifier:
     """Tells systemd how the service does; says nothing where NOTIFY_SOCKET is not set.
 
-    Nothing here but `failed` ever waits. A change of state for which systemd's queue has no room is `pending` until one
-    of the calls after it finds room; of several reloads, the last.
+    Only `failed` ever waits. If systemd's queue has no room for a change of state, the change is `pending` until a
+    later call finds room. Of several reloads, only the last is pending.
     interval: seconds between two signs of life that systemd waits for (sd_watchdog_enabled(3)), or inf.
     """
 
     def __init__(self) -> None:
         self.active = bool(os.environ.get("NOTIFY_SOCKET"))
         self.interval = _watchdog_interval() if self.active else inf
-        # Its `notify` swallows errors: what could not be sent would not be sent again. So its socket is used.
+        # Its `notify` hides errors: then a message that found no room would not be sent again. So use its socket.
         self._notifier = SystemdNotifier() if self.active else None
         self._pending: list[list[str]] = []
 
@@ -138,7 +138,7 @@ class Notifier:
             self._send("WATCHDOG=1", _status(status))
 
     def reloading(self) -> None:
-        """A reload begins; it ends with `ready`, however it went."""
+        """A reload begins. Call `ready` at its end, also if it failed."""
         usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._pending = [["RELOADING=1", f"MONOTONIC_USEC={usec}"]]
         self._send_pending()
@@ -170,7 +170,7 @@ class Notifier:
         try:
             self._notifier.socket.send("\n".join(assignments).encode())
         except OSError as error:
-            return error.errno not in NO_ROOM  # else nobody is there
+            return error.errno not in NO_ROOM  # any other error: nobody is there
         return True
 
 
@@ -182,7 +182,7 @@ def _status(text: str) -> str:
 
 def _watchdog_interval() -> float:
     usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
-    # What sd_watchdog_enabled(3) takes: a 64-bit number, neither 0 nor the largest, which means never.
+    # sd_watchdog_enabled(3) takes a 64-bit number, but neither 0 nor the largest, which means never.
     if not usec.isascii() or not usec.isdigit() or len(usec) > 20 or pid != str(os.getpid()):
         return inf
     return int(usec) / 1e6 / SIGNS_OF_LIFE if 0 < int(usec) < USEC_INFINITY else inf

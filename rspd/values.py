@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h"
 
-# Seconds: what is done again and again, at a shorter interval, would do nothing else.
+# Seconds. With a shorter interval, rspd would do nothing but the repeated work.
 SHORTEST = 0.01
 
 # Hours, so that any duration can be written as seconds again.
@@ -36,11 +36,11 @@ def _seconds(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration as it is written in the configuration: what is read from it is the same."""
+    """A duration as it is written in the configuration. To read this text gives the same duration."""
     if seconds == inf:
         return OFF[0]
     units = ["ms"] if seconds < 1 else ["s"]
-    if seconds > 60:  # up to there in seconds, as the defaults are written
+    if seconds > 60:  # up to there, write seconds, as the defaults do
         units = ["h", "m", "s"]
     for unit in units:
         text = f"{seconds / UNITS[unit]:.0f}{unit}"
@@ -130,7 +130,7 @@ def one_of(words: Iterable[str]) -> Callable[[str], str]:
 
 
 def closest(word: str, words: Iterable[str]) -> str:
-    """Which of some words was meant by one that is none of them; empty if none is near."""
+    """Which of the known words was probably meant by an unknown word; empty if none is near."""
     import difflib  # slow to import, and for messages only
 
     word, known = word.lower(), list(words)
@@ -138,16 +138,16 @@ def closest(word: str, words: Iterable[str]) -> str:
     if len(begun) == 1:
         return begun[0]
     by_lower = {other.lower(): other for other in known}
-    # Of those that are near, one that begins alike: `proxy` is rather proxies than send_proxy.
+    # Of the words that are near, prefer one with the same beginning: `proxy` more likely means proxies than send_proxy.
     near = difflib.get_close_matches(word, by_lower, 3, cutoff=0.65)
     alike = [other for other in near if other[:3] == word[:3]]
     return by_lower[(alike or near)[0]] if near else ""
 
 
 def listed(parse: Callable[[str], T], noun: str, option: str = "") -> Callable[[str], T]:
-    """A parser of one item, a `noun`, that says how a list is written if it finds several items in one text.
+    """A parser of one item, a `noun`. If it finds several items in one text, its error says how to write a list.
 
-    option: where the list is on the command line, what goes before each item.
+    option: what goes before each item on the command line; empty for the file.
     """
 
     def parse_item(text: str) -> T:
@@ -159,7 +159,7 @@ def listed(parse: Callable[[str], T], noun: str, option: str = "") -> Callable[[
                 raise
         if option:
             raise ValueError(f"expected {noun}, found {text!r}; several are {' '.join(f'{option} {p}' for p in parts)}")
-        # YAML has its own meaning for what begins so.
+        # In YAML, a value that begins with [ or @ means something else.
         quoted = (f'"{part}"' if part[0] in "[@" else part for part in parts)
         raise ValueError(f"expected {noun} or a list, found {text!r}; a list is [{', '.join(quoted)}]")
 

@@ -11,7 +11,7 @@ import yaml
 # What YAML takes for the end of a line.
 BREAK = r"\r\n|[\n\r\x85\u2028\u2029]"
 
-# So much of a line is shown.
+# How many characters of a line an error shows.
 SHOWN = 80
 
 TOGETHER = "what belongs together begins in the same column"
@@ -27,7 +27,7 @@ def describe_fault(content: bytes, error: yaml.YAMLError) -> tuple[int, str]:
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     text = content.decode(encoding, "replace")
     if isinstance(error, yaml.reader.ReaderError):
-        # Its position counts bytes where they could not be decoded, characters where one is not allowed.
+        # The error's position counts bytes if the text cannot be decoded, and characters if one is not allowed.
         undecodable = error.encoding != "unicode"
         before = content[: error.position].decode(encoding, "replace") if undecodable else text[: error.position]
         reason = f"not {error.encoding.upper()} text, " if undecodable else ""
@@ -39,7 +39,7 @@ def describe_fault(content: bytes, error: yaml.YAMLError) -> tuple[int, str]:
 
 
 def advise_pair(text: str) -> str:
-    """What a text lacks to be KEY: VALUE; empty where that is not known."""
+    """What to add to a text to make it KEY: VALUE; empty if that is not known."""
     if re.match(r"\w+:\S", text):
         return "; a space belongs after the colon"
     return "; a colon belongs in place of =" if re.match(r"\w+\s*=", text) else ""
@@ -52,7 +52,7 @@ class _Fault:
         assert error.problem_mark
         self.lines = lines
         self.last = max((number for number, text in enumerate(lines) if text.strip()), default=0)
-        # Where the reader found the error, and where the thing began that it was reading.
+        # Where the reader found the error, and where the list, mapping or text began that it was reading.
         self.line: int = error.problem_mark.line
         self.column: int = error.problem_mark.column
         self.begin = error.context_mark.line if error.context_mark else self.line
@@ -75,7 +75,7 @@ class _Fault:
         return self.line, f"found a tab in column {self.column + 1}, expected spaces{advice}"
 
     def _special(self, match: re.Match[str]) -> Told:
-        """A value that begins with what has a meaning of its own."""
+        """A value that begins with a character that means something else to YAML."""
         if match[1] == "@":
             return self._address(match)
         return self.line, f"a value that starts with {match[1]} needs quotes"
@@ -104,7 +104,7 @@ class _Fault:
         return self.begin, "the quote that begins here has no end"
 
     def _unclosed(self, match: re.Match[str]) -> Told:
-        """A list or a mapping in brackets that does not go on as it should."""
+        """A list or a mapping in brackets in which a comma or the end is missing."""
         closing = match[1]
         within = self._text(self.begin).lstrip().startswith(("[", "{"))
         if match[2] == "<stream end>" or (self.line > self.begin and not self._column(self.line) and not within):
@@ -131,7 +131,7 @@ class _Fault:
         return self.line, "a list in lines of its own begins in the line after its key"
 
     def _no_end(self, match: re.Match[str]) -> Told:
-        """Something that the block cannot go on with."""
+        """Something that cannot stand in the block."""
         found = match[1]
         if found in ("]", "}"):
             return self.line, f"found {found}, and nothing that it closes"
@@ -145,7 +145,7 @@ class _Fault:
         return self._misplaced(self.line)
 
     def _no_start(self, match: re.Match[str]) -> Told:
-        """Something after the first block, which has another indentation or is none."""
+        """Something after the first block: a block with another indentation, or no block."""
         above = self._above(self.line)
         if match[1] != "<block mapping start>":
             return self.line, self._no_pair(self.line)
@@ -169,14 +169,14 @@ class _Fault:
     )
 
     def _no_pair(self, line: int) -> str:
-        """What is said of a line without key and value."""
+        """The error for a line that is no KEY: VALUE."""
         text, above = self._text(line).strip(), self._above(line)
         beside = self._text(above).lstrip().startswith("- ") and self._column(line) == self._column(above, dash=True)
         item = ", or - ITEM as above" if beside else ""
         return f"expected KEY: VALUE{item}, found {_quote(text)}" + ("" if item else advise_pair(text))
 
     def _misplaced(self, line: int) -> Told:
-        """A line that begins in none of the columns where something above began that can go on."""
+        """A line that begins in another column than every block above that it could continue."""
         text = self._text(line)
         dash = text.lstrip().startswith("- ")
         column, nearest = self._column(line, dash), self._above(line)
@@ -191,7 +191,7 @@ class _Fault:
                 open_blocks.append((self._column(above, dash), above))
         if not open_blocks:
             return line, self._no_pair(line)
-        # Between two columns: what has nothing after its colon is rather beside the outer one.
+        # Between two columns: a key without a value more likely belongs to the outer one.
         outward = 1 if text.rstrip().endswith(":") else -1
         _, beside = min(open_blocks, key=lambda block: (abs(block[0] - column), outward * block[0]))
         return self._indentation(line, beside, dash=dash)
@@ -210,7 +210,7 @@ class _Fault:
         return line
 
     def _column(self, line: int, dash: bool = False) -> int:
-        """Where a line begins: with its dash, or with what comes after it."""
+        """The column where a line begins: at its dash, or at what comes after the dash."""
         match = re.match(r" *" if dash else r" *(?:- +)*", self._text(line))
         return match.end() if match else 0
 

@@ -21,11 +21,11 @@ class ConfigError(Exception):
 class Value(NamedTuple):
     """A value of the file: a scalar, a list or a mapping. One of `text`, `items` and `entries` is not None."""
 
-    node: yaml.Node  # looked into as far as it is asked for: by its aliases, a file can hold more than memory does
+    node: yaml.Node  # read only as far as it is asked for: with aliases, a file can mean more than fits in memory
 
     @property
     def line(self) -> int:
-        """Where it begins."""
+        """The line where the value begins."""
         return int(self.node.start_mark.line) + 1
 
     @property
@@ -35,7 +35,7 @@ class Value(NamedTuple):
 
     @property
     def items(self) -> list[Value] | None:
-        """What a list has."""
+        """The values in a list."""
         return [Value(item) for item in self.node.value] if isinstance(self.node, yaml.SequenceNode) else None
 
     @property
@@ -45,14 +45,14 @@ class Value(NamedTuple):
 
     @property
     def entries(self) -> list[Entry] | None:
-        """What a mapping has, in the file's order."""
+        """The entries of a mapping, in the file's order."""
         if not isinstance(self.node, yaml.MappingNode):
             return None
         return [Entry(Value(key).line, _name(Value(key)), Value(value)) for key, value in self.node.value]
 
     @property
     def kind(self) -> str:
-        """What it is, in words; a scalar is quoted."""
+        """What the value is, in words; a scalar is quoted."""
         if self.text is not None:
             return repr(self.text)
         return "a mapping" if isinstance(self.node, yaml.MappingNode) else "a list"
@@ -77,7 +77,7 @@ def read_entries(path: str) -> list[Entry]:
     except yaml.YAMLError as error:
         line, fault = describe_fault(text, error)
         raise ConfigError([f"{path}:{line}: not valid YAML: {fault}"]) from None
-    except (ValueError, OverflowError) as error:  # \U beyond Unicode, a %YAML version of thousands of digits
+    except (ValueError, OverflowError) as error:  # such as \U beyond Unicode, or a %YAML version of thousands of digits
         raise ConfigError([f"{path}:{loader.line + 1 if loader else 1}: not valid YAML: {error}"]) from None
     except RecursionError:
         raise ConfigError([f"{path}: not valid YAML: nested too deeply"]) from None
@@ -89,7 +89,7 @@ def read_entries(path: str) -> list[Entry]:
 
 
 def _advise(root: Value) -> str:
-    """What a file has in place of keys, and how to mend it where that is known."""
+    """What a file has in place of keys, and how to correct it, if that is known."""
     return root.kind + ("; leave out the dashes" if root.dashed else advise_pair(root.text or ""))
 
 
