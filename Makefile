@@ -10,15 +10,15 @@ FOLDER ?= .
 PORT ?= 8090
 BACKEND_PORT ?= 8091
 
-# A browser opens several connections, and may leave one silent: one at a time would keep it waiting.
+# A browser opens several connections, and may send nothing on one. With one at a time, this one would block the others.
 RUN_OPTIONS ?= --max-connections 16
 
 BIN = .venv/bin
 
-# sdnotify has no pyproject.toml: an older pip says so, unless it builds as if there were one. A later pip always does.
+# sdnotify has no pyproject.toml. An older pip warns of that unless it builds as if there were one, as a later pip does.
 PIP = PIP_USE_PEP517=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip
 
-# Where the package is built, from a copy of what .gitignore does not name.
+# The package is built here, from a copy of all files that .gitignore does not name.
 DEB_TREE = build/deb/rspd
 
 ifneq ($(CHECK),yes)
@@ -48,7 +48,7 @@ test: .venv/test
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
-# Two workers for each suite: one has the test of a hundred idle exits, and waits.
+# Two workers for each suite: one of them mostly waits, in the test of a hundred idle exits.
 test-system: .venv/test
 	$(BIN)/python -m pytest -q -rfEs -n 4 --dist loadgroup --no-loadscope-reorder tests/system
 
@@ -61,7 +61,7 @@ deb:
 	@case '$(CURDIR)' in *[[:space:]]*) echo 'make deb: pybuild needs a path without blanks, found $(CURDIR)' >&2; exit 1; esac
 	@command -v dpkg-buildpackage >/dev/null || \
 	{ echo 'make deb: expected dpkg-buildpackage, found none: apt install dpkg-dev' >&2; exit 1; }
-# Without what dpkg takes for granted, a compiler: nothing is compiled here.
+# dpkg takes a compiler for granted. It is not needed: nothing is compiled here.
 	@missing=$$(LC_ALL=C dpkg-checkbuilddeps -I 2>&1) || { echo "$$missing" | \
 	sed '/: warning: /d; s/.*: /make deb: build dependencies are missing: apt install /; s/ ([^)]*)//g; s/debhelper-compat/debhelper/' >&2; \
 	exit 1; }
@@ -76,7 +76,7 @@ deb:
 bench: .venv/run
 	$(BIN)/python -m bench $(BENCH_OPTIONS)
 
-# One environment, which grows: each file says that what a target needs is in it.
+# All targets share one environment. Each file says that what its target needs is installed there.
 .venv/run: pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || \
 	{ echo 'Python 3.10 or later with its venv module is needed: apt install python3-venv' >&2; exit 1; }
