@@ -111,10 +111,10 @@ def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> No
         said = "\n".join([f"{source}: valid", *describe(config), ""])
     try:
         print(said, end="", flush=True)
-    except BrokenPipeError:
-        pass  # the reader has enough
     except OSError as error:
-        raise StartError(f"cannot write to stdout: {error.strerror}", os.EX_CANTCREAT) from None
+        sys.stdout = None  # or Python tries again at the end
+        if not isinstance(error, BrokenPipeError):  # then the reader has enough
+            raise StartError(f"cannot write to stdout: {error.strerror}", os.EX_CANTCREAT) from None
 
 
 def _load_first(path: str | None, overrides: dict[str, Any], sockets: bool | None) -> Config:

@@ -25,6 +25,9 @@ USAGE = (
     "       rspd PORT BACKEND_HOST:BACKEND_PORT, or PORT BACKEND_HOST BACKEND_PORT\n"
 )
 
+# Without what hides that Python writes again at its end what it could not write.
+BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -203,7 +206,7 @@ def test_a_check_whose_reader_has_gone_ends_in_silence(file: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "rspd", "--check", "--all", "-c", str(file)]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, env=BUFFERED)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -212,7 +215,7 @@ def test_a_check_whose_reader_has_gone_ends_in_silence(file: Path) -> None:
 def test_a_check_whose_output_cannot_be_written_is_73(file: Path, more: list[str]) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "rspd", "--check", *more, "-c", str(file)]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, env=BUFFERED)
     assert (done.returncode, done.stderr) == (73, "rspd: cannot write to stdout: No space left on device\n")
 
 
