@@ -94,7 +94,8 @@ def connections(daemon: Daemon, port: int, state: str = SYN_SENT) -> int:
     """How many connections to this port of an IPv4 address there are; by default those that are being dialled."""
     with open(f"/proc/{daemon.pid}/net/tcp") as file:
         rows = [line.split() for line in file][1:]
-    return sum(row[3] == state and int(row[2].rpartition(":")[2], 16) == port for row in rows)
+    # The file is read in parts, and meanwhile others open and close sockets: the kernel may list one twice.
+    return len({row[1] for row in rows if row[3] == state and int(row[2].rpartition(":")[2], 16) == port})
 
 
 class BackendProcess:
