@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rspd.balance import AWAY_MAX, POLICIES, LeastConnections, Policy, Random, RoundRobin, Source
-from tests.instructions import count_instructions
+from tests.counts import count_instructions
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rspd.networks import Network, Networks, client_key, parse_network
-from tests.instructions import count_instructions
+from tests.counts import count_instructions
 
 ADDRESSES_4 = st.ip_addresses(v=4)
 ADDRESSES_6 = st.ip_addresses(v=6)

@@ -1,4 +1,4 @@
-"""Run rspd and count the Python instructions it executes: python -m tests.instructions FILE ... rspd ARGUMENT...
+"""Run rspd and count what Python does for it: python -m tests.counts instructions|calls FILE ... rspd ARGUMENT...
 
 The counts at each line of the log are written to FILE at the end. What stands before `rspd` is passed over, so that
 this can stand before the command that it takes the place of.
@@ -44,9 +44,30 @@ def count_instructions(
     return result, count
 
 
+def count_calls(run: Callable[[], int], noted: CodeType, notes: list[int]) -> tuple[int, int]:
+    """The same of calls: of functions in Python, and of coroutines and generators that go on (sys.setprofile)."""
+    count = 0
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal count
+        if event == "call":
+            count += 1
+            if frame.f_code is noted:
+                notes.append(count)
+
+    sys.setprofile(profile)
+    try:
+        result = run()
+    finally:
+        sys.setprofile(None)
+    return result, count
+
+
+COUNTERS = {"instructions": count_instructions, "calls": count_calls}
+
 if __name__ == "__main__":
     arguments = sys.argv[sys.argv.index("rspd") + 1 :]
     counts: list[int] = []
-    code, _ = count_instructions(lambda: main(arguments), StderrHandler.write.__code__, counts)
-    Path(sys.argv[1]).write_text(" ".join(map(str, counts)))
+    code, _ = COUNTERS[sys.argv[1]](lambda: main(arguments), StderrHandler.write.__code__, counts)
+    Path(sys.argv[2]).write_text(" ".join(map(str, counts)))
     sys.exit(code)
