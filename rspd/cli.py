@@ -14,16 +14,16 @@ from contextlib import nullcontext
 from typing import Any, NoReturn, TypeVar
 
 from rspd import __version__
-from rspd.address import Address, parse_address, parse_backend
-from rspd.config import DEFAULT_FILE, GENERAL_KEYS, PROXY_KEYS, BackendConfig, Config, load_config
+from rspd.config.keys import DEFAULT_FILE, GENERAL_KEYS, PROXY_KEYS, BackendConfig, Config, load_config
+from rspd.config.values import closest, listed
+from rspd.config.yamlfile import ConfigError
 from rspd.errors import StartError
+from rspd.host.detach import Starter, detach, started_by_systemd
+from rspd.host.pidfile import PidFile
+from rspd.host.systemd import Notifier, take_sockets
 from rspd.log import complain, set_up
-from rspd.pidfile import PidFile
-from rspd.process import Starter, detach, started_by_systemd
-from rspd.service import run
-from rspd.systemd import Notifier, take_sockets
-from rspd.values import closest, listed
-from rspd.yamlfile import ConfigError
+from rspd.net.address import Address, parse_address, parse_backend
+from rspd.running.service import run
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +102,11 @@ def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> No
             complain(f"warning: {source}: {key}: missing, rspd can start only where systemd passes a socket")
     # Each module is for this only.
     if every_value:
-        from rspd.dump import dump
+        from rspd.config.dump import dump
 
         said = dump(config)
     else:
-        from rspd.description import describe
+        from rspd.config.summary import describe
 
         said = "\n".join([f"{source}: valid", *describe(config), ""])
     try:

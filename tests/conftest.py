@@ -108,7 +108,7 @@ def service_names(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError("service/proto not found")
         return known[name]
 
-    monkeypatch.setattr("rspd.address.socket.getservbyname", look_up)
+    monkeypatch.setattr("rspd.net.address.socket.getservbyname", look_up)
 
 
 @pytest.fixture(autouse=True)

@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 
 import pytest
 
-from rspd.address import Address, SocketAddress, literal, parse_backend
-from rspd.backend import Backend
-from rspd.backends import Backends
-from rspd.config import BackendConfig, ProxyConfig
-from rspd.dialler import DialError, Dialler
-from rspd.loop import Loop, Task
-from rspd.resolver import Lookup, Resolver
-from rspd.shortage import Shortage
-from rspd.side import Side
+from rspd.balancing.backend import Backend
+from rspd.balancing.members import Backends
+from rspd.balancing.pool import DialError, Dialler
+from rspd.config.keys import BackendConfig, ProxyConfig
+from rspd.engine.loop import Loop, Task
+from rspd.engine.side import Side
+from rspd.net.address import Address, SocketAddress, literal, parse_backend
+from rspd.net.descriptors import Shortage
+from rspd.net.resolver import Lookup, Resolver
 from tests.support import PATIENCE, FakeClock, tcp_pair
 
 T = TypeVar("T")

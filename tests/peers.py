@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.peers import HAProxy, Nginx, Peer
-from rspd.proxy_protocol import Header, parse
+from rspd.protocols.proxy_protocol import Header, parse
 from tests.support import PATIENCE, eventually
 
 HAPROXY = HAProxy("haproxy", "haproxy", "haproxy")

@@ -23,8 +23,8 @@ from typing import Any, NoReturn, TypeVar
 
 import pytest
 
-from rspd.loop import Loop
-from rspd.pipes import PIPE_SIZE, Pipe
+from rspd.engine.loop import Loop
+from rspd.engine.pipes import PIPE_SIZE, Pipe
 
 T = TypeVar("T")
 B = TypeVar("B", bound="Backend")

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.access import INTERVAL, Access, Refusals
-from rspd.loop import Loop
-from rspd.networks import client_key, parse_network
+from rspd.engine.loop import Loop
+from rspd.net.networks import client_key, parse_network
+from rspd.serving.access import INTERVAL, Access, Refusals
 from tests.support import FakeClock, run
 from tests.test_loop import advance, rounds
 

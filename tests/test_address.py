@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rspd.address import (
+from rspd.net.address import (
     DIALLED,
     FORMS,
     Address,
@@ -70,7 +70,7 @@ def test_each_form_of_an_address_is_read(text: str, address: Address) -> None:
 def test_the_name_of_a_port_is_that_of_a_service_of_this_host(tmp_path: Path) -> None:
     (tmp_path / "nsswitch.conf").write_text("services: files\n")
     (tmp_path / "services").write_text("of-this-test 4321/udp\nof-this-test 1234/tcp\n")
-    code = "from rspd.address import parse_address; print(parse_address('of-this-test').port)"
+    code = "from rspd.net.address import parse_address; print(parse_address('of-this-test').port)"
     command = [*private_mounts(), "sh", "-ec", 'mount --bind "$0" /etc; exec "$@"', str(tmp_path)]
     done = subprocess.run([*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.stdout, done.stderr) == ("1234\n", "")

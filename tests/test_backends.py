@@ -1,4 +1,4 @@
-"""rspd/backends.py: who the backends are, how each is, and which is next."""
+"""rspd/balancing/members.py: who the backends are, how each is, and which is next."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from math import inf
 
 import pytest
 
-from rspd.backends import REASONS_MAX
-from rspd.config import HealthConfig
-from rspd.dialler import DialError
-from rspd.loop import Loop
+from rspd.balancing.members import REASONS_MAX
+from rspd.balancing.pool import DialError
+from rspd.config.keys import HealthConfig
+from rspd.engine.loop import Loop
 from tests.dialled import Scene, configured, full_unix, nobody, switches, unix_listener, where
 from tests.support import FakeClock, reset, run
 
@@ -28,7 +28,7 @@ CLIENTS = [f"192.0.2.{number}" for number in range(40)]
 
 def changes(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the log says of backends."""
-    lines = [record.getMessage() for record in caplog.records if record.name == "rspd.backends"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "rspd.balancing.members"]
     return [re.sub(r"@\w+", "@", line) for line in lines]
 
 
@@ -424,7 +424,7 @@ def test_the_log_says_what_is_taken_out_and_how_many_connections_it_has(caplog: 
                 scene.apply(three)
                 return [one, two]
 
-    with caplog.at_level(logging.INFO, "rspd.backends"):
+    with caplog.at_level(logging.INFO, "rspd.balancing.members"):
         one, two = run(main)
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
         (logging.INFO, f"backend taken out proxy=web backend={one} connections=2"),

@@ -9,10 +9,10 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rspd.backend import Backend
-from rspd.balance import POLICIES
-from rspd.config import BackendConfig
-from rspd.loop import Loop
+from rspd.balancing.backend import Backend
+from rspd.balancing.policies import POLICIES
+from rspd.config.keys import BackendConfig
+from rspd.engine.loop import Loop
 from tests.dialled import Scene, configured, switches
 from tests.support import FakeClock, reset, run
 

@@ -1,15 +1,15 @@
-"""rspd/backends.py: clients that are being dialled for when a reload takes out what they wait for."""
+"""rspd/balancing/members.py: clients that are being dialled for when a reload takes out what they wait for."""
 
 from __future__ import annotations
 
-from rspd.address import parse_address
-from rspd.backends import Backends
-from rspd.config import BackendConfig, ProxyConfig
-from rspd.dialler import Dialler
-from rspd.loop import Loop
-from rspd.resolver import Resolver
-from rspd.shortage import Shortage
-from rspd.side import Side
+from rspd.balancing.members import Backends
+from rspd.balancing.pool import Dialler
+from rspd.config.keys import BackendConfig, ProxyConfig
+from rspd.engine.loop import Loop
+from rspd.engine.side import Side
+from rspd.net.address import parse_address
+from rspd.net.descriptors import Shortage
+from rspd.net.resolver import Resolver
 from tests.support import Backend, answer, eventually, run, tcp_pair
 
 

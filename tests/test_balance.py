@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rspd.balance import AWAY_MAX, POLICIES, LeastConnections, Policy, Random, RoundRobin, Source
+from rspd.balancing.policies import AWAY_MAX, POLICIES, LeastConnections, Policy, Random, RoundRobin, Source
 from tests.counts import count_instructions
 
 
@@ -196,10 +196,10 @@ def test_memory_does_not_grow_with_connections(name: str) -> None:
 
 
 def test_neither_random_nor_hashlib_is_imported_before_it_is_needed() -> None:
-    script = "import sys, rspd.balance; print(*sys.modules)"
+    script = "import sys, rspd.balancing.policies; print(*sys.modules)"
     command = [sys.executable, "-S", "-E", "-c", script]  # -S: without what a virtual environment imports
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert "rspd.balance" in loaded
+    assert "rspd.balancing.policies" in loaded
     assert not {"random", "hashlib", "zlib"} & set(loaded)
 
 
@@ -480,7 +480,7 @@ def test_no_backend_has_many_more_connections_than_the_others() -> None:
 
 def test_a_client_gets_the_same_backend_in_another_process_and_in_another_order() -> None:
     script = (
-        "from rspd.balance import Source; from tests.test_balance import *;"
+        "from rspd.balancing.policies import Source; from tests.test_balance import *;"
         "print(picks_by_client(told(Source(), backends(1, 2, 3)[::-1])))"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rspd.address import Address, parse_backend
-from rspd.config import (
+from rspd.config.keys import (
     DEFAULT_FILE,
     BackendConfig,
     Config,
     ProxyConfig,
     load_config,
 )
+from rspd.config.values import one_of, parse_duration, whole_number
+from rspd.config.yamlfile import ConfigError
 from rspd.log import LEVELS
-from rspd.values import one_of, parse_duration, whole_number
-from rspd.yamlfile import ConfigError
+from rspd.net.address import Address, parse_backend
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
 ADDRESS = "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rspd.address import Address, parse_address
-from rspd.config import (
+from rspd.config.keys import (
     BACKEND_KEYS,
     GENERAL_KEYS,
     HEALTH_KEYS,
@@ -27,9 +26,10 @@ from rspd.config import (
     covers,
     load_config,
 )
-from rspd.networks import parse_network
-from rspd.values import StatusRange
-from rspd.yamlfile import ConfigError
+from rspd.config.values import StatusRange
+from rspd.config.yamlfile import ConfigError
+from rspd.net.address import Address, parse_address
+from rspd.net.networks import parse_network
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
 DIAL = "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"

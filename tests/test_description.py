@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.address import Address, parse_address
-from rspd.config import BackendConfig, Config, HealthConfig, ProxyConfig
-from rspd.description import describe
-from rspd.networks import parse_network
-from rspd.values import StatusRange
+from rspd.config.keys import BackendConfig, Config, HealthConfig, ProxyConfig
+from rspd.config.summary import describe
+from rspd.config.values import StatusRange
+from rspd.net.address import Address, parse_address
+from rspd.net.networks import parse_network
 
 BACKEND = BackendConfig(Address("10.0.0.1", 80))
 PROXY = ProxyConfig((Address(port=80),), (BACKEND,))

@@ -1,4 +1,4 @@
-"""rspd/dialler.py: a client's attempts, one after the other, and the queue."""
+"""rspd/balancing/pool.py: a client's attempts, one after the other, and the queue."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.address import SocketAddress
-from rspd.config import HealthConfig
-from rspd.dialler import DialError
-from rspd.dialling import connect
-from rspd.loop import Loop
-from rspd.side import Side
+from rspd.balancing.pool import DialError
+from rspd.config.keys import HealthConfig
+from rspd.engine.loop import Loop
+from rspd.engine.side import Side
+from rspd.net.address import SocketAddress
+from rspd.net.connect import connect
 from tests.dialled import (
     UNKNOWN,
     Scene,
@@ -555,7 +555,7 @@ def test_while_clients_wait_one_attempt_is_made_each_tenth_of_a_second(monkeypat
         times.append(round(clock.now - 1000, 2))
         return await connect(*arguments)
 
-    monkeypatch.setattr("rspd.dialler.connect", counted)
+    monkeypatch.setattr("rspd.balancing.pool.connect", counted)
 
     async def main(loop: Loop) -> None:
         with switches("-") as (only,):
@@ -764,8 +764,8 @@ def test_each_attempt_that_fails_is_a_line_for_who_asks_for_details(caplog: pyte
                 assert await scene.dial() == live.address
                 return dead.address
 
-    with caplog.at_level(logging.DEBUG, "rspd.dialler"):
+    with caplog.at_level(logging.DEBUG, "rspd.balancing.pool"):
         dead = run(main)
-    [line] = [record for record in caplog.records if record.name == "rspd.dialler"]
+    [line] = [record for record in caplog.records if record.name == "rspd.balancing.pool"]
     assert line.levelno == logging.DEBUG
     assert line.getMessage() == f'backend not reached backend={dead} reason="{dead}: Connection refused"'

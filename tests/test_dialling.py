@@ -1,4 +1,4 @@
-"""rspd/dialling.py: connecting to an address, or to one of several, over real sockets."""
+"""rspd/net/connect.py: connecting to an address, or to one of several, over real sockets."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from rspd.address import SocketAddress
-from rspd.dialling import UnreachableError, cause_of, connect, connect_to_one_of, share, why
-from rspd.loop import Loop, Task
-from rspd.shortage import Shortage
-from rspd.side import Side
+from rspd.engine.loop import Loop, Task
+from rspd.engine.side import Side
+from rspd.net.address import SocketAddress
+from rspd.net.connect import UnreachableError, cause_of, connect, connect_to_one_of, share, why
+from rspd.net.descriptors import Shortage
 from tests.dialled import full_unix, no_descriptors, nobody, settle, unix_listener, until, where
 from tests.namespaces import in_namespace
 from tests.support import (

@@ -12,10 +12,9 @@ from typing import Any, get_args
 
 import pytest
 
-from rspd.address import Address
-from rspd.cause import Cause
 from rspd.cli import _parser
-from rspd.config import (
+from rspd.config.dump import dump
+from rspd.config.keys import (
     BACKEND_KEYS,
     GENERAL_KEYS,
     HEALTH_KEYS,
@@ -26,10 +25,11 @@ from rspd.config import (
     ProxyConfig,
     load_config,
 )
-from rspd.description import describe
-from rspd.dump import dump
-from rspd.schema import Scalar
-from rspd.yamlfile import ConfigError
+from rspd.config.schema import Scalar
+from rspd.config.summary import describe
+from rspd.config.yamlfile import ConfigError
+from rspd.engine.cause import Cause
+from rspd.net.address import Address
 
 MINIMAL = ["listen: 80", "backend: a:1"]
 
@@ -71,7 +71,7 @@ def options() -> set[str]:
 
 def exit_codes() -> set[int]:
     """Success, and each that the code names, as the os module does."""
-    code = "".join(path.read_text() for path in (ROOT / "rspd").glob("*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "rspd").rglob("*.py"))
     return {0, *(getattr(os, name) for name in re.findall(r"\bEX_[A-Z]+", code))}
 
 
@@ -146,12 +146,20 @@ def test_the_examples_are_valid(tmp_path: Path, text: str) -> None:
     assert load_config(str(file), {}) == config
 
 
-def test_the_map_of_the_modules_is_complete_and_imports_point_down_it() -> None:
-    package = ROOT / "rspd"
-    order = re.findall(r"^(\w+) {2,}", (package / "__init__.py").read_text(), re.MULTILINE)
-    assert set(order) == {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+PACKAGE = ROOT / "rspd"
+FOLDERS = [PACKAGE, *sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_map_of_a_folder_is_complete_and_imports_point_down_it(folder: Path) -> None:
+    order = re.findall(r"^(\w+) {2,}", (folder / "__init__.py").read_text(), re.MULTILINE)
+    nouns = [path.stem for path in folder.glob("*.py")] + [path.parent.name for path in folder.glob("*/__init__.py")]
+    assert sorted(order) == sorted({*nouns} - {"__init__", "__main__"})
+    package = ".".join(folder.relative_to(ROOT).parts)
     for name in order:
-        imported = set(re.findall(r"^from rspd\.(\w+) import", (package / f"{name}.py").read_text(), re.MULTILINE))
+        files = [folder / f"{name}.py"] if (folder / f"{name}.py").exists() else list((folder / name).glob("*.py"))
+        code = "".join(path.read_text() for path in files)
+        imported = set(re.findall(rf"^from {package}\.(\w+)[\w.]* import", code, re.MULTILINE)) - {name}
         assert imported <= set(order[order.index(name) + 1 :]), f"{name} imports from above it"
 
 
@@ -185,7 +193,7 @@ def test_rspd_8_names_keys_and_causes_that_there_are() -> None:
 
 
 def test_rspd_8_shows_lines_of_the_log_that_the_code_writes() -> None:
-    code = "".join(path.read_text() for path in (ROOT / "rspd").glob("*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "rspd").rglob("*.py"))
     shown = re.findall(r"^([a-z][a-z ,]+[a-z])(?: \w+=.*)$", section(RSPD_8, "LOG"), re.MULTILINE)
     assert len(shown) == 7
     assert [text for text in shown if text not in code] == []

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.address import parse_address, parse_backend
-from rspd.config import (
+from rspd.config.dump import dump
+from rspd.config.keys import (
     BACKEND_KEYS,
     GENERAL_KEYS,
     HEALTH_KEYS,
@@ -25,8 +25,8 @@ from rspd.config import (
     ProxyConfig,
     load_config,
 )
-from rspd.dump import dump
-from rspd.values import format_duration, parse_duration
+from rspd.config.values import format_duration, parse_duration
+from rspd.net.address import parse_address, parse_backend
 
 DEFAULTS = """\
 listen: 8080

@@ -1,4 +1,4 @@
-"""rspd/health.py: single checks over real sockets, and what a checker makes of one after another."""
+"""rspd/balancing/health.py: single checks over real sockets, and what a checker makes of one after another."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rspd.config import HealthConfig
-from rspd.health import ANSWER_MAX, Checker, CheckError, check
-from rspd.loop import ERR, HUP, IN, OUT, Loop, news
-from rspd.side import Side
-from rspd.values import StatusRange
+from rspd.balancing.health import ANSWER_MAX, Checker, CheckError, check
+from rspd.config.keys import HealthConfig
+from rspd.config.values import StatusRange
+from rspd.engine.loop import ERR, HUP, IN, OUT, Loop, news
+from rspd.engine.side import Side
 from tests.support import (
     PATIENCE,
     Backend,

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from rspd.address import Address, SocketAddress, parse_address, resolve
-from rspd.listener import Binding, Listener, ListenError, open_listeners, replace_listeners
+from rspd.net.address import Address, SocketAddress, parse_address, resolve
+from rspd.net.listener import Binding, Listener, ListenError, open_listeners, replace_listeners
 from tests.support import (
     PATIENCE,
     abstract_name,

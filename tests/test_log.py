@@ -24,8 +24,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rspd.engine.pipes import F_GETPIPE_SZ
 from rspd.log import LEVELS, Output, quote, set_up
-from rspd.pipes import F_GETPIPE_SZ
 from tests.support import PATIENCE, eventually
 from tests.test_pipes import unprivileged
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.loop import EDGE, ERR, HUP, IN, OUT, RDHUP, Cancelled, Loop, Task, Watch, news
+from rspd.engine.loop import EDGE, ERR, HUP, IN, OUT, RDHUP, Cancelled, Loop, Task, Watch, news
 from tests.support import FakeClock, eventually, run
 
 

@@ -1,4 +1,4 @@
-"""rspd/names.py: what a name stands for, as it changes, and as clients hear of it."""
+"""rspd/balancing/discovery.py: what a name stands for, as it changes, and as clients hear of it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from rspd.config import HealthConfig
-from rspd.dialler import DialError
-from rspd.loop import Loop
+from rspd.balancing.pool import DialError
+from rspd.config.keys import HealthConfig
+from rspd.engine.loop import Loop
 from tests.dialled import UNKNOWN, Scene, configured, full_unix, nobody, switches, unix_listener, where
 from tests.support import FakeClock, reset, run
 
@@ -60,7 +60,7 @@ def test_a_lookup_that_fails_in_whatever_way_while_descriptors_are_short_is_trie
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the log says of names."""
-    return [record.getMessage() for record in caplog.records if record.name == "rspd.names"]
+    return [record.getMessage() for record in caplog.records if record.name == "rspd.balancing.discovery"]
 
 
 def members(scene: Scene) -> list[str]:

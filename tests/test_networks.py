@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rspd.networks import Network, Networks, client_key, parse_network
+from rspd.net.networks import Network, Networks, client_key, parse_network
 from tests.counts import count_instructions
 
 ADDRESSES_4 = st.ip_addresses(v=4)

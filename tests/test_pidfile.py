@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from rspd.errors import StartError
-from rspd.pidfile import PidFile
+from rspd.host.pidfile import PidFile
 from tests.support import PATIENCE, private_mounts
 from tests.test_pipes import unprivileged
 
 HOLD = """
 import sys
-from rspd.pidfile import PidFile
+from rspd.host.pidfile import PidFile
 with PidFile(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -217,7 +217,7 @@ def test_a_file_that_may_not_be_written_is_refused(path: Path) -> None:
 FULL = """
 import sys
 from rspd.errors import StartError
-from rspd.pidfile import PidFile
+from rspd.host.pidfile import PidFile
 try:
     PidFile(sys.argv[1]).__enter__()
 except StartError as error:
@@ -251,7 +251,7 @@ def test_what_stood_in_a_file_that_cannot_be_written_to_the_end_stays(
     def fail(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("rspd.pidfile.os.pwrite", fail)
+    monkeypatch.setattr("rspd.host.pidfile.os.pwrite", fail)
     with pytest.raises(StartError, match="No space left on device"):
         PidFile(str(path)).__enter__()
     assert path.read_text() == old
@@ -272,7 +272,7 @@ def test_one_that_vanishes_while_it_is_opened_is_made_anew(path: Path, monkeypat
         taken.append(fd)
         return flock(fd, operation)
 
-    monkeypatch.setattr("rspd.pidfile.fcntl.flock", late)
+    monkeypatch.setattr("rspd.host.pidfile.fcntl.flock", late)
     with PidFile(str(path)):
         assert len(taken) == 2
         assert path.read_text() == f"{os.getpid()}\n"
@@ -290,7 +290,7 @@ def test_one_that_another_replaces_while_it_is_opened_is_the_others(
                 (path.parent / "theirs").rename(path)
             return flock(fd, operation)
 
-        monkeypatch.setattr("rspd.pidfile.fcntl.flock", late)
+        monkeypatch.setattr("rspd.host.pidfile.fcntl.flock", late)
         with pytest.raises(StartError, match=f"rspd runs already, as process {other.pid}"):
             PidFile(str(path)).__enter__()
         assert path.read_text() == f"{other.pid}\n"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.pipes import (
+from rspd.engine.pipes import (
     LEAST,
     LOOK,
     MOST,
@@ -324,7 +324,7 @@ def test_who_is_slow_is_looked_for_again_after_a_while_only(pipes: Pipes) -> Non
 
 
 def test_no_more_bytes_are_in_memory_than_may_be_and_room_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rspd.pipes.IN_MEMORY_MAX", 2500)
+    monkeypatch.setattr("rspd.engine.pipes.IN_MEMORY_MAX", 2500)
     pool = Pipes(3)
     slow = [Holder() for _ in range(3)]
     for holder in slow:

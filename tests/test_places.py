@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from rspd.address import parse_address, resolve
-from rspd.listener import Listener, open_listeners
-from rspd.loop import Loop
-from rspd.places import INTERVAL, QUIET, STANDSTILL, Places, who_waits
+from rspd.engine.loop import Loop
+from rspd.net.address import parse_address, resolve
+from rspd.net.listener import Listener, open_listeners
+from rspd.serving.places import INTERVAL, QUIET, STANDSTILL, Places, who_waits
 from tests.support import FakeClock, abstract_name, eventually, run
 from tests.test_loop import advance, rounds
 

@@ -1,4 +1,4 @@
-"""Who started rspd. tests/daemon/test_detaching.py has the rest of rspd.process."""
+"""Who started rspd. tests/daemon/test_detaching.py has the rest of rspd.host.detach."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from rspd.process import started_by_systemd
+from rspd.host.detach import started_by_systemd
 
 
 @pytest.mark.parametrize(

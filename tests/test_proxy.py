@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from rspd.address import Address, SocketAddress, parse_backend, resolve
-from rspd.config import BackendConfig, HealthConfig, ProxyConfig
-from rspd.listener import Listener
-from rspd.loop import Loop
-from rspd.pipes import Pipes
-from rspd.proxy import Common, Proxy
-from rspd.relay import Relay
-from rspd.resolver import Resolver
-from rspd.shortage import Shortage
-from rspd.ways import Ways
+from rspd.config.keys import BackendConfig, HealthConfig, ProxyConfig
+from rspd.engine.loop import Loop
+from rspd.engine.pipes import Pipes
+from rspd.engine.relay import Relay
+from rspd.net.address import Address, SocketAddress, parse_backend, resolve
+from rspd.net.descriptors import Shortage
+from rspd.net.listener import Listener
+from rspd.net.resolver import Resolver
+from rspd.net.ways import Ways
+from rspd.serving.proxy import Common, Proxy
 from tests.dialled import unix_listener
 from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, reset, run
 from tests.test_loop import advance, rounds
@@ -65,7 +65,7 @@ def test_a_client_that_another_process_has_accepted_first_is_no_error() -> None:
 def test_an_unexpected_error_while_accepting_is_logged_and_accepting_goes_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("rspd.proxy.AFTER_ERROR", 0.01)
+    monkeypatch.setattr("rspd.serving.proxy.AFTER_ERROR", 0.01)
     failures = [RuntimeError("built in")]
 
     class Faulty(Listener):
@@ -103,7 +103,7 @@ def test_clients_accepted_while_a_name_is_looked_up_leave_a_descriptor_for_its_l
         assert full.wait(PATIENCE)
         return resolve(address)
 
-    monkeypatch.setattr("rspd.resolver.resolve", late)
+    monkeypatch.setattr("rspd.net.resolver.resolve", late)
     with ExitStack() as stack:
         backend, server = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         address = server.getsockname()
@@ -455,7 +455,7 @@ def test_listeners_that_are_replaced_take_their_clients_along() -> None:
 def test_a_proxy_that_stops_tells_of_nobody_who_waits_and_they_wait_on_for_systemd_s_next(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", "rspd.places")
+    caplog.set_level("INFO", "rspd.serving.places")
 
     async def script(crowd: Crowd) -> None:
         proxy = crowd.proxy
@@ -472,7 +472,7 @@ def test_a_proxy_that_stops_tells_of_nobody_who_waits_and_they_wait_on_for_syste
             assert address == client.getsockname()
 
     crowded(script)
-    assert [record.getMessage() for record in caplog.records if record.name == "rspd.places"] == [FULL]
+    assert [record.getMessage() for record in caplog.records if record.name == "rspd.serving.places"] == [FULL]
 
 
 def test_clients_that_wait_for_descriptors_do_not_wait_for_a_place(caplog: pytest.LogCaptureFixture) -> None:

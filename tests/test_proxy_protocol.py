@@ -1,4 +1,4 @@
-"""rspd/proxy_protocol.py: headers encoded, parsed, received over real sockets, and exchanged with HAProxy and nginx."""
+"""rspd/protocols/proxy_protocol.py: headers encoded, parsed, received, and exchanged with HAProxy and nginx."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rspd.loop import ERR, IN, Loop
-from rspd.pipes import Pipes
-from rspd.proxy_protocol import (
+from rspd.engine.loop import ERR, IN, Loop
+from rspd.engine.pipes import Pipes
+from rspd.engine.relay import Relay
+from rspd.engine.side import RETRY, Side
+from rspd.protocols.proxy_protocol import (
     SIGNATURE,
     V1_MAX,
     Header,
@@ -33,8 +35,6 @@ from rspd.proxy_protocol import (
     parse,
     receive,
 )
-from rspd.relay import Relay
-from rspd.side import RETRY, Side
 from tests.peers import haproxy, nginx
 from tests.support import (
     PATIENCE,

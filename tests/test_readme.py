@@ -14,8 +14,8 @@ import pytest
 
 from rspd import __version__
 from rspd.cli import main
-from rspd.config import HEALTH_KEYS, PROXY_KEYS, BackendConfig, HealthConfig, ProxyConfig, load_config
-from rspd.dump import dump
+from rspd.config.dump import dump
+from rspd.config.keys import HEALTH_KEYS, PROXY_KEYS, BackendConfig, HealthConfig, ProxyConfig, load_config
 from tests.test_documentation import MAN_PAGES, ROOT, SHIPPED, options
 
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,7 @@ PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 DOCUMENTS = {"README.md": README, "CONTRIBUTING.md": CONTRIBUTING, **PAGES}
 MAKEFILE = (ROOT / "Makefile").read_text()
-CODE = "".join(path.read_text() for path in sorted((ROOT / "rspd").glob("*.py")))
+CODE = "".join(path.read_text() for path in sorted((ROOT / "rspd").rglob("*.py")))
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -178,10 +178,10 @@ def test_what_the_readme_says_of_the_cost_is_what_bench_has_measured() -> None:
 def test_the_size_of_the_code_is_as_it_is_told() -> None:
     told = re.findall(r"about ([\d,]+) lines of Python in (\d+) modules", CONTRIBUTING)
     lines, modules = (int(number.replace(",", "")) for number in told[0])
-    assert modules == len(list((ROOT / "rspd").glob("*.py")))
+    assert modules == len(list((ROOT / "rspd").rglob("*.py")))
     assert abs(CODE.count("\n") - lines) < lines / 20
     (engine,) = re.findall(r"\((loop, side, flow, relay, pipes)\) has about ([\d,]+)", CONTRIBUTING)
-    counted = sum((ROOT / f"rspd/{name}.py").read_text().count("\n") for name in engine[0].split(", "))
+    counted = sum((ROOT / f"rspd/engine/{name}.py").read_text().count("\n") for name in engine[0].split(", "))
     assert abs(counted - int(engine[1].replace(",", ""))) < counted / 20
 
 

@@ -21,13 +21,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import rspd.pipes
-from rspd.cause import Cause
-from rspd.flow import BUFFER_SIZE, Flow
-from rspd.loop import IN, OUT, Loop, news
-from rspd.pipes import LOOK, PIPE_SIZE, PROVEN, SLOW, Borrower, Pace, Pipe, Pipes
-from rspd.relay import Relay
-from rspd.side import Side, UnixSide
+import rspd.engine.pipes
+from rspd.engine.cause import Cause
+from rspd.engine.flow import BUFFER_SIZE, Flow
+from rspd.engine.loop import IN, OUT, Loop, news
+from rspd.engine.pipes import LOOK, PIPE_SIZE, PROVEN, SLOW, Borrower, Pace, Pipe, Pipes
+from rspd.engine.relay import Relay
+from rspd.engine.side import Side, UnixSide
 from tests.support import (
     PATIENCE,
     FakeClock,
@@ -802,7 +802,7 @@ def test_however_copying_and_splicing_alternate_all_bytes_arrive_in_order_before
     last: how the sender ends. A reset takes along what the sender's kernel had not passed on, and nothing else.
     room: in the buffers between rspd and the reader; 0 for what the kernel gives.
     """
-    monkeypatch.setattr(rspd.pipes, "PIPE_SIZE", SMALL_PIPE)
+    monkeypatch.setattr(rspd.engine.pipes, "PIPE_SIZE", SMALL_PIPE)
 
     async def main(loop: Loop) -> None:
         sender, source = pair()
@@ -1071,8 +1071,8 @@ def test_what_comes_while_the_target_is_full_wakes_nobody_and_is_not_lost() -> N
 
 
 def test_a_flow_stops_at_the_end_of_its_turn_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rspd.pipes, "MOST", BUFFER_SIZE)
-    monkeypatch.setattr(rspd.pipes, "PIPE_SIZE", BUFFER_SIZE)
+    monkeypatch.setattr(rspd.engine.pipes, "MOST", BUFFER_SIZE)
+    monkeypatch.setattr(rspd.engine.pipes, "PIPE_SIZE", BUFFER_SIZE)
 
     async def main(loop: Loop) -> None:
         near, source = unix_pair()
@@ -1100,7 +1100,7 @@ def test_a_flow_stops_at_the_end_of_its_turn_and_says_so(monkeypatch: pytest.Mon
 
 
 def test_flows_with_bulk_data_at_once_share_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rspd.pipes, "TURN", 4 * BUFFER_SIZE)
+    monkeypatch.setattr(rspd.engine.pipes, "TURN", 4 * BUFFER_SIZE)
 
     async def main(loop: Loop) -> None:
         pipes = Pipes(4)

@@ -11,9 +11,9 @@ from types import FrameType
 
 import pytest
 
-from rspd.address import Address, SocketAddress, parse_address, resolve
-from rspd.loop import Loop, Task
-from rspd.resolver import ANSWER_LIFE, Resolver
+from rspd.engine.loop import Loop, Task
+from rspd.net.address import Address, SocketAddress, parse_address, resolve
+from rspd.net.resolver import ANSWER_LIFE, Resolver
 from tests.support import FakeClock, eventually, run
 from tests.test_loop import no_threads, rounds
 

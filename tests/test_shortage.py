@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rspd.loop import Loop, Task, news
-from rspd.shortage import QUIET, RETRY, SHORT, Shortage
+from rspd.engine.loop import Loop, Task, news
+from rspd.net.descriptors import QUIET, RETRY, SHORT, Shortage
 from tests.support import PATIENCE, FakeClock, run
 from tests.test_loop import advance, rounds
 from tests.test_pipes import no_descriptors
@@ -231,8 +231,8 @@ def test_the_log_tells_the_reason_on_one_line(error: OSError, reason: str, caplo
 
 COARSE = """
 import logging
-from rspd.loop import Loop
-from rspd.shortage import QUIET, Shortage
+from rspd.engine.loop import Loop
+from rspd.net.descriptors import QUIET, Shortage
 from tests.support import FakeClock
 from tests.test_loop import advance, rounds
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from rspd.systemd import Notifier
+from rspd.host.systemd import Notifier
 from tests.manager import OWN_PID, HasFileno, launch, listen_variables, tcp_listener, unix_listener
 from tests.support import PATIENCE, abstract_name, skip_for_kernel, tcp_pair
 
 TAKE = """
 import json, os
 from rspd.errors import StartError
-from rspd.systemd import take_sockets
+from rspd.host.systemd import take_sockets
 found = []
 try:
     for name, sock in take_sockets():
@@ -367,7 +367,7 @@ def test_where_nobody_listens_nothing_is_said(
 
 @pytest.mark.parametrize("where", ["/nonexistent/notify", "junk", "@rspd-nobody", "vsock:2:1234", "/" + "n" * 200])
 def test_a_notify_socket_that_cannot_be_reached_does_no_harm(where: str) -> None:
-    code = "from rspd.systemd import Notifier; n = Notifier(); n.ready('a'); n.alive('b'); print('went on')"
+    code = "from rspd.host.systemd import Notifier; n = Notifier(); n.ready('a'); n.alive('b'); print('went on')"
     env = {**os.environ, "NOTIFY_SOCKET": where}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"went on\n", b"")
@@ -385,7 +385,7 @@ def test_a_receiver_that_has_gone_does_no_harm(receiver: Receiver, make_notifier
 def test_a_full_queue_is_waited_for_at_the_end_only_and_a_change_of_state_is_told_when_there_is_room(
     receiver: Receiver, make_notifier: MakeNotifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rspd.systemd.PATIENCE", 0.2)
+    monkeypatch.setattr("rspd.host.systemd.PATIENCE", 0.2)
     notifier = make_notifier()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
         filler.setblocking(False)

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from rspd.address import SocketAddress, parse_address
-from rspd.listener import Listener, adopt_listener
-from rspd.loop import Loop
-from rspd.ways import GONE_FOR, LoopError, Way, Ways
+from rspd.engine.loop import Loop
+from rspd.net.address import SocketAddress, parse_address
+from rspd.net.listener import Listener, adopt_listener
+from rspd.net.ways import GONE_FOR, LoopError, Way, Ways
 from tests.manager import tcp_listener
 from tests.support import FakeClock, run
 

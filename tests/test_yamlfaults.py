@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rspd.config import load_config
-from rspd.yamlfile import ConfigError
+from rspd.config.keys import load_config
+from rspd.config.yamlfile import ConfigError
 
 Fault = Callable[[str | bytes], str]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rspd.proxy_protocol import SIGNATURE, Header, HostPort, encode
+from rspd.protocols.proxy_protocol import SIGNATURE, Header, HostPort, encode
 from tests.daemon.test_reload import File, connect, receive, says, talk
 from tests.daemon.test_who_may_come import told
 from tests.peers import haproxy, nginx, receive_header

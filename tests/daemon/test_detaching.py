@@ -22,7 +22,7 @@ from tests.support import PATIENCE, Backend, Daemon, answer, eventually, receive
 # rspd with something in its way: `run` is what serves, and comes after it has become a daemon.
 HINDERED = """
 import os, signal, sys, time
-import rspd.cli, rspd.process
+import rspd.cli, rspd.host.detach
 run, flag = rspd.cli.run, sys.argv.pop(1)
 
 def wait(*arguments):
@@ -246,7 +246,7 @@ def test_a_daemon_is_left_no_more_descriptors_than_it_may_need(host: Host, journ
     if hard < 19_000:
         pytest.skip(f"{hard} descriptors are too few: ulimit -Hn 19000")
     # With another number, since few hosts allow more than the real one.
-    code = "import sys, rspd.cli, rspd.process; rspd.process.DESCRIPTORS = 16_384; sys.exit(rspd.cli.main())"
+    code = "import sys, rspd.cli, rspd.host.detach; rspd.host.detach.DESCRIPTORS = 16_384; sys.exit(rspd.cli.main())"
     for connections, limit in ((1, 16_384), (8500, 18_024)):
         words = ["-l", f"{where}{connections}", "-b", "a:1", "--max-connections", str(connections)]
         assert host.start(*words, "--pid-file", f"{host.folder}/pid{connections}", code=code).returncode == 0
@@ -451,7 +451,7 @@ def test_an_interrupt_while_it_waits_is_no_traceback(host: Host, journal: Journa
 def test_a_daemon_that_takes_too_long_is_an_error_and_goes_on_trying(
     host: Host, journal: Journal, where: str, fifo: Path
 ) -> None:
-    code = hindered("wait", "rspd.process.START_TIMEOUT = 0.5")
+    code = hindered("wait", "rspd.host.detach.START_TIMEOUT = 0.5")
     done = host.start(str(fifo), "-l", where, "-b", "a:1", code=code)
     assert (done.returncode, done.stdout) == (70, "")
     assert done.stderr == "rspd: not ready after 0.5 seconds, and still trying; journalctl -t rspd says more\n"

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from rspd.pipes import PIPE_SIZE
+from rspd.engine.pipes import PIPE_SIZE
 from tests.support import (
     PATIENCE,
     Backend,
@@ -296,7 +296,7 @@ def test_an_unexpected_error_ends_that_connection_and_is_logged_with_its_traceba
     fault = f"{tmp_path}/sitecustomize.py"
     with open(fault, "w") as file:
         file.write(
-            "from rspd import relay\n"
+            "from rspd.engine import relay\n"
             "run = relay.Relay.run\n"
             "def faulty(self):\n"
             "    relay.Relay.run = run\n"

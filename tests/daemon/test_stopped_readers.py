@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rspd.pipes import IN_MEMORY_MAX, PIPES_MAX, PROVEN
+from rspd.engine.pipes import IN_MEMORY_MAX, PIPES_MAX, PROVEN
 from tests.daemon.test_transfer import BLOCK, receive_hashed
 from tests.support import Backend, Daemon, can_trace, eventually, reset, rspd
 

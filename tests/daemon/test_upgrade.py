@@ -131,6 +131,6 @@ def test_its_modules_import_each_other_when_they_are_imported_and_never_later() 
     own = {entry for entry in later if entry[2].startswith(("import rspd", "from rspd", "from ."))}
     # This one checks the configuration, and ends.
     assert own == {
-        ("cli.py", "_check", "from rspd.description import describe"),
-        ("cli.py", "_check", "from rspd.dump import dump"),
+        ("cli.py", "_check", "from rspd.config.summary import describe"),
+        ("cli.py", "_check", "from rspd.config.dump import dump"),
     }

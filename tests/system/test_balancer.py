@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rspd.proxy_protocol import Header
+from rspd.protocols.proxy_protocol import Header
 from tests.load import load
 from tests.peers import receive_header
 from tests.support import PATIENCE, Backend, eventually

@@ -12,23 +12,23 @@ INFO, WARNING, ERROR = "6", "4", "3"
 
 # The first connection meets an error that nobody expects.
 FAULT = """
-import rspd.dialler
-dial = rspd.dialler.Dialler.dial
+import rspd.balancing.pool
+dial = rspd.balancing.pool.Dialler.dial
 connections = []
 def fail_once(*arguments):
     connections.append(arguments)
     if len(connections) == 1:
         raise RuntimeError("provoked\\nin two lines")
     return dial(*arguments)
-rspd.dialler.Dialler.dial = fail_once
+rspd.balancing.pool.Dialler.dial = fail_once
 """
 
 # rspd fails before it has begun.
 EARLY_FAULT = """
-import rspd.service
+import rspd.running.service
 def fail(*_, **__):
     raise RuntimeError("provoked early")
-rspd.service.Service.run = fail
+rspd.running.service.Service.run = fail
 """
 
 

@@ -1,0 +1,10 @@
+"""Reading and explaining the configuration file.
+
+dump        all values in force, defaults included, as a configuration file
+summary     what rspd does by a configuration, in words
+keys        file and command line -> named tuples, all keys and defaults
+schema      a file's entries, read by tables of keys; all errors in them
+values      single values: durations, numbers, switches, words
+yamlfile    a YAML file as keys and values with their lines
+yamlfaults  what is wrong with a file that is no YAML
+"""

@@ -1,0 +1,78 @@
+"""All values in force, defaults included, as a configuration file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import inf
+from typing import Any
+
+import yaml
+
+from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, BackendConfig, Config, HealthConfig
+from rspd.config.schema import SPELLINGS, Many, Scalar
+from rspd.config.values import OFF, format_duration
+
+TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
+
+
+def dump(config: Config) -> str:
+    """A YAML file that means this configuration. A key without a value, as `http` in `health`, is left out."""
+    general = _mapping(GENERAL_KEYS, config._asdict()).value
+    proxies = [_mapping(PROXY_KEYS, proxy._asdict()) for proxy in config.proxies]
+    entries = [*proxies[0].value, *general]
+    if config.proxy.name:
+        named = [(_scalar(proxy.name), node) for proxy, node in zip(config.proxies, proxies, strict=True)]
+        entries = [*general, (_scalar("proxies"), yaml.MappingNode(MAPPING, named))]
+    # The base class reads each scalar as text, so 8080 needs no quotes.
+    return str(yaml.serialize(yaml.MappingNode(MAPPING, entries), Dumper=yaml.BaseDumper, width=inf))
+
+
+def _mapping(keys: Mapping[str, Scalar], values: Mapping[str, Any]) -> yaml.MappingNode:
+    found = [
+        (_name(name, values[name]), _node(reader, values[name])) for name, reader in keys.items() if name in values
+    ]
+    return yaml.MappingNode(MAPPING, [(name, node) for name, node in found if node])
+
+
+def _name(key: str, value: Any) -> yaml.ScalarNode:
+    """A key in its usual spelling: `backend` if there is only one."""
+    usual = {full: short for short, full in SPELLINGS.items()}
+    return _scalar(usual[key] if key in usual and len(value) == 1 else key)
+
+
+def _node(reader: Scalar, value: Any) -> yaml.Node | None:
+    """A value in the words from which `reader` reads it; None if there are none."""
+    if isinstance(value, BackendConfig):
+        return _mapping(BACKEND_KEYS, value._asdict())
+    if isinstance(value, HealthConfig):
+        of_http = ("host", "status")
+        return _mapping(HEALTH_KEYS, {k: v for k, v in value._asdict().items() if value.http or k not in of_http})
+    if isinstance(value, bytes):
+        return _scalar(value.decode("latin-1"), style='"') if value else None
+    if isinstance(reader, Many) and value:
+        items = [_node(reader.item, item) for item in value]
+        return items[0] if len(items) == 1 else yaml.SequenceNode(LIST, items)
+    node = next((_scalar(text) for text in _texts(value) if _reads(reader, text) == value), None)
+    assert node or value in ("", ()), f"nothing means {value!r}"
+    return node
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Texts that may mean this value."""
+    if isinstance(value, bool):
+        yield str(value).lower()
+    yield from (OFF[0], "all")
+    if isinstance(value, float):
+        yield format_duration(value)
+    yield str(value)
+
+
+def _reads(reader: Scalar, text: str) -> Any:
+    try:
+        return reader.parse(text)
+    except ValueError:
+        return NotImplemented  # equal to no value
+
+
+def _scalar(text: str, style: str | None = None) -> yaml.ScalarNode:
+    return yaml.ScalarNode(TEXT, text, style=style)

@@ -1,0 +1,343 @@
+"""The configuration: YAML and the command line's values -> named tuples. Every default lives here, once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf
+from typing import Any, NamedTuple
+
+from rspd.config.schema import Many, Report, Scalar, Settings, Table, read_keys
+from rspd.config.values import (
+    OFF,
+    ON,
+    StatusRange,
+    listed,
+    number_or,
+    one_of,
+    one_of_or_off,
+    parse_bytes,
+    parse_duration,
+    parse_finite_duration,
+    parse_host,
+    parse_http_path,
+    parse_status,
+    parse_switch,
+    parse_wait,
+    whole_number,
+)
+from rspd.config.yamlfile import ConfigError, Value, read_entries
+from rspd.log import LEVELS
+from rspd.net.address import DIALLED, Address, parse_address, parse_backend
+from rspd.net.networks import Network, parse_network
+
+DEFAULT_FILE = "/etc/rspd.yaml"
+
+
+class BackendConfig(NamedTuple):
+    """One backend of a proxy, and which connections it gets."""
+
+    address: Address
+    weight: int = 1
+    backup: bool = False  # gets connections only while no other is up
+    max_connections: float = inf  # at once; further ones wait, or go elsewhere
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+
+class HealthConfig(NamedTuple):
+    """How backends are checked: by connecting, and by an answer to `http` or `send`. Durations are in seconds."""
+
+    interval: float = 5.0
+    timeout: float = 2.0  # of one check, connecting included
+    rise: int = 2  # so many good checks in a row, and a backend is up
+    fall: int = 3  # so many bad checks in a row, and it is down
+    http: str = ""  # the path to GET
+    host: str = ""  # the Host header; else the backend's address
+    status: tuple[StatusRange, ...] = (StatusRange(200, 399),)  # the statuses that are good
+    send: bytes = b""  # what to send first
+    expect: bytes = b""  # what the answer has to contain
+
+
+class ProxyConfig(NamedTuple):
+    """One proxy. Durations are in seconds; `inf` is off, or no limit."""
+
+    listen: tuple[Address, ...]  # may be empty where systemd passes sockets
+    backends: tuple[BackendConfig, ...]
+    name: str = ""  # empty where the file has one proxy, without a name
+    max_connections: int = 1
+    backlog: int = 4096
+    reuse_port: bool = False  # for TCP listeners, not for sockets from systemd
+    connect_timeout: float = 5.0
+    idle_timeout: float = 60.0
+    half_close_timeout: float = 30.0
+    drain_timeout: float = 30.0
+    balance: str = "round-robin"  # one of BALANCES
+    resolve: str = "one"  # one: a name is one backend; each: each address of it is one
+    resolve_interval: float = 10.0  # how often names are looked up again; finite
+    retries: float = inf  # further backends tried for a client; inf: all
+    max_fails: int = 1  # so many failures within fail_timeout, and a backend is out
+    fail_timeout: float = 10.0  # finite
+    queue_timeout: float = 0.0  # how long clients wait while no backend is up; finite, 0: not at all
+    health: HealthConfig | None = None
+    on_down: str = "keep"  # keep, or abort: what becomes of the connections of a backend that went down
+    send_proxy: str = ""  # v1, v2, or empty for off
+    accept_proxy: tuple[Network, ...] = ()  # the peers that send a PROXY header
+    accept_proxy_timeout: float = 5.0  # finite
+    allow: tuple[Network, ...] = ()  # empty: everybody
+    deny: tuple[Network, ...] = ()
+    max_connections_per_client: float = inf
+
+
+class Config(NamedTuple):
+    """The whole configuration."""
+
+    proxies: tuple[ProxyConfig, ...]
+    log_level: str = "info"
+    exit_idle_time: float = inf
+
+    @property
+    def proxy(self) -> ProxyConfig:
+        """The first proxy, where there is but one."""
+        return self.proxies[0]
+
+
+# Keys
+
+BALANCES = ("round-robin", "least-connections", "random", "source")
+
+CONNECTIONS_MAX = 1_000_000
+
+
+def _parse_health(text: str) -> HealthConfig | None:
+    """What `health` means if its value is no mapping."""
+    if text.lower() in ON:
+        return HealthConfig()
+    if text.lower() not in OFF:
+        raise ValueError(f"expected a mapping, as {{http: /health}}, or on or off, found {text!r}")
+    return None
+
+
+def _check_health(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in ("send", "expect") if "http" in settings else ("host", "status"):
+        if key in settings:
+            with_http = "cannot stand beside http" if "http" in settings else "needs http beside it"
+            yield key, with_http
+
+
+BACKEND_KEYS: Mapping[str, Scalar] = {
+    "address": Scalar(parse_backend),
+    "weight": Scalar(whole_number(1, 1000)),
+    "backup": Scalar(parse_switch),
+    "max_connections": Scalar(number_or("off", 1, CONNECTIONS_MAX)),
+}
+
+HEALTH_KEYS: Mapping[str, Scalar] = {
+    "interval": Scalar(parse_finite_duration),
+    "timeout": Scalar(parse_finite_duration),
+    "rise": Scalar(whole_number(1, 100)),
+    "fall": Scalar(whole_number(1, 100)),
+    "http": Scalar(parse_http_path),
+    "host": Scalar(parse_host),
+    "status": Many(Scalar(parse_status, "a status"), "status", separator=","),
+    "send": Scalar(parse_bytes),
+    "expect": Scalar(parse_bytes),
+}
+
+_BACKEND = Table(
+    BACKEND_KEYS,
+    BackendConfig,
+    listed(lambda text: BackendConfig(parse_backend(text)), "a backend"),
+    "an address or a mapping",
+    required={"address": DIALLED},
+)
+_NETWORK = Scalar(listed(parse_network, "a network"), "a network")
+
+# In the order of rspd.yaml(5).
+PROXY_KEYS: Mapping[str, Scalar] = {
+    "listen": Many(Scalar(listed(parse_address, "an address"), "an address"), "address"),
+    "backends": Many(_BACKEND, "backend"),
+    "max_connections": Scalar(whole_number(1, CONNECTIONS_MAX)),
+    # The most that listen(2) takes is an int; net.core.somaxconn lowers it.
+    "backlog": Scalar(whole_number(1, 2**31 - 1)),
+    "reuse_port": Scalar(parse_switch),
+    "balance": Scalar(one_of(BALANCES)),
+    "resolve": Scalar(one_of(("one", "each"))),
+    "resolve_interval": Scalar(parse_finite_duration),
+    "connect_timeout": Scalar(parse_duration),
+    "retries": Scalar(number_or("all", 0, 1000)),
+    "max_fails": Scalar(whole_number(1, 1000)),
+    "fail_timeout": Scalar(parse_finite_duration),
+    "queue_timeout": Scalar(parse_wait),
+    "health": Table(HEALTH_KEYS, HealthConfig, _parse_health, "a mapping, on or off", check=_check_health),
+    "on_down": Scalar(one_of(("keep", "abort"))),
+    "idle_timeout": Scalar(parse_duration),
+    "half_close_timeout": Scalar(parse_duration),
+    "drain_timeout": Scalar(parse_duration),
+    "allow": Many(_NETWORK, "network", none=("all",)),
+    "deny": Many(_NETWORK, "network", none=OFF),
+    "max_connections_per_client": Scalar(number_or("off", 1, CONNECTIONS_MAX)),
+    "send_proxy": Scalar(one_of_or_off("v1", "v2")),
+    "accept_proxy": Many(_NETWORK, "network", none=OFF),
+    "accept_proxy_timeout": Scalar(parse_finite_duration),
+}
+
+GENERAL_KEYS: Mapping[str, Scalar] = {
+    "exit_idle_time": Scalar(parse_duration),
+    "log_level": Scalar(one_of(LEVELS)),
+}
+
+# Keys that are for all proxies, at the top of the file; and keys that each proxy has of its own.
+_ABOVE = dict.fromkeys(GENERAL_KEYS, "belongs to the top of the file, it is for all proxies")
+_OWN = ("listen", "backends")
+
+# For the error if one of these keys is missing: the usual spelling, and what the key is for.
+_MISSING = {"listen": ("listen", "listen on"), "backends": ("backend", "relay to")}
+
+
+class _Draft(NamedTuple):
+    """A proxy of the file as it is read."""
+
+    name: str
+    line: int | None
+    settings: Settings
+
+    @property
+    def key(self) -> str:
+        return f"proxies.{self.name}" if self.name else ""
+
+    def path(self, key: str) -> str:
+        return f"{self.key}.{key}" if self.name else key
+
+
+class _Proxies(Scalar):
+    """Names, each with the keys of a proxy."""
+
+    def holds(self, key: str) -> bool:
+        return True
+
+    def read(self, value: Value, key: str, report: Report, expected: str = "") -> list[_Draft] | None:
+        if value.entries is None or not value.entries:
+            found = value.kind if value.entries is None else "none"
+            advice = "; leave out the dashes" if value.dashed else ""
+            report.add(value.line, key, f"expected names, each with the keys of a proxy, found {found}{advice}")
+            return None
+        drafts: dict[str, _Draft] = {}
+        for line, name, proxy in value.entries:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+                what = "expected a name of up to 64 letters, digits, _, . and -"
+                report.add(line, key, f"{what}, found {name!r}")
+            elif name in drafts:
+                report.add(line, f"{key}.{name}", f"given a second time, first in line {drafts[name].line}")
+            elif proxy.entries is None:
+                advice = "; its keys are indented below its name" if proxy.text == "" else ""
+                report.add(proxy.line, f"{key}.{name}", f"expected the keys of a proxy, found {proxy.kind}{advice}")
+            else:
+                settings = read_keys(PROXY_KEYS, proxy.entries, f"{key}.{name}.", report, _ABOVE)
+                drafts[name] = _Draft(name, line, settings)
+        return list(drafts.values())
+
+
+_TOP_KEYS = {**PROXY_KEYS, **GENERAL_KEYS, "proxies": _Proxies(str)}
+
+
+def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool | None = False) -> Config:
+    """The configuration that a file and the command line make; the command line wins.
+
+    path: None for no file.
+    sockets: whether systemd passes sockets. If it does, no address to listen on is needed. None if that is not known:
+        then none is needed where there is a backend.
+    options: parsed values by the names of the fields of Config and ProxyConfig.
+    Raises ConfigError with all that is wrong, or OSError if the file cannot be read.
+    """
+    report = Report(path or "command line")
+    top = Settings({}, {}, set())
+    if path is not None:
+        top = read_keys(_TOP_KEYS, read_entries(path), "", report)
+    given = {name: value for name, value in options.items() if name in PROXY_KEYS}
+    general = {name: value for name, value in {**top.values, **options}.items() if name in GENERAL_KEYS}
+    defaults = {name: value for name, value in top.values.items() if name in PROXY_KEYS}
+    drafts = [_Draft("", None, Settings({}, top.seen, top.meant))]
+    if proxies := top.seen.get("proxies"):
+        drafts = top.values["proxies"] or []
+        for entry in (top.seen[name] for name in _OWN if name in top.seen):
+            report.add(entry.line, entry.key, "belongs to one proxy, move it into each below proxies")
+        if any(name in given for name in _OWN):
+            what = "each has its addresses here; leave out those on the command line, or change the file"
+            report.add(proxies.line, proxies.key, what)
+    for draft in drafts:
+        said = {*draft.settings.seen, *draft.settings.meant, *given}
+        missing = [name for name in _OWN if name not in said]
+        if sockets or (sockets is None and "backends" not in missing):
+            missing = [name for name in missing if name != "listen"]
+        for name in missing:
+            short, what = _MISSING[name]
+            report.add(draft.line, draft.path(short), f"missing, expected an address to {what}")
+    if not report:
+        made = [
+            ProxyConfig(**{"listen": (), **defaults, **draft.settings.values, **given, "name": draft.name})
+            for draft in drafts
+        ]
+        for draft, proxy in zip(drafts, made, strict=True):
+            _check_proxy(draft, proxy, given, report)
+        _check_together(drafts, made, report)
+    if report:
+        raise ConfigError(report.errors)
+    return Config(tuple(made), **general)
+
+
+def _check_proxy(draft: _Draft, proxy: ProxyConfig, given: Mapping[str, Any], report: Report) -> None:
+    if all(backend.backup for backend in proxy.backends):
+        entry = draft.settings.seen["backends"]
+        report.add(entry.line, draft.path(entry.key), "expected one that is no backup, found none")
+    lines = {name: draft.settings.seen[name].line for name in _OWN if name in draft.settings.seen and name not in given}
+    for what in _covered(proxy.listen):
+        report.add(lines.get("listen", draft.line), draft.key, what)
+    for what in own_listeners(proxy.listen, [backend.address for backend in proxy.backends]):
+        report.add(lines.get("backends", draft.line), draft.key, what)
+
+
+def _check_together(drafts: Sequence[_Draft], proxies: Sequence[ProxyConfig], report: Report) -> None:
+    """Report addresses that two proxies listen on."""
+    for index, (draft, proxy) in enumerate(zip(drafts, proxies, strict=True)):
+        for address in proxy.listen:
+            others = ((other, taken) for other in proxies[:index] for taken in other.listen)
+            for other, taken in others:
+                if covers(taken, address) or covers(address, taken):
+                    entry = draft.settings.seen["listen"]
+                    what = f"{address} cannot be bound twice, {other.name} listens on {taken}"
+                    report.add(entry.line, draft.path(entry.key), what)
+                    break
+
+
+def covers(address: Address, other: Address) -> bool:
+    """Whether a listener on an address takes the other address too."""
+    if address == other:
+        return True
+    if address.path or address.passed or address.port != other.port or not address.port or other.path or other.passed:
+        return False
+    v4 = other.host == "localhost" or other.host.replace(".", "").isdigit()
+    v6 = other.host == "localhost" or ":" in other.host
+    return {"": True, "0.0.0.0": v4, "::": v6}.get(address.host, False)
+
+
+def _covered(listen: Sequence[Address]) -> Iterator[str]:
+    """An error for each address in `listen` that covers another one."""
+    for address in listen:
+        for other in listen:
+            if address != other and covers(address, other):
+                yield f"listen {address} covers {other} too, which cannot be bound twice"
+
+
+def own_listeners(listen: Sequence[Address], backends: Sequence[Address]) -> Iterator[str]:
+    """An error for each backend that is the proxy itself."""
+    # A proxy that dials itself would open connections without end.
+    ports = {address.port for address in listen}
+    for backend in [backend for backend in backends if backend.path or backend.port in ports]:
+        v4 = backend.host in ("localhost", "0.0.0.0") or backend.host.startswith("127.")
+        v6 = backend.host in ("localhost", "::1", "::")
+        for address in listen:
+            everywhere = {"": v4 or v6, "0.0.0.0": v4, "::": v6}.get(address.host, False)
+            if backend == address or (everywhere and backend.port == address.port):
+                yield f"backend {backend} is this proxy's own listener {address}"

@@ -1,0 +1,245 @@
+"""One direction of a connection: bytes from one side to the other, copied or spliced."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from rspd.engine.loop import IN, OUT, PRI
+from rspd.engine.pipes import Pace, Pipe, Pipes
+from rspd.engine.side import Side
+
+# One buffer serves all copying: nothing stays in it between two calls. A read that fills it is bulk data,
+# for which a pipe is cheaper.
+BUFFER_SIZE = 1 << 16
+BUFFER = memoryview(bytearray(BUFFER_SIZE))
+
+SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+
+
+class Flow:
+    """Bytes from `source` to `target`. Borrows the sides, and a pipe while one holds bytes of it.
+
+    Small reads are copied through one shared buffer; what the target does not take is kept in `held`, at most a
+    buffer full. A read that fills the buffer is followed by splice(2) until the source runs dry.
+    """
+
+    __slots__ = (
+        "_bulk",
+        "_can_splice",
+        "_end",
+        "_from_pipe",
+        "_held_back",
+        "_pace",
+        "_pipe",
+        "_pipes",
+        "eof",
+        "finished",
+        "held",
+        "source",
+        "target",
+        "total",
+        "waiting",
+    )
+
+    def __init__(self, source: Side, target: Side, pipes: Pipes) -> None:
+        self.source = source
+        self.target = target
+        self.total = 0  # bytes the target has taken
+        self.eof = False  # nothing more comes from the source
+        self.waiting = False  # the target has yet to take something that was read
+        self.finished = False  # nothing more comes, and nothing is waiting
+        self.held: memoryview | bytes = b""  # what is waiting, unless it is in a pipe
+        self._pipes = pipes
+        self._pipe: Pipe | None = None
+        self._bulk = False
+        self._can_splice = True
+        self._held_back = False
+        self._pace: Pace | None = None  # set when another flow gets the pipe, until the reader reads again
+        self._from_pipe = 0  # bytes that were in a pipe, as long as any of them are in `held`
+        self._end = 0  # the total at which the turn of this flow ends
+
+    def pump(self) -> bool:
+        """Move bytes until the source is dry or the target full; True if the flow stopped before, for this turn.
+
+        To be called when the source has something to read, or the flow is `waiting`.
+        """
+        source, target = self.source, self.target
+        if not target.ready & OUT:
+            return False
+        if not (self.waiting or self._bulk):
+            # Most often there is one small message, and nothing before it; the steps below would take twice as long.
+            size = source.read_into(BUFFER)
+            if not size:
+                if size == 0:
+                    self.eof = self.finished = True
+                return False
+            count = target.write(BUFFER[:size])
+            self.total += count
+            if count == size < BUFFER_SIZE and not source.ready & IN:
+                return False
+            more = self._keep(count, size)
+        else:
+            more = True
+        self._end = self.total + self._pipes.allowance(source.loop.turn)
+        while more and self.total < self._end:
+            # What was read before comes first: a pipe must not overtake it.
+            if self.held:
+                more = self._write_held()
+            elif self._pipe or (self._bulk and not self.eof and self._borrow()):
+                more = self._splice()
+            else:
+                more = self._copy()
+        if self._pipe and not self._pipe.held:
+            self._give_back()
+        self.waiting = bool(self.held or self._pipe)
+        self.finished = self.eof and not self.waiting
+        hold_back = self.waiting and not target.ready & OUT
+        if hold_back is not self._held_back:
+            self._held_back = hold_back
+            # More bytes from the source have to wait until the target has room: only this resumes the task.
+            if hold_back:
+                source.ignore(IN | PRI)
+            else:
+                source.heed(IN | PRI)
+        return more
+
+    def put_first(self, data: bytes) -> None:
+        """Have the target get bytes of our own ahead of those from the source; they do not count in `total`."""
+        self.held = memoryview(data)
+        self.waiting = True
+        self.total = -len(data)
+
+    def end(self) -> None:
+        """Pass the end of the stream on. Only for a finished flow: it must not overtake data."""
+        self.target.end()
+
+    @property
+    def held_back(self) -> int:
+        """How many bytes of the source have been read, but not taken by the target."""
+        ours = min(self.total, 0)  # below 0 as long as the target has not taken what was put first
+        return len(self.held) + (self._pipe.held if self._pipe else 0) + ours
+
+    def drop(self) -> None:
+        """Give up what has been read and not passed on."""
+        self._keep_rest(b"")
+        self._give_back()
+
+    def empty_into_memory(self, pace: Pace) -> int:
+        """Move the pipe's bytes to `held`; return how many. Another flow gets the pipe; this one copies while slow.
+
+        Raises OSError or MemoryError; then nothing has changed.
+        """
+        self._pipe_to_held()
+        self._pipe = None
+        self._pace = pace
+        self._from_pipe = len(self.held)
+        return self._from_pipe
+
+    def _pipe_to_held(self) -> None:
+        pipe = self._pipe
+        assert pipe
+        self.held = os.read(pipe.read_fd, pipe.held) if pipe.held else b""  # takes all bytes, pipe(7)
+        pipe.held = 0
+
+    def _keep_rest(self, rest: memoryview | bytes) -> None:
+        self.held = rest or b""  # an empty view would keep the whole memory behind it
+        if self._from_pipe and not rest:
+            self._pipes.free_memory(self._from_pipe)
+            self._from_pipe = 0
+
+    def _give_back(self) -> None:
+        if self._pipe:
+            self._pipes.give_back(self._pipe)
+            self._pipe = None
+
+    # The ways to move bytes. Each makes one step, and returns whether a further one may find work.
+
+    def _copy(self) -> bool:
+        source = self.source
+        if not source.ready & IN:
+            return False
+        size = source.read_into(BUFFER)
+        if not size:
+            self.eof = size == 0
+            return False
+        count = self.target.write(BUFFER[:size])
+        self.total += count
+        return self._keep(count, size)
+
+    def _keep(self, count: int, size: int) -> bool:
+        """Note what the target did not take of the buffer, and whether the source has more than fits."""
+        self.held = memoryview(bytes(BUFFER[count:size]))
+        self._bulk = size == BUFFER_SIZE and self._can_splice
+        return count == size
+
+    def _write_held(self) -> bool:
+        count = self.target.write(self.held)
+        self.total += count
+        self._keep_rest(memoryview(self.held)[count:])
+        return not self.held
+
+    def _borrow(self) -> bool:
+        now = self.source.loop.now
+        if self._pace:
+            self._pace.look(self.total, now)
+            if self._pace.slow:
+                return False
+            self._pace = None
+        self._pipe = self._pipes.borrow(self, now)
+        return self._pipe is not None
+
+    def _splice(self) -> bool:
+        pipe = self._pipe
+        assert pipe
+        return self._empty(pipe) if pipe.held else self._fill(pipe)
+
+    def _fill(self, pipe: Pipe) -> bool:
+        source = self.source
+        if self.eof or not source.ready & IN:
+            return False
+        # Only an empty pipe is filled. A pipe with bytes in it may have no free slot: many small segments use up the
+        # slots long before the bytes. EAGAIN would not tell such a pipe from an empty socket.
+        try:
+            pipe.held = os.splice(
+                source.fd, pipe.write_fd, min(pipe.size, max(self._end - self.total, BUFFER_SIZE)), flags=SPLICE
+            )
+        except BlockingIOError:
+            if source.ready & PRI:
+                return self._leave_splice()
+            source.ready &= ~IN
+            return False
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # this kind of socket cannot be spliced from
+                self._can_splice = False
+                return self._leave_splice()
+            self.eof = source.note_failure(error)
+            return False
+        if not pipe.held:
+            return self._leave_splice()
+        self._bulk = pipe.held >= BUFFER_SIZE
+        return True
+
+    def _leave_splice(self) -> bool:
+        """Go on by copying. At urgent data, splice finds nothing, or the end: only a read tells which it is."""
+        self._bulk = False
+        self._give_back()
+        return True
+
+    def _empty(self, pipe: Pipe) -> bool:
+        target = self.target
+        try:
+            count = os.splice(pipe.read_fd, target.fd, pipe.held, flags=SPLICE)
+        except BlockingIOError:
+            target.ready &= ~OUT
+            return False
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                target.note_failure(error)
+                return False
+            self._can_splice = False  # this kind of socket cannot be spliced to
+            self._pipe_to_held()
+            return self._leave_splice()
+        pipe.held -= count
+        self.total += count
+        return True

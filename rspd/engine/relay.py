@@ -1,0 +1,183 @@
+"""Two flows between two sides, until both have ended."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Generator
+from math import inf
+
+from rspd.engine.cause import Cause
+from rspd.engine.flow import Flow
+from rspd.engine.loop import ERR, IN, Loop, news
+from rspd.engine.pipes import Pipes
+from rspd.engine.side import Side
+
+# How long to wait before looking again whether a peer has acknowledged all that was sent to it: seconds,
+# doubled each time up to the second figure. The kernel tells of this in no other way.
+FIRST_LOOK, LAST_LOOK = 0.001, 0.1
+
+
+class Relay:
+    """What moves a connection's two flows.
+
+    client, backend: both watched by the task that runs the relay. The caller releases them with `close`.
+    idle_timeout: seconds without a byte in either direction; up to twice as long while the kernel holds bytes.
+    half_close_timeout: the same once one flow has ended, if it is shorter.
+    """
+
+    __slots__ = (
+        "_half_closed_timeout",
+        "_unsent",
+        "backend",
+        "client",
+        "download",
+        "idle_timeout",
+        "loop",
+        "upload",
+    )
+
+    def __init__(
+        self, loop: Loop, client: Side, backend: Side, pipes: Pipes, idle_timeout: float, half_close_timeout: float
+    ) -> None:
+        self.loop = loop
+        self.client = client
+        self.backend = backend
+        self.upload = Flow(client, backend, pipes)
+        self.download = Flow(backend, client, pipes)
+        self.idle_timeout = idle_timeout
+        self._half_closed_timeout = min(idle_timeout, half_close_timeout)
+        self._unsent = 0
+
+    @types.coroutine
+    def run(self) -> Generator[None, None, Cause]:
+        """Relay until both flows have ended, a side has aborted, or a timeout has passed; return which it was.
+
+        By then, what a side had sent before it aborted has been delivered.
+        """
+        loop, client, backend, upload, download = self.loop, self.client, self.backend, self.upload, self.download
+        task = loop.current
+        first: Cause | None = None
+        timeout = self.idle_timeout
+        task.wake_at(loop.now + timeout)
+        moved = 0  # bytes in both directions when the deadline was set
+        last = loop.now  # when the task ran last
+        while True:
+            now = loop.now
+            late = now >= task.deadline
+            before = upload.total + download.total if late else 0
+            more = upload.pump() if client.ready & IN or upload.waiting else False
+            if (backend.ready & IN or download.waiting) and download.pump():
+                more = True
+            if (client.ready | backend.ready) & ERR:
+                # Named, since `yield from` a coroutine has no type of its own for mypy.
+                cause: Cause = yield from self._deliver_before_abort()
+                return cause
+            if upload.finished or download.finished:
+                if first is None:
+                    first = "client-closed" if upload.finished else "backend-closed"
+                    if not (upload.finished and download.finished):
+                        flow = upload if upload.finished else download
+                        flow.end()
+                        timeout = self._half_closed_timeout
+                        task.wake_at(now + timeout)
+                        late = False
+                        moved = upload.total + download.total
+                        if flow.target.aborted:
+                            continue
+                if upload.finished and download.finished:
+                    # Both sides are closed next: this tells a peer the same as passing the end on.
+                    return first
+            if late:
+                total = upload.total + download.total
+                if total != before:
+                    task.wake_at(now + timeout)
+                elif total != moved and last + timeout > now:
+                    task.wake_at(last + timeout)
+                elif self._acknowledged():
+                    task.wake_at(now + timeout)
+                else:
+                    return "half-close-timeout" if timeout < self.idle_timeout else "idle-timeout"
+                moved = total
+            last = now
+            if more:
+                task.wake()
+            yield  # as `news` does, without an object each time
+
+    def close(self) -> int:
+        """Close both sides: each with FIN if all that was sent to it has been passed on, else with RST.
+
+        With RST, what was cut short does not look complete. Returns how many bytes were lost: rspd had read them for a
+        side, the side had not aborted, and the side has not acknowledged them.
+        """
+        client, backend, upload, download = self.client, self.backend, self.upload, self.download
+        if upload.finished and download.finished and not (client.ready | backend.ready) & ERR:
+            backend.close()
+            client.close()
+            return 0
+        return cut(upload, download) + cut(download, upload)
+
+    def _acknowledged(self) -> bool:
+        """Whether a peer has taken bytes from the kernel's buffers since the last call: slow is not idle."""
+        unsent = self.client.unsent() + self.backend.unsent()
+        changed = unsent != self._unsent
+        self._unsent = unsent
+        return changed
+
+    async def _deliver_before_abort(self) -> Cause:
+        """Pass on what the aborted side had sent, and wait until the other has it: the later RST would destroy it.
+
+        The wait ends when the other side has taken nothing for as long as a half-closed connection may be silent.
+        """
+        loop = self.loop
+        cause: Cause
+        if self.client.aborted:
+            flow, other, cause = self.upload, self.download, "client-aborted"
+        else:
+            flow, other, cause = self.download, self.upload, "backend-aborted"
+        other.drop()
+        target = flow.target
+        taken = -1
+        deadline = inf
+        look = FIRST_LOOK
+        while not target.aborted:
+            more = flow.pump()
+            at_risk = target.at_risk()
+            if flow.finished and not at_risk:
+                break
+            if flow.total - at_risk != taken:
+                taken = flow.total - at_risk
+                deadline = loop.now + self._half_closed_timeout
+            elif loop.now >= deadline:
+                break
+            if more:
+                await loop.yield_turn()
+            elif flow.finished:
+                await loop.sleep(look)
+                look = min(2 * look, LAST_LOOK)
+            else:
+                loop.current.wake_at(deadline)
+                await news()
+        return cause
+
+
+def cut(flow: Flow, other: Flow) -> int:
+    """Close the target of a flow, when not all is in order. Returns how many bytes were lost by that."""
+    target = flow.target
+    whole = flow.finished and not flow.source.aborted
+    # If a socket is closed while bytes from its peer are unread, the kernel sends RST too (tcp(7)).
+    resets = not whole or (not other.finished and target.peek(1))
+    lost = at_risk(flow) if resets and not target.aborted else 0
+    if whole:
+        target.close()
+    else:
+        flow.drop()
+        target.abort()
+    return lost
+
+
+def at_risk(flow: Flow) -> int:
+    """How many bytes from a flow's source would be lost by RST to its target now: those in rspd and in the kernel."""
+    # The kernel counts an end as one byte. It may also hold what rspd put first, which is not in the flow's total.
+    target = flow.target
+    in_kernel = max(target.at_risk() - target.ended, 0)
+    return flow.held_back + min(in_kernel, max(flow.total, 0))

@@ -1,0 +1,185 @@
+"""One side of a connection: the client's socket, or the backend's.
+
+This is all that a relay asks of a socket. Calls never block; BlockingIOError is turned into readiness here.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import socket
+import struct
+import termios
+
+from rspd.engine.loop import EDGE, ERR, HUP, IN, OUT, PRI, RDHUP, Loop, Watch
+
+EVENTS = IN | OUT | PRI | RDHUP | EDGE
+
+# If an event has none of these, a read that gets less than it asked for has emptied the socket. An end of the stream
+# or an error is still to be read. Urgent data (tcp(7)) cuts a read short though more bytes follow.
+MORE_TO_READ = PRI | RDHUP | HUP | ERR
+
+# close(2) of a TCP socket that lingers for 0 seconds sends RST and drops what was not sent (socket(7)).
+LINGER_0 = struct.pack("ii", 1, 0)
+
+# The kernel had no memory for this one call (send(2)); the connection has not changed.
+NO_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
+
+# Seconds after which to make such a call again: no event tells when there is memory.
+RETRY = 0.01
+
+
+class Side(Watch):
+    """A connected, non-blocking stream socket, and what epoll says of it. Owns the socket."""
+
+    __slots__ = ("events", "loop", "sock")
+
+    more_to_read = MORE_TO_READ
+
+    def __init__(self, loop: Loop, sock: socket.SocketType) -> None:
+        self.fd = sock.fileno()
+        self.ready = 0
+        self.loop = loop
+        self.sock = sock
+        self.events = EVENTS  # the events that resume the task
+
+    def watch(self) -> None:
+        """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
+        self.loop.watch(self, EVENTS)
+
+    def ignore(self, events: int) -> None:
+        """Stop resuming the task by these events, since they would tell it nothing."""
+        self.events &= ~events
+        self.loop.rewatch(self, self.events)
+
+    def heed(self, events: int) -> None:
+        """End `ignore`. What has happened meanwhile is told then."""
+        self.events |= events
+        self.loop.rewatch(self, self.events)
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the connection to this peer broke: it sent RST, or cannot be reached any more.
+
+        `ERR` stays in `ready` from then on, whether epoll or a failed call told first.
+        """
+        return bool(self.ready & ERR)
+
+    def read_into(self, buffer: memoryview) -> int | None:
+        """Read what there is: the number of bytes, 0 when nothing more comes, None for not now."""
+        try:
+            count = self.sock.recv_into(buffer)
+        except BlockingIOError:
+            self.ready &= ~IN
+            return None
+        except OSError as error:
+            return 0 if self.note_failure(error) else None
+        if not count or (count < len(buffer) and not self.ready & self.more_to_read):
+            self.ready &= ~IN
+        return count
+
+    def peek(self, size: int) -> bytes | None:
+        """What there is, which stays to be read: `size` bytes at most, none when nothing more comes, None for not now.
+
+        `IN` is in `ready` after bytes or an end, whether epoll has told of them or not.
+        """
+        return self._receive(size, socket.MSG_PEEK)
+
+    def read(self, size: int) -> bytes | None:
+        """Read what there is: `size` bytes at most, none when nothing more comes, None for not now."""
+        data = self._receive(size, 0)
+        if data is not None and (not data or (len(data) < size and not self.ready & self.more_to_read)):
+            self.ready &= ~IN
+        return data
+
+    def _receive(self, size: int, flags: int) -> bytes | None:
+        try:
+            data = self.sock.recv(size, flags)
+        except BlockingIOError:
+            self.ready &= ~IN
+            return None
+        except OSError as error:
+            return b"" if self.note_failure(error) else None
+        self.ready |= IN
+        return data
+
+    def write(self, data: memoryview | bytes) -> int:
+        """Write as much as fits: the number of bytes, 0 also where the connection broke."""
+        try:
+            count = self.sock.send(data)
+        except BlockingIOError:
+            count = 0
+        except OSError as error:
+            self.note_failure(error)
+            return 0
+        if count < len(data):
+            self.ready &= ~OUT
+        return count
+
+    def note_failure(self, error: OSError) -> bool:
+        """Note that a call failed. Returns True if the connection broke, False if there was no memory for the call.
+
+        If there was no memory, `ready` does not change, and the task is woken a moment later, to try again.
+        """
+        if error.errno in NO_MEMORY:
+            self.loop.wake_later(self.task, RETRY)
+            return False
+        self.ready |= ERR
+        return True
+
+    def end(self) -> None:
+        """Tell the peer that nothing more comes; it may go on sending."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.ready |= ERR
+        else:
+            # The peer's acknowledgement makes room to write, but nothing more will be written.
+            self.ignore(OUT)
+
+    @property
+    def ended(self) -> bool:
+        """Whether `end` was called."""
+        return not self.events & OUT
+
+    def unsent(self) -> int:
+        """How many bytes in the kernel the peer has not acknowledged; an end counts as one (SIOCOUTQ, tcp(7))."""
+        answer = fcntl.ioctl(self.fd, termios.TIOCOUTQ, b"\0\0\0\0")
+        return int(struct.unpack("i", answer)[0])
+
+    def at_risk(self) -> int:
+        """How many bytes an abort now would destroy: those unsent; 0 where the kernel does not say."""
+        try:
+            return self.unsent()
+        except OSError:
+            return 0
+
+    def keep_alive(self) -> None:
+        """Have the kernel ask a silent peer whether it is still there, and abort when it is not (tcp(7))."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def close(self) -> None:
+        """Close the socket; the kernel goes on sending what was written to it, then FIN."""
+        self.loop.forget(self)
+        self.sock.close()
+
+    def abort(self) -> None:
+        """Close the socket so that the peer gets RST, at once."""
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+        except OSError:
+            pass  # a program in the kernel may refuse it (bpf(2)): the peer gets FIN, which is better than to stay open
+        self.close()
+
+
+class UnixSide(Side):
+    """A side with a unix socket. A unix socket has no RST: `abort` only closes it."""
+
+    __slots__ = ()
+
+    # A passed descriptor cuts a read short too, and no event tells of it (unix(7)): so the socket is read to EAGAIN.
+    more_to_read = MORE_TO_READ | IN
+
+    def at_risk(self) -> int:
+        """How many bytes an abort now would destroy: none, the peer has them."""
+        return 0

@@ -1,0 +1,10 @@
+"""Sockets and addresses.
+
+connect      connecting to a backend's addresses
+descriptors  running out of descriptors
+ways         which proxies a connection has passed, so that none is passed twice
+resolver     names looked up off the loop
+listener     listening sockets: bound or adopted, accepted from, closed
+networks     networks: which clients are in them, and the key of a client
+address      addresses: parsed, printed, resolved
+"""

@@ -1,0 +1,311 @@
+"""Listening sockets: bound, or adopted from systemd; accepted from, closed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import stat
+import struct
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rspd.engine.loop import Watch
+from rspd.engine.side import Side, UnixSide
+from rspd.net.address import Address, SocketAddress, bound_address, format_socket_address
+
+# accept(2): errors that concern the one client that was to be accepted, not the listener.
+CLIENT_GONE = frozenset(
+    {
+        errno.EAGAIN,
+        errno.ECONNABORTED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.EINTR,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENONET,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.EPROTO,
+        errno.ETIMEDOUT,
+    }
+)
+
+# The shortest time for SO_RCVTIMEO, as struct timeval: 0 would be for ever (socket(7)).
+MOMENT = struct.pack("ll", 0, 1)
+
+# tcpi_unacked in struct tcp_info, linux/tcp.h: of a socket that listens, how many wait to be accepted.
+UNACKED = slice(24, 28)
+
+# What bind(2) and socket(2) say where the host has no such family, or no such address.
+NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+
+ADVICE = {
+    # An outgoing connection may have that port too; `ss -l` does not show it.
+    errno.EADDRINUSE: "another process has that port, `ss -tanp sport = :{port}` shows which",
+    errno.EADDRNOTAVAIL: "no interface of this host has that address, `ip address` lists them",
+    errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE",
+    errno.ENOENT: "the folder does not exist",
+    errno.EMFILE: "raise LimitNOFILE or `ulimit -n`",
+}
+
+NOT_SHARED = f"{ADVICE[errno.EADDRINUSE]}; to share it, that one needs reuse_port and the same user too"
+
+UNWRITABLE = "the folder must be writable; for the service, /run/rspd is, and for rspd@NAME, /run/rspd-NAME"
+
+PATH_ADVICE = {
+    errno.EADDRINUSE: "another process listens there, `ss -lxp` shows which",
+    errno.EACCES: UNWRITABLE,
+    errno.EROFS: UNWRITABLE,
+}
+
+
+class ListenError(Exception):
+    """A listener cannot be opened; `errno` says why in the system's terms."""
+
+    def __init__(self, address: Address, where: object, error: OSError, reuse_port: bool = False) -> None:
+        reason = error.strerror or str(error)
+        advice = ADVICE.get(error.errno or 0)
+        if error.errno == errno.EADDRINUSE and reuse_port:
+            advice = NOT_SHARED
+        if address.path:
+            advice = PATH_ADVICE.get(error.errno or 0, advice)
+        advice = advice and advice.format(port=address.port)
+        place = str(address) if str(address) == str(where) else f"{address} ({where})"
+        super().__init__(f"cannot listen on {place}: {reason}" + (f"; {advice}" if advice else ""))
+        self.errno = error.errno
+
+
+class Listener(Watch):
+    """A listening socket, for a configured address or from systemd. Owns the socket.
+
+    name: where it listens, for people.
+    side: the class of a client's side.
+    passed: the name of a socket that systemd passed, and will pass to the next process too; None for one of our own.
+    """
+
+    __slots__ = ("_inode", "_sock", "address", "backlog", "name", "passed", "side")
+
+    def __init__(
+        self,
+        address: Address,
+        sock: socket.SocketType,
+        inode: tuple[int, int] | None = None,
+        passed: str | None = None,
+    ) -> None:
+        super().__init__(sock.fileno())
+        self.address = address
+        self.name = format_socket_address(sock.getsockname())
+        self.passed = passed
+        self.side = UnixSide if sock.family == socket.AF_UNIX else Side
+        self._sock = sock
+        self._inode = inode
+
+    @property
+    def reached_at(self) -> list[Any]:
+        """Where clients connect to, in socket addresses; both wildcards for a socket that serves both families."""
+        where = self._sock.getsockname()
+        bound = bound_address(self._sock)
+        return [where, ("0.0.0.0", bound.port)] if not (bound.path or bound.host) else [where]
+
+    def accept(self) -> tuple[socket.SocketType, object]:
+        """The next client's socket and address. The socket is non-blocking; the caller closes it. Raises OSError."""
+        sock = self._sock
+        # socket.accept() would do the same with a slower class around it.
+        fd, address = sock._accept()  # type: ignore[attr-defined]  # typeshed lacks it; in CPython since 3.0
+        client = socket.SocketType(sock.family, socket.SOCK_STREAM, 0, fd)
+        client.setblocking(False)
+        return client, address
+
+    def waiting(self) -> int | None:
+        """How many clients wait in the backlog; None if some do, and the kernel does not say how many."""
+        try:
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, UNACKED.stop)
+        except OSError:
+            info = b""  # a unix socket
+        if len(info) == UNACKED.stop:
+            return int.from_bytes(info[UNACKED], sys.byteorder)
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        return None if poll.poll(0) else 0
+
+    def listen(self, backlog: int) -> None:
+        """Go on listening with a new backlog, or listen again after `rest`."""
+        self._sock.listen(backlog)
+        self.backlog = backlog
+
+    def share_port(self) -> None:
+        """Let other processes of the same user bind this address too, if they say the same (SO_REUSEPORT, socket(7)).
+
+        This cannot be undone: the kernel goes on letting them. It means nothing for a unix socket.
+        """
+        if self._sock.family != socket.AF_UNIX:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+    def rest(self) -> None:
+        """Stop listening, so that another socket can take the address over; clients in the backlog are reset.
+
+        Only for a TCP listener whose port is configured: a port that the kernel picked would be lost.
+        """
+        # On Linux, this returns a listening socket to the state it had after bind.
+        self._sock.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        """Close the socket, and remove the file of a unix socket if it is still ours."""
+        if self._inode and _inode(self.address.path) == self._inode:
+            try:
+                os.unlink(self.address.path)
+            except OSError:
+                pass  # rspd may no longer write in the folder; the next start finds the file stale
+        self._sock.close()
+
+
+def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
+    """A listener on a socket that listens already and belongs to systemd too. It owns our descriptor of the socket."""
+    # All processes on this socket share the flag by which accept(2) does not wait, and systemd clears the flag when it
+    # starts one more of them (NonBlocking=, systemd.service(5)). With this timeout, accept(2) never waits long.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, MOMENT)
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as for those of our own, see _open
+    return Listener(bound_address(sock), sock, passed=name)
+
+
+def open_listeners(
+    address: Address, where: Iterable[SocketAddress], backlog: int, reuse_port: bool = False
+) -> list[Listener]:
+    """Bind and listen on all socket addresses that a configured address stands for.
+
+    On a host without IPv6, or without IPv4, those addresses are left out. Raises ListenError; then nothing stays open.
+
+    reuse_port: share TCP ports with other processes, see `Listener.share_port`.
+    """
+    listeners: list[Listener] = []
+    missing: ListenError | None = None
+    try:
+        for socket_address in where:
+            try:
+                listeners.append(_open(address, socket_address, backlog, reuse_port))
+            except OSError as error:
+                missing = ListenError(address, socket_address, error, reuse_port)
+                if error.errno not in NO_SUCH_ADDRESS:
+                    raise missing from error
+        if missing and not listeners:
+            raise missing
+    except ListenError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+class Binding(NamedTuple):
+    """How a configured address is to be listened on: what it stands for, and the options of its proxy."""
+
+    where: Sequence[SocketAddress]
+    backlog: int
+    reuse_port: bool = False
+
+
+def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]) -> list[Listener]:
+    """Listeners for the wanted addresses. Old listeners that are still wanted stay; the other old ones are closed.
+
+    Listeners from systemd always stay: rspd could not get a closed one back.
+    No old listener may be watched meanwhile. Raises ListenError; then the old listeners are as they were.
+    """
+    adopted = [listener for listener in old if listener.passed is not None]
+    bound = [listener for listener in old if listener.passed is None]
+    staying = [listener for listener in bound if listener.address in wanted]
+    leaving = [listener for listener in bound if listener.address not in wanted]
+    known = {listener.address for listener in bound}
+    coming = {address: binding for address, binding in wanted.items() if address not in known}
+    try:
+        opened = _open_all(coming)
+    except ListenError as error:
+        ports = {address.port for address in coming}
+        in_the_way = [listener for listener in leaving if listener.address.port in ports - {0}]
+        if error.errno != errno.EADDRINUSE or not in_the_way:
+            raise
+        # An old listener may be in the way: 8080 is in the way of 127.0.0.1:8080. A client that comes now is refused.
+        for listener in in_the_way:
+            listener.rest()
+        try:
+            opened = _open_all(coming)
+        except ListenError:
+            for listener in in_the_way:
+                listener.listen(listener.backlog)
+            raise
+    for listener in leaving:
+        listener.close()
+    for listener in staying:
+        binding = wanted[listener.address]
+        listener.listen(binding.backlog)
+        if binding.reuse_port:
+            listener.share_port()
+    return adopted + staying + opened
+
+
+def _open_all(bindings: Mapping[Address, Binding]) -> list[Listener]:
+    opened: list[Listener] = []
+    try:
+        for address, binding in bindings.items():
+            opened += open_listeners(address, binding.where, binding.backlog, binding.reuse_port)
+    except ListenError:
+        for listener in opened:
+            listener.close()
+        raise
+    return opened
+
+
+def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool) -> Listener:
+    sock = socket.SocketType(where.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+    inode = None
+    try:
+        if where.family == socket.AF_UNIX:
+            _remove_stale(where.address)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # Accepted sockets inherit it: a relayed message must not wait until the one before is acknowledged.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if where.family == socket.AF_INET6:
+            # Each family has its own socket, so that neither can be mistaken for the other.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(where.address)
+        if where.family == socket.AF_UNIX:
+            inode = _inode(where.address)
+        listener = Listener(address, sock, inode)
+        listener.listen(backlog)
+        return listener
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    """What identifies a socket's file; None for an abstract name, or if it is gone."""
+    try:
+        status = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file that nobody listens on. Raises OSError if somebody does, or if it is another file."""
+    if path.startswith("\0"):
+        return
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "a file that is not a socket stands there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        code = probe.connect_ex(path)
+    if code != errno.ECONNREFUSED:
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    os.unlink(path)

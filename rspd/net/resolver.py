@@ -1,0 +1,79 @@
+"""Names looked up off the loop."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from rspd.engine.loop import Loop, Task, news
+from rspd.net.address import Address, SocketAddress, literal, resolve
+
+# Seconds for which an answer is used again. Short enough that nobody waits for a change, long enough that a busy
+# proxy does not ask for every connection.
+ANSWER_LIFE = 1.0
+
+
+class Lookup:
+    """A lookup under way: who waits for it, and then what came of it."""
+
+    def __init__(self) -> None:
+        self.waiting: set[Task] = set()
+        self.outcome: list[SocketAddress] | Exception | None = None
+
+
+class Resolver:
+    """Looks names up in threads. For each name, one lookup runs at a time, however many tasks ask for the name."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._answers: dict[Address, tuple[float, list[SocketAddress]]] = {}
+        self._under_way: dict[Address, Lookup] = {}
+
+    async def look_up(
+        self, address: Address, deadline: float, given_up: Callable[[], bool] = lambda: False
+    ) -> list[SocketAddress]:
+        """The socket addresses of an address; at once if it is numeric, or was looked up just now.
+
+        given_up: called whenever the task is woken; if it returns True, the wait for the answer ends.
+        Raises TimeoutError at the deadline (the loop's time), another OSError if the name has no address.
+        """
+        known = literal(address)
+        if known:
+            return [known]
+        when, answer = self._answers.get(address, (0.0, []))
+        if answer and self._loop.now - when < ANSWER_LIFE:
+            return answer
+        lookup = self._under_way.get(address) or self._start(address)
+        task = self._loop.current
+        lookup.waiting.add(task)
+        task.wake_at(deadline)
+        try:
+            while lookup.outcome is None:
+                if self._loop.now >= deadline:
+                    raise TimeoutError(f"no answer to the lookup of {address.host}")
+                if given_up():
+                    raise ConnectionAbortedError(errno.ECONNABORTED, "nobody waits for the name any more")
+                await news()
+        finally:
+            lookup.waiting.discard(task)
+        if isinstance(lookup.outcome, Exception):
+            raise lookup.outcome
+        return lookup.outcome
+
+    def _start(self, address: Address) -> Lookup:
+        lookup = Lookup()
+
+        def finish(outcome: list[SocketAddress] | Exception) -> None:
+            del self._under_way[address]
+            lookup.outcome = outcome
+            if not isinstance(outcome, Exception):
+                self._answers[address] = (self._loop.now, outcome)
+            for task in lookup.waiting:
+                task.wake()
+
+        try:
+            self._loop.run_in_thread(lambda: resolve(address), finish)
+        except RuntimeError as error:
+            raise OSError(f"{address.host} cannot be looked up: {error}") from None
+        self._under_way[address] = lookup
+        return lookup

@@ -1,0 +1,7 @@
+"""One client, from accept to its line in the log.
+
+proxy       accepting clients, no more at once than allowed, and draining
+connection  one client: who it is, connect, relay, close, one log line
+access      which clients may connect, and what the log says of refused clients
+places      clients that wait because all places are taken
+"""

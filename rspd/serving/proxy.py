@@ -1,0 +1,269 @@
+"""Accepting clients, no more at once than allowed, and draining."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import NamedTuple
+
+from rspd.balancing.backend import Backend
+from rspd.balancing.members import Backends
+from rspd.balancing.pool import Dialler
+from rspd.config.keys import ProxyConfig
+from rspd.engine.loop import EXCLUSIVE, IN, Loop, Task, news
+from rspd.engine.pipes import Pipes
+from rspd.net.descriptors import Shortage
+from rspd.net.listener import CLIENT_GONE, Listener
+from rspd.net.networks import Networks
+from rspd.net.resolver import Resolver
+from rspd.net.ways import Ways
+from rspd.serving.access import Access, Refusals
+from rspd.serving.connection import Connection, Terms
+from rspd.serving.places import Places
+
+# Seconds without accepting after an error that nobody expected.
+AFTER_ERROR = 1.0
+
+# Seconds between two looks for clients at a listener that other processes share. The kernel wakes one of the processes
+# for a client (EPOLLEXCLUSIVE, epoll_ctl(2)). If that process ends, or has no descriptor left, no other hears of it.
+LOOK_AGAIN = 1.0
+
+# How many clients of one listener are accepted in one turn of the loop: about 5 ms of work. Fewer if other processes
+# share the listener: the process that accepts a client serves it, even while the others have nothing to do.
+BATCH, SHARED_BATCH = 64, 4
+
+log = logging.getLogger(__name__)
+
+
+class Common(NamedTuple):
+    """What the proxies of a process share.
+
+    watchers: tasks to wake whenever a connection begins or ends, or a backend goes down or comes up.
+    """
+
+    loop: Loop
+    ways: Ways
+    resolver: Resolver
+    shortage: Shortage
+    pipes: Pipes
+    watchers: set[Task]
+
+
+class Proxy:
+    """A proxy at work. Owns its listeners, its connections and its backends."""
+
+    def __init__(self, common: Common, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
+        self.loop = common.loop
+        self.listeners: list[Listener] = []
+        self._accepted = 0
+        self.shortage = common.shortage
+        self._ways = common.ways
+        self.pipes = common.pipes
+        self.watchers = common.watchers
+        self.tag = f" proxy={config.name}" if config.name else ""
+        self.backends = Backends(
+            common.loop, config, common.resolver, common.shortage, self._backend_down, self._changed, common.ways
+        )
+        self._dialler = Dialler(common.loop, self.backends, common.shortage)
+        self._access = Access((), (), inf)
+        self._refusals = Refusals(common.loop, self.tag)
+        self._connections: dict[Task, Connection] = {}
+        self.places = Places(common.loop, self.tag, self._connections, self._newest, self._changed)
+        self._accepting = False
+        self._leaving = False
+        self._watched: list[Listener] = []
+        self._rush = -1  # the last turn in which each call to accept found a client
+        self._look_again = inf  # when to look for waiting clients, while accepting
+        self._last_end = common.loop.now
+        self._set(config, listeners)
+        self._acceptor = common.loop.spawn(self._serve())
+
+    def _set(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
+        self.config = config
+        self.listeners = list(listeners)
+        self._rotation = deque(self.listeners)
+        present = [host for connection in self._connections.values() if (host := connection.counts_as()) is not None]
+        self._shared = any(listener.passed is not None for listener in self.listeners)
+        self.places.apply(config.max_connections, self.listeners)
+        self._access.apply(config.allow, config.deny, config.max_connections_per_client, present)
+        self._terms = Terms(
+            loop=self.loop,
+            config=config,
+            backends=self.backends,
+            dialler=self._dialler,
+            pipes=self.pipes,
+            shortage=self.shortage,
+            keep_alive=inf in (config.idle_timeout, config.half_close_timeout),
+            guarded=self._access.needed or bool(config.accept_proxy),
+            ways=self._ways if self._ways.needed else None,
+            trusted=Networks(config.accept_proxy),
+            access=self._access,
+            refusals=self._refusals,
+            tag=self.tag,
+        )
+
+    @property
+    def served(self) -> int:
+        """How many clients have been accepted so far, and not refused."""
+        return self._accepted - self._refusals.count
+
+    @property
+    def open(self) -> int:
+        """How many clients are being served."""
+        return len(self._connections)
+
+    @property
+    def idle(self) -> float:
+        """For how many seconds there has been no connection."""
+        return 0.0 if self._connections else self.loop.now - self._last_end
+
+    def pause(self) -> None:
+        """Accept nobody, and watch no listener, in this turn of the loop: the listeners are about to be replaced."""
+        self._pause()
+        self._acceptor.wake()
+
+    def apply(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
+        """Serve by a new configuration, after `pause`. Open connections keep the one they began with."""
+        self.backends.apply(config)
+        self._set(config, listeners)
+
+    def stop_listening(self) -> None:
+        """Accept nobody any more. The kernel resets the clients in the backlog; at a socket of systemd they wait on."""
+        self._acceptor.cancel()
+        self._pause()
+        self.places.close()
+        for listener in self.listeners:
+            listener.close()
+        self.listeners.clear()
+        self._rotation.clear()
+        self._refusals.close()
+        self._leaving = True
+        if not self._connections:
+            self.backends.stop()
+
+    async def drain(self, hurry: Callable[[], bool]) -> None:
+        """Wait for the open connections to end; abort those still open after `drain_timeout`, or when in a hurry.
+
+        hurry: called whenever the running task is woken.
+        """
+        task = self.loop.current
+        self.watchers.add(task)
+        deadline = self.loop.now + self.config.drain_timeout
+        task.wake_at(deadline)
+        while self._connections and self.loop.now < deadline and not hurry():
+            await news()
+        for connection in self._connections.values():
+            connection.cut("drain-timeout")
+        while self._connections:
+            await news()
+        self.watchers.discard(task)
+        await self.loop.yield_turn()  # to let the acceptor end
+
+    async def _serve(self) -> None:
+        while True:
+            try:
+                if self._accept_ready():
+                    # A client that comes now waits in the backlog, in order.
+                    self._pause()
+                    if not self.places.looking:
+                        self.places.look()
+                    while len(self._connections) >= self.config.max_connections:
+                        await news()
+                    # Often a client waits at a listener: accept at once, and save asking epoll first.
+                    for waited_for in self.listeners:
+                        waited_for.ready = IN
+                else:
+                    if not self._accepting or self.loop.now >= self._look_again:
+                        self._pause()
+                        self._resume()
+                    await news()
+            except OSError as error:
+                self._pause()
+                self.pipes.close()
+                await self.shortage.wait(error)
+            except Exception:
+                log.exception("unexpected error while accepting; please report it")
+                self._pause()
+                await self.loop.sleep(AFTER_ERROR)
+
+    def _accept_ready(self) -> bool:
+        """Accept at each listener where a client waits. Returns whether all places are taken. Raises OSError.
+
+        Usually this accepts one client. If clients waited in the turn before too, it accepts as many as wait, up to a
+        bound. So only the end of such a rush costs a call that finds nobody.
+        """
+        limit, connections, rotation = self.config.max_connections, self._connections, self._rotation
+        for _ in self.listeners:
+            free = limit - len(connections)
+            if free <= 0:
+                return True
+            # From now on this listener comes last: where places are few, a busy listener does not starve the others.
+            listener = rotation[0]
+            rotation.rotate(-1)
+            if listener.ready:
+                # Its events are not edge-triggered: it is ready again in the next turn if another client waits.
+                listener.ready = 0
+                most = 1
+                if free > 1 and (self._rush == self.loop.turn - 1 or not self._accepting):
+                    most = min(free, BATCH if listener.passed is None else SHARED_BATCH)
+                try:
+                    for _ in range(most):
+                        self._accept(listener)
+                    self._rush = self.loop.turn
+                except OSError as error:
+                    if error.errno not in CLIENT_GONE:
+                        raise
+        return len(connections) >= limit
+
+    def _accept(self, listener: Listener) -> None:
+        if self.shortage.spare < 0:
+            self.shortage.keep_spare()
+        sock, address = listener.accept()
+        self._accepted += 1
+        connection = Connection(self._terms, listener.side(self.loop, sock), address)
+        connection.task = task = self.loop.spawn(connection.handle(), self._connection_ended)
+        if not task.done:
+            self._connections[task] = connection
+        self._changed()
+
+    def _connection_ended(self, task: Task) -> None:
+        self._connections.pop(task, None)
+        self.shortage.relieve()
+        if not self._accepting:
+            self._acceptor.wake()
+        self._last_end = self.loop.now
+        if self._leaving and not self._connections:
+            self.backends.stop()  # not before: clients may have waited for a backend
+        self._changed()
+
+    def _changed(self) -> None:
+        for watcher in self.watchers:
+            watcher.wake()
+
+    def _newest(self) -> float:
+        """When the newest of the served clients was accepted."""
+        return next(reversed(self._connections.values())).started
+
+    def _backend_down(self, backend: Backend) -> None:
+        if self.config.on_down == "abort":
+            for connection in self._connections.values():
+                if connection.backend is backend:
+                    connection.cut("backend-down")
+
+    def _pause(self) -> None:
+        self._accepting = False
+        while self._watched:
+            self.loop.unwatch(self._watched.pop())
+
+    def _resume(self) -> None:
+        for listener in self.listeners:
+            # The kernel looks at once whether a client waits. It puts this process last among those that it may wake.
+            self.loop.watch(listener, IN | EXCLUSIVE)
+            self._watched.append(listener)
+        self._accepting = True
+        self._look_again = inf
+        if self._shared:
+            self._look_again = self.loop.now + LOOK_AGAIN
+            self.loop.current.wake_at(self._look_again)
