@@ -36,12 +36,13 @@ settings.register_profile(
 settings.load_profile("rspd")
 
 
-LARGE_PIPES = "large_pipes(count): needs so many at once"
+MARKS = ("large_pipes(count): needs so many at once", "peers: runs HAProxy, nginx or the bench")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks of our own."""
-    config.addinivalue_line("markers", LARGE_PIPES)
+    for mark in MARKS:
+        config.addinivalue_line("markers", mark)
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from rspd.engine.pipes import F_GETPIPE_SZ
 from rspd.log import LEVELS, Output, quote, set_up
+from tests.engine.test_pipes import unprivileged
 from tests.support import PATIENCE, eventually
-from tests.test_pipes import unprivileged
 
 WHEN = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.manager import HasFileno, Service, notify_socket, service, tcp_listener, unix_listener
+from tests.net.test_listener import backlog_of
 from tests.support import (
     PATIENCE,
     Backend,
@@ -20,7 +21,6 @@ from tests.support import (
     echo,
     receive_all,
 )
-from tests.test_listener import backlog_of
 
 ABSTRACT = f"\0{abstract_name()}"
 

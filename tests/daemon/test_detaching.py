@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host import Host, Journal, new_host, wait_for_end
+from tests.hosts import Host, Journal, new_host, wait_for_end
 from tests.manager import launch, listen_variables, tcp_listener
 from tests.support import PATIENCE, Backend, Daemon, answer, eventually, receive_all
 

@@ -13,7 +13,7 @@ import pytest
 
 from rspd.protocols.proxy_protocol import Header
 from tests.load import load
-from tests.peers import receive_header
+from tests.peers.programs import receive_header
 from tests.support import PATIENCE, Backend, eventually
 from tests.system.machine import Machine
 from tests.system.test_socket import socket_unit

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.peers import haproxy, nginx
+from tests.peers.programs import haproxy, nginx
 from tests.support import PATIENCE, Backend, is_reset, reset, rspd
 
 PART = b"x" * 1000  # of an answer that has more

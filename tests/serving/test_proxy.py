@@ -25,9 +25,9 @@ from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.serving.proxy import Common, Proxy
 from tests.dialled import unix_listener
+from tests.engine.test_loop import advance, rounds
+from tests.engine.test_pipes import no_descriptors
 from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, reset, run
-from tests.test_loop import advance, rounds
-from tests.test_pipes import no_descriptors
 
 
 def common(loop: Loop) -> Common:

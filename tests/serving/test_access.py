@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rspd.engine.loop import Loop
 from rspd.net.networks import client_key, parse_network
 from rspd.serving.access import INTERVAL, Access, Refusals
+from tests.engine.test_loop import advance, rounds
 from tests.support import FakeClock, run
-from tests.test_loop import advance, rounds
 
 
 def access(allow: Sequence[str] = (), deny: Sequence[str] = (), per_client: float = inf) -> Access:

@@ -19,8 +19,8 @@ import pytest
 
 from rspd.errors import StartError
 from rspd.host.pidfile import PidFile
+from tests.engine.test_pipes import unprivileged
 from tests.support import PATIENCE, private_mounts
-from tests.test_pipes import unprivileged
 
 HOLD = """
 import sys

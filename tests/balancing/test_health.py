@@ -23,6 +23,8 @@ from rspd.config.keys import HealthConfig
 from rspd.config.values import StatusRange
 from rspd.engine.loop import ERR, HUP, IN, OUT, Loop, news
 from rspd.engine.side import Side
+from tests.engine.test_loop import advance, rounds
+from tests.engine.test_pipes import no_descriptors
 from tests.support import (
     PATIENCE,
     Backend,
@@ -35,8 +37,6 @@ from tests.support import (
     run,
     send_and_close,
 )
-from tests.test_loop import advance, rounds
-from tests.test_pipes import no_descriptors
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 

@@ -480,7 +480,7 @@ def test_no_backend_has_many_more_connections_than_the_others() -> None:
 
 def test_a_client_gets_the_same_backend_in_another_process_and_in_another_order() -> None:
     script = (
-        "from rspd.balancing.policies import Source; from tests.test_balance import *;"
+        "from rspd.balancing.policies import Source; from tests.balancing.test_policies import *;"
         "print(picks_by_client(told(Source(), backends(1, 2, 3)[::-1])))"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -14,8 +14,8 @@ import pytest
 from rspd.engine.loop import Loop, Task
 from rspd.net.address import Address, SocketAddress, parse_address, resolve
 from rspd.net.resolver import ANSWER_LIFE, Resolver
+from tests.engine.test_loop import no_threads, rounds
 from tests.support import FakeClock, eventually, run
-from tests.test_loop import no_threads, rounds
 
 LOCALHOST = Address("localhost", 80)
 UNKNOWN = Address("nowhere.invalid", 80)  # RFC 6761: there is no such name, ever

@@ -47,7 +47,7 @@ from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, WORKS, Figures, Results, c
 from bench.works import QUICK as SIZES
 from tests.support import PATIENCE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 ANSWER = b"x" * 256
 
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="cc is not here: apt install gcc libc6-dev")

@@ -32,6 +32,7 @@ from tests.dialled import (
     where,
 )
 from tests.namespaces import SILENT_DNS, in_namespace, silent_name_server
+from tests.net.test_connect import full, kinds
 from tests.support import (
     Backend,
     FakeClock,
@@ -41,7 +42,6 @@ from tests.support import (
     reset,
     run,
 )
-from tests.test_dialling import full, kinds
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 

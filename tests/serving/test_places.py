@@ -14,8 +14,8 @@ from rspd.engine.loop import Loop
 from rspd.net.address import parse_address, resolve
 from rspd.net.listener import Listener, open_listeners
 from rspd.serving.places import INTERVAL, QUIET, STANDSTILL, Places, who_waits
+from tests.engine.test_loop import advance, rounds
 from tests.support import FakeClock, abstract_name, eventually, run
-from tests.test_loop import advance, rounds
 
 
 def begin(waiting: object) -> str:

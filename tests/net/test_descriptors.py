@@ -14,9 +14,9 @@ import pytest
 
 from rspd.engine.loop import Loop, Task, news
 from rspd.net.descriptors import QUIET, RETRY, SHORT, Shortage
+from tests.engine.test_loop import advance, rounds
+from tests.engine.test_pipes import no_descriptors
 from tests.support import PATIENCE, FakeClock, run
-from tests.test_loop import advance, rounds
-from tests.test_pipes import no_descriptors
 
 BEGIN = 'accepting pauses; raise LimitNOFILE or ulimit -n reason="Too many open files"'
 END = "accepting goes on"
@@ -234,7 +234,7 @@ import logging
 from rspd.engine.loop import Loop
 from rspd.net.descriptors import QUIET, Shortage
 from tests.support import FakeClock
-from tests.test_loop import advance, rounds
+from tests.engine.test_loop import advance, rounds
 
 clock = FakeClock()
 clock.now = 2.0**20 - 2.0**-33 * 3
@@ -254,7 +254,7 @@ with Loop(clock) as loop:
 
 def test_a_second_that_the_clock_cannot_tell_exactly_does_not_stop_the_loop() -> None:
     """2**20 s after the start of the host, the numbers of the clock get coarser: 1 s later is then not one of them."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     log = subprocess.run(
         [sys.executable, "-c", COARSE], cwd=root, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=True
     ).stderr

@@ -17,8 +17,8 @@ from rspd.net.address import Address, parse_address, resolve
 from rspd.net.listener import Binding, Listener, ListenError, adopt_listener, replace_listeners
 from rspd.running.sockets import Part, assign, log_replaced
 from tests.manager import tcp_listener, unix_listener
+from tests.net.test_listener import accept, backlog_of, connect, port_of, serves, wanted
 from tests.support import PATIENCE, abstract_name
-from tests.test_listener import accept, backlog_of, connect, port_of, serves, wanted
 
 # One end systemd keeps, so that what we close listens on.
 Adopt = Callable[..., tuple[socket.socket, Listener]]

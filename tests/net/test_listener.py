@@ -18,6 +18,7 @@ import pytest
 
 from rspd.net.address import Address, SocketAddress, parse_address, resolve
 from rspd.net.listener import Binding, Listener, ListenError, open_listeners, replace_listeners
+from tests.engine.test_pipes import no_descriptors, unprivileged
 from tests.support import (
     PATIENCE,
     abstract_name,
@@ -26,7 +27,6 @@ from tests.support import (
     open_descriptors,
     skip_for_kernel,
 )
-from tests.test_pipes import no_descriptors, unprivileged
 
 LOOPBACK = SocketAddress(socket.AF_INET, ("127.0.0.1", 0))
 LOOPBACK_6 = SocketAddress(socket.AF_INET6, ("::1", 0))
