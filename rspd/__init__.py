@@ -8,11 +8,12 @@ serving    one client, from accept to its line in the log
 balancing  which backend, and the way to it
 config     reading and explaining the configuration file
 host       what Unix and systemd want of a service
+settings   what is wanted, as named tuples; every default
 net        sockets and addresses
 protocols  bytes understood: no loop, no socket
 engine     moving bytes; knows nothing of all this
 log        the log on stderr
-errors     why rspd cannot run
+errors     why rspd cannot run, or cannot do what a file says
 """
 
 __version__ = "0.2.0"

@@ -14,16 +14,16 @@ from contextlib import nullcontext
 from typing import Any, NoReturn, TypeVar
 
 from rspd import __version__
-from rspd.config.keys import DEFAULT_FILE, GENERAL_KEYS, PROXY_KEYS, BackendConfig, Config, load_config
+from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
 from rspd.config.values import closest, listed
-from rspd.config.yamlfile import ConfigError
-from rspd.errors import StartError
+from rspd.errors import ConfigError, StartError
 from rspd.host.detach import Starter, detach, started_by_systemd
 from rspd.host.pidfile import PidFile
 from rspd.host.systemd import Notifier, take_sockets
 from rspd.log import complain, set_up
 from rspd.net.address import Address, parse_address, parse_backend
 from rspd.running.service import run
+from rspd.settings import DEFAULT_FILE, BackendConfig, Config
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,14 @@
-"""Why rspd cannot run."""
+"""Why rspd cannot run, or cannot do what a file says."""
+
+from collections.abc import Sequence
+
+
+class ConfigError(Exception):
+    """What is wrong with a configuration: `errors` has a line for each, with place, key, expected and found."""
+
+    def __init__(self, errors: Sequence[str]) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = errors
 
 
 class StartError(Exception):

@@ -14,22 +14,13 @@ import pytest
 
 from rspd.cli import _parser
 from rspd.config.dump import dump
-from rspd.config.keys import (
-    BACKEND_KEYS,
-    GENERAL_KEYS,
-    HEALTH_KEYS,
-    PROXY_KEYS,
-    BackendConfig,
-    Config,
-    HealthConfig,
-    ProxyConfig,
-    load_config,
-)
+from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, load_config
 from rspd.config.schema import Scalar
 from rspd.config.summary import describe
-from rspd.config.yamlfile import ConfigError
 from rspd.engine.cause import Cause
+from rspd.errors import ConfigError
 from rspd.net.address import Address
+from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
 
 MINIMAL = ["listen: 80", "backend: a:1"]
 
@@ -77,7 +68,7 @@ def exit_codes() -> set[int]:
 
 def test_the_shipped_configuration_is_valid_and_listens_on_the_loopback_address_only() -> None:
     config = load_config(str(SHIPPED), {})
-    assert config.proxy == ProxyConfig((Address("127.0.0.1", 8080),), (BackendConfig(Address("127.0.0.1", 8000)),))
+    assert config.proxies[0] == ProxyConfig((Address("127.0.0.1", 8080),), (BackendConfig(Address("127.0.0.1", 8000)),))
 
 
 def test_the_shipped_configuration_says_above_listen_what_serial_means_and_which_line_allows_more() -> None:
@@ -123,7 +114,7 @@ def test_what_the_shipped_configuration_has_in_comments_is_valid(tmp_path: Path)
         file.write_text("\n".join(lines))
         load_config(str(file), {})
     assert load_config(f"{tmp_path}/0.yaml", {}) == load_config(str(SHIPPED), {})
-    assert [backend.weight for backend in load_config(f"{tmp_path}/1.yaml", {}).proxy.backends] == [1, 2, 1]
+    assert [backend.weight for backend in load_config(f"{tmp_path}/1.yaml", {}).proxies[0].backends] == [1, 2, 1]
     assert [proxy.name for proxy in load_config(f"{tmp_path}/4.yaml", {}).proxies] == ["web", "mail"]
 
 
@@ -200,7 +191,7 @@ def test_rspd_8_shows_lines_of_the_log_that_the_code_writes() -> None:
 
 
 def test_the_examples_leave_the_ports_of_the_installed_service_alone() -> None:
-    (listened,) = load_config(str(SHIPPED), {}).proxy.listen
+    (listened,) = load_config(str(SHIPPED), {}).proxies[0].listen
     for page in (RSPD_8, RSPD_YAML_5):
         assert not re.search(rf"(?<!\d){listened.port}(?!\d)", section(page, "EXAMPLES"))
 

@@ -15,7 +15,8 @@ import pytest
 from rspd import __version__
 from rspd.cli import main
 from rspd.config.dump import dump
-from rspd.config.keys import HEALTH_KEYS, PROXY_KEYS, BackendConfig, HealthConfig, ProxyConfig, load_config
+from rspd.config.keys import HEALTH_KEYS, PROXY_KEYS, load_config
+from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
 from tests.test_documentation import MAN_PAGES, ROOT, SHIPPED, options
 
 README = (ROOT / "README.md").read_text()
@@ -105,7 +106,7 @@ def test_the_try_is_at_the_ports_of_make_run_which_the_installed_service_does_no
     (shown,) = (text for text in blocks(README) if text.startswith("$ make run\n"))
     assert f"Open http://127.0.0.1:{ports[0]}/ (Ctrl-C ends it)\n" in shown
     assert f"backend=127.0.0.1:{ports[1]} " in shown
-    proxy = load_config(str(SHIPPED), {}).proxy
+    proxy = load_config(str(SHIPPED), {}).proxies[0]
     taken = {str(proxy.listen[0].port), str(proxy.backends[0].address.port)}
     assert not taken & set(ports)
     for text in EXAMPLES.values():
@@ -143,7 +144,7 @@ def test_the_defaults_that_the_readme_names_are_those_of_the_code() -> None:
     assert HealthConfig._field_defaults["interval"] == 5
     assert "`health: on` only connects" in README
     assert PROXY_KEYS["health"].parse("on") == HealthConfig()
-    proxy = load_config(str(SHIPPED), {}).proxy
+    proxy = load_config(str(SHIPPED), {}).proxies[0]
     assert f"It listens on {proxy.listen[0]} and relays to {proxy.backends[0]}" in README
 
 

@@ -6,8 +6,8 @@ from collections import deque
 
 from rspd.balancing.health import Checker
 from rspd.balancing.policies import Policy
-from rspd.config.keys import BackendConfig, HealthConfig
 from rspd.net.address import SocketAddress
+from rspd.settings import BackendConfig, HealthConfig
 
 
 class Backend:

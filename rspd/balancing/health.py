@@ -6,10 +6,10 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 
-from rspd.config.keys import HealthConfig
 from rspd.engine.loop import Loop, news
 from rspd.engine.side import Side
 from rspd.net.connect import OUR_FAULT
+from rspd.settings import HealthConfig
 
 # Bytes of an answer that are read: the status line, or what is expected, is to be among them.
 ANSWER_MAX = 16384

@@ -11,7 +11,6 @@ from rspd.balancing.backend import Backend
 from rspd.balancing.discovery import Name
 from rspd.balancing.health import Checker
 from rspd.balancing.policies import POLICIES, Policy
-from rspd.config.keys import BackendConfig, ProxyConfig
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
 from rspd.log import quote
@@ -22,6 +21,7 @@ from rspd.net.networks import client_key
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Way, Ways
 from rspd.protocols.proxy_protocol import encode
+from rspd.settings import BackendConfig, ProxyConfig
 
 # How many backends that are down are tried for one client.
 LAST_RESORTS = 10

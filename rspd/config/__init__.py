@@ -2,7 +2,7 @@
 
 dump        all values in force, defaults included, as a configuration file
 summary     what rspd does by a configuration, in words
-keys        file and command line -> named tuples, all keys and defaults
+keys        the keys of the file, what each takes; file and command line become settings
 schema      a file's entries, read by tables of keys; all errors in them
 values      single values: durations, numbers, switches, words
 yamlfile    a YAML file as keys and values with their lines

@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, BackendConfig, Config, HealthConfig
+from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS
 from rspd.config.schema import SPELLINGS, Many, Scalar
 from rspd.config.values import OFF, format_duration
+from rspd.settings import BackendConfig, Config, HealthConfig
 
 TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 
@@ -20,7 +21,7 @@ def dump(config: Config) -> str:
     general = _mapping(GENERAL_KEYS, config._asdict()).value
     proxies = [_mapping(PROXY_KEYS, proxy._asdict()) for proxy in config.proxies]
     entries = [*proxies[0].value, *general]
-    if config.proxy.name:
+    if config.proxies[0].name:
         named = [(_scalar(proxy.name), node) for proxy, node in zip(config.proxies, proxies, strict=True)]
         entries = [*general, (_scalar("proxies"), yaml.MappingNode(MAPPING, named))]
     # The base class reads each scalar as text, so 8080 needs no quotes.

@@ -1,17 +1,15 @@
-"""The configuration: YAML and the command line's values -> named tuples. Every default lives here, once."""
+"""The keys of the configuration file: what each takes, and how file and command line become settings."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from math import inf
 from typing import Any, NamedTuple
 
 from rspd.config.schema import Many, Report, Scalar, Settings, Table, read_keys
 from rspd.config.values import (
     OFF,
     ON,
-    StatusRange,
     listed,
     number_or,
     one_of,
@@ -26,84 +24,12 @@ from rspd.config.values import (
     parse_wait,
     whole_number,
 )
-from rspd.config.yamlfile import ConfigError, Value, read_entries
+from rspd.config.yamlfile import Value, read_entries
+from rspd.errors import ConfigError
 from rspd.log import LEVELS
 from rspd.net.address import DIALLED, Address, parse_address, parse_backend
-from rspd.net.networks import Network, parse_network
-
-DEFAULT_FILE = "/etc/rspd.yaml"
-
-
-class BackendConfig(NamedTuple):
-    """One backend of a proxy, and which connections it gets."""
-
-    address: Address
-    weight: int = 1
-    backup: bool = False  # gets connections only while no other is up
-    max_connections: float = inf  # at once; further ones wait, or go elsewhere
-
-    def __str__(self) -> str:
-        return str(self.address)
-
-
-class HealthConfig(NamedTuple):
-    """How backends are checked: by connecting, and by an answer to `http` or `send`. Durations are in seconds."""
-
-    interval: float = 5.0
-    timeout: float = 2.0  # of one check, connecting included
-    rise: int = 2  # so many good checks in a row, and a backend is up
-    fall: int = 3  # so many bad checks in a row, and it is down
-    http: str = ""  # the path to GET
-    host: str = ""  # the Host header; else the backend's address
-    status: tuple[StatusRange, ...] = (StatusRange(200, 399),)  # the statuses that are good
-    send: bytes = b""  # what to send first
-    expect: bytes = b""  # what the answer has to contain
-
-
-class ProxyConfig(NamedTuple):
-    """One proxy. Durations are in seconds; `inf` is off, or no limit."""
-
-    listen: tuple[Address, ...]  # may be empty where systemd passes sockets
-    backends: tuple[BackendConfig, ...]
-    name: str = ""  # empty where the file has one proxy, without a name
-    max_connections: int = 1
-    backlog: int = 4096
-    reuse_port: bool = False  # for TCP listeners, not for sockets from systemd
-    connect_timeout: float = 5.0
-    idle_timeout: float = 60.0
-    half_close_timeout: float = 30.0
-    drain_timeout: float = 30.0
-    balance: str = "round-robin"  # one of BALANCES
-    resolve: str = "one"  # one: a name is one backend; each: each address of it is one
-    resolve_interval: float = 10.0  # how often names are looked up again; finite
-    retries: float = inf  # further backends tried for a client; inf: all
-    max_fails: int = 1  # so many failures within fail_timeout, and a backend is out
-    fail_timeout: float = 10.0  # finite
-    queue_timeout: float = 0.0  # how long clients wait while no backend is up; finite, 0: not at all
-    health: HealthConfig | None = None
-    on_down: str = "keep"  # keep, or abort: what becomes of the connections of a backend that went down
-    send_proxy: str = ""  # v1, v2, or empty for off
-    accept_proxy: tuple[Network, ...] = ()  # the peers that send a PROXY header
-    accept_proxy_timeout: float = 5.0  # finite
-    allow: tuple[Network, ...] = ()  # empty: everybody
-    deny: tuple[Network, ...] = ()
-    max_connections_per_client: float = inf
-
-
-class Config(NamedTuple):
-    """The whole configuration."""
-
-    proxies: tuple[ProxyConfig, ...]
-    log_level: str = "info"
-    exit_idle_time: float = inf
-
-    @property
-    def proxy(self) -> ProxyConfig:
-        """The first proxy, where there is but one."""
-        return self.proxies[0]
-
-
-# Keys
+from rspd.net.networks import parse_network
+from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
 
 BALANCES = ("round-robin", "least-connections", "random", "source")
 

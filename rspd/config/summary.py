@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from math import inf
 
-from rspd.config.keys import BackendConfig, Config, HealthConfig, ProxyConfig
+from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
 
 DEFAULTS = ProxyConfig((), ())
 

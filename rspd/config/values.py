@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from math import inf
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
+
+from rspd.settings import StatusRange
 
 T = TypeVar("T")
 
@@ -181,16 +183,6 @@ def one_of_or_off(*words: str) -> Callable[[str], str]:
         return "" if text.lower() in OFF else known(text)
 
     return parse
-
-
-class StatusRange(NamedTuple):
-    """HTTP statuses from `first` to `last`."""
-
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
 
 
 def parse_status(text: str) -> StatusRange:

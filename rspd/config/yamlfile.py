@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import yaml
 
 from rspd.config.yamlfaults import advise_pair, describe_fault
-
-
-class ConfigError(Exception):
-    """What is wrong with a configuration: `errors` has a line for each, with place, key, expected and found."""
-
-    def __init__(self, errors: Sequence[str]) -> None:
-        super().__init__("\n".join(errors))
-        self.errors = errors
+from rspd.errors import ConfigError
 
 
 class Value(NamedTuple):

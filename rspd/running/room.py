@@ -6,10 +6,10 @@ import errno
 import os
 import resource
 
-from rspd.config.keys import Config
 from rspd.engine.pipes import PIPES_MAX
 from rspd.errors import StartError
 from rspd.net.address import literal
+from rspd.settings import Config
 
 # Descriptors besides the connections': standard ones, loop, log, systemd, pid file, name lookups, the file at a
 # reload, some to spare.

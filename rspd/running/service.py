@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 
 from rspd import log as log_setup
-from rspd.config.keys import Config, ProxyConfig
-from rspd.config.yamlfile import ConfigError
 from rspd.engine.loop import Loop, news
 from rspd.engine.pipes import Pipes
-from rspd.errors import StartError
+from rspd.errors import ConfigError, StartError
 from rspd.host.systemd import Notifier, PassedSocket
 from rspd.log import quote
 from rspd.net.address import Address, SocketAddress, resolve
@@ -28,6 +26,7 @@ from rspd.running.room import reserve_descriptors
 from rspd.running.sockets import Part, assign, log_replaced
 from rspd.serving.places import who_waits
 from rspd.serving.proxy import Common, Proxy
+from rspd.settings import Config, ProxyConfig
 
 EXIT_CODES = {
     errno.EACCES: os.EX_NOPERM,

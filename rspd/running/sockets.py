@@ -6,10 +6,11 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rspd.config.keys import Config, own_listeners
-from rspd.config.yamlfile import ConfigError
+from rspd.config.keys import own_listeners
+from rspd.errors import ConfigError
 from rspd.net.address import Address
 from rspd.net.listener import Listener
+from rspd.settings import Config
 
 log = logging.getLogger(__name__)
 

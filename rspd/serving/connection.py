@@ -8,7 +8,6 @@ from typing import NamedTuple
 from rspd.balancing.backend import Backend
 from rspd.balancing.members import Backends
 from rspd.balancing.pool import DialError, Dialler
-from rspd.config.keys import ProxyConfig
 from rspd.engine.cause import Cause
 from rspd.engine.loop import Cancelled, Loop, Task
 from rspd.engine.pipes import Pipes
@@ -22,6 +21,7 @@ from rspd.net.networks import Networks
 from rspd.net.ways import Way, Ways, came_back
 from rspd.protocols.proxy_protocol import HeaderError, HostPort, NoHeaderError, encode, receive
 from rspd.serving.access import Access, Refusals
+from rspd.settings import ProxyConfig
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from rspd.balancing.backend import Backend
 from rspd.balancing.members import Backends
 from rspd.balancing.pool import Dialler
-from rspd.config.keys import ProxyConfig
 from rspd.engine.loop import EXCLUSIVE, IN, Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.net.descriptors import Shortage
@@ -22,6 +21,7 @@ from rspd.net.ways import Ways
 from rspd.serving.access import Access, Refusals
 from rspd.serving.connection import Connection, Terms
 from rspd.serving.places import Places
+from rspd.settings import ProxyConfig
 
 # Seconds without accepting after an error that nobody expected.
 AFTER_ERROR = 1.0

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rspd.balancing.pool import DialError
-from rspd.config.keys import HealthConfig
 from rspd.engine.loop import Loop
+from rspd.settings import HealthConfig
 from tests.dialled import UNKNOWN, Scene, configured, full_unix, nobody, switches, unix_listener, where
 from tests.support import FakeClock, reset, run
 

@@ -19,10 +19,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rspd.balancing.health import ANSWER_MAX, Checker, CheckError, check
-from rspd.config.keys import HealthConfig
-from rspd.config.values import StatusRange
 from rspd.engine.loop import ERR, HUP, IN, OUT, Loop, news
 from rspd.engine.side import Side
+from rspd.settings import HealthConfig, StatusRange
 from tests.engine.test_loop import advance, rounds
 from tests.engine.test_pipes import no_descriptors
 from tests.support import (

@@ -11,8 +11,8 @@ import pytest
 
 from rspd.balancing.members import REASONS_MAX
 from rspd.balancing.pool import DialError
-from rspd.config.keys import HealthConfig
 from rspd.engine.loop import Loop
+from rspd.settings import HealthConfig
 from tests.dialled import Scene, configured, full_unix, nobody, switches, unix_listener, where
 from tests.support import FakeClock, reset, run
 

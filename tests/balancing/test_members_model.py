@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from rspd.balancing.backend import Backend
 from rspd.balancing.policies import POLICIES
-from rspd.config.keys import BackendConfig
 from rspd.engine.loop import Loop
+from rspd.settings import BackendConfig
 from tests.dialled import Scene, configured, switches
 from tests.support import FakeClock, reset, run
 

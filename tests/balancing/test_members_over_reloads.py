@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rspd.balancing.members import Backends
 from rspd.balancing.pool import Dialler
-from rspd.config.keys import BackendConfig, ProxyConfig
 from rspd.engine.loop import Loop
 from rspd.engine.side import Side
 from rspd.net.address import parse_address
 from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Resolver
+from rspd.settings import BackendConfig, ProxyConfig
 from tests.support import Backend, answer, eventually, run, tcp_pair
 
 

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rspd.balancing.pool import DialError
-from rspd.config.keys import HealthConfig
 from rspd.engine.loop import Loop
 from rspd.engine.side import Side
 from rspd.net.address import SocketAddress
 from rspd.net.connect import connect
+from rspd.settings import HealthConfig
 from tests.dialled import (
     UNKNOWN,
     Scene,

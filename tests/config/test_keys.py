@@ -12,17 +12,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rspd.config.keys import (
-    DEFAULT_FILE,
-    BackendConfig,
-    Config,
-    ProxyConfig,
-    load_config,
-)
+from rspd.config.keys import load_config
 from rspd.config.values import one_of, parse_duration, whole_number
-from rspd.config.yamlfile import ConfigError
+from rspd.errors import ConfigError
 from rspd.log import LEVELS
 from rspd.net.address import Address, parse_backend
+from rspd.settings import DEFAULT_FILE, BackendConfig, Config, ProxyConfig
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
 ADDRESS = "expected PORT, HOST:PORT, [IPV6]:PORT, /PATH, @NAME or fd://NAME"
@@ -124,13 +119,13 @@ def test_a_configuration_cannot_be_changed(load: Load) -> None:
     with pytest.raises(AttributeError):
         config.log_level = "debug"  # type: ignore[misc]
     with pytest.raises(AttributeError):
-        config.proxy.backlog = 1  # type: ignore[misc]
+        config.proxies[0].backlog = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("key", ["backend", "backends"])
 def test_one_backend_or_several_go_under_either_spelling(load: Load, key: str) -> None:
-    assert load(f"listen: 1\n{key}: a:1").proxy.backends == relayed_to(Address("a", 1))
-    assert load(f"listen: 1\n{key}: [b:2, a:1]").proxy.backends == relayed_to(Address("b", 2), Address("a", 1))
+    assert load(f"listen: 1\n{key}: a:1").proxies[0].backends == relayed_to(Address("a", 1))
+    assert load(f"listen: 1\n{key}: [b:2, a:1]").proxies[0].backends == relayed_to(Address("b", 2), Address("a", 1))
 
 
 @pytest.mark.parametrize(
@@ -149,13 +144,13 @@ def test_one_backend_or_several_go_under_either_spelling(load: Load, key: str) -
     ],
 )
 def test_yamls_own_ideas_of_a_duration_do_not_get_in_the_way(load: Load, line: str, seconds: float) -> None:
-    assert load(MINIMAL + line).proxy.idle_timeout == seconds
+    assert load(MINIMAL + line).proxies[0].idle_timeout == seconds
 
 
 @pytest.mark.parametrize("address", ["1_0:80", "1e3:80", "0x1f:80", "on:80", "null:80"])
 def test_a_host_that_yaml_takes_for_something_else_stays_a_host(load: Load, address: str) -> None:
     host, _, port = address.rpartition(":")
-    assert load(f"listen: 1\nbackend: {address}").proxy.backends == relayed_to(Address(host, int(port)))
+    assert load(f"listen: 1\nbackend: {address}").proxies[0].backends == relayed_to(Address(host, int(port)))
 
 
 @pytest.mark.parametrize(
@@ -181,12 +176,12 @@ def test_the_same_in_other_ways_of_yaml_is_the_same(load: Load, content: bytes) 
     [("true", True), ("True", True), ("yes", True), ("on", True), ("false", False), ("no", False), ("off", False)],
 )
 def test_a_switch_is_written_as_yaml_has_it(load: Load, text: str, value: bool) -> None:
-    assert load(f"{MINIMAL}reuse_port: {text}").proxy.reuse_port is value
+    assert load(f"{MINIMAL}reuse_port: {text}").proxies[0].reuse_port is value
 
 
 def test_an_alias_is_what_its_anchor_names(load: Load) -> None:
     config = load(MINIMAL + "idle_timeout: &t 7s\ndrain_timeout: *t")
-    assert (config.proxy.idle_timeout, config.proxy.drain_timeout) == (7.0, 7.0)
+    assert (config.proxies[0].idle_timeout, config.proxies[0].drain_timeout) == (7.0, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -529,8 +524,8 @@ def test_whatever_a_file_holds_it_is_a_configuration_or_gets_lines_that_name_it(
                 assert line.startswith(f"{file.name}:")
                 assert line.isprintable()
         else:
-            assert config.proxy.listen
-            assert config.proxy.backends
+            assert config.proxies[0].listen
+            assert config.proxies[0].backends
 
 
 @pytest.mark.parametrize(
@@ -552,8 +547,8 @@ def test_the_command_line_wins_over_the_file(load: Load) -> None:
 
 
 def test_the_command_line_supplies_what_the_file_lacks(load: Load) -> None:
-    assert load("backend: a:1", listen=(Address(port=81),)).proxy.listen == (Address(port=81),)
-    assert load("listen: 80", backends=relayed_to(Address("b", 2))).proxy.backends == relayed_to(Address("b", 2))
+    assert load("backend: a:1", listen=(Address(port=81),)).proxies[0].listen == (Address(port=81),)
+    assert load("listen: 80", backends=relayed_to(Address("b", 2))).proxies[0].backends == relayed_to(Address("b", 2))
 
 
 def test_an_error_of_the_file_is_one_even_where_the_command_line_wins(errors: Errors) -> None:
@@ -579,10 +574,10 @@ def test_what_the_command_line_lacks_is_told() -> None:
 
 def test_where_systemd_passes_sockets_there_need_be_no_address_to_listen_on(tmp_path: Path) -> None:
     backends = relayed_to(Address("a", 1))
-    assert load_config(None, {"backends": backends}, sockets=True).proxy == ProxyConfig((), backends)
+    assert load_config(None, {"backends": backends}, sockets=True).proxies[0] == ProxyConfig((), backends)
     file = tmp_path / "rspd.yaml"
     file.write_text("backend: a:1\n")
-    assert load_config(str(file), {}, sockets=True).proxy == ProxyConfig((), backends)
+    assert load_config(str(file), {}, sockets=True).proxies[0] == ProxyConfig((), backends)
 
 
 def test_where_systemd_passes_sockets_a_given_address_stays_and_a_backend_is_missed(tmp_path: Path) -> None:
@@ -592,7 +587,7 @@ def test_where_systemd_passes_sockets_a_given_address_stays_and_a_backend_is_mis
         load_config(str(file), {}, sockets=True)
     assert caught.value.errors == [f"{file}: backend: missing, expected an address to relay to"]
     config = load_config(str(file), {"backends": relayed_to(Address("a", 1))}, sockets=True)
-    assert config.proxy.listen == (Address(port=80),)
+    assert config.proxies[0].listen == (Address(port=80),)
 
 
 def test_a_wrong_address_to_listen_on_is_wrong_also_where_systemd_passes_sockets(tmp_path: Path) -> None:
@@ -605,7 +600,7 @@ def test_a_wrong_address_to_listen_on_is_wrong_also_where_systemd_passes_sockets
 
 def test_passed_sockets_and_ordinary_addresses_mix(load: Load) -> None:
     config = load("listen: [fd://http, 8080, 'fd://a b']\nbackend: a:1")
-    assert config.proxy.listen == (Address(passed="http"), Address(port=8080), Address(passed="a b"))
+    assert config.proxies[0].listen == (Address(passed="http"), Address(port=8080), Address(passed="a b"))
 
 
 def test_the_same_passed_socket_twice_is_told(errors: Errors) -> None:

@@ -14,22 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rspd.config.keys import (
-    BACKEND_KEYS,
-    GENERAL_KEYS,
-    HEALTH_KEYS,
-    PROXY_KEYS,
-    BackendConfig,
-    Config,
-    HealthConfig,
-    ProxyConfig,
-    covers,
-    load_config,
-)
-from rspd.config.values import StatusRange
-from rspd.config.yamlfile import ConfigError
+from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, covers, load_config
+from rspd.errors import ConfigError
 from rspd.net.address import Address, parse_address
 from rspd.net.networks import parse_network
+from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig, StatusRange
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
 DIAL = "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
@@ -145,20 +134,20 @@ def backends(*texts: str) -> tuple[BackendConfig, ...]:
     ],
 )
 def test_a_key_of_a_proxy_can_be_set(load: Load, line: str, name: str, value: Any) -> None:
-    assert load(MINIMAL + line).proxy == load(MINIMAL).proxy._replace(**{name: value})
+    assert load(MINIMAL + line).proxies[0] == load(MINIMAL).proxies[0]._replace(**{name: value})
 
 
 @pytest.mark.parametrize("key", ["backend", "backends"])
 def test_a_backend_is_an_address_or_a_mapping(load: Load, key: str) -> None:
     config = load(f"listen: 1\n{key}:\n- a:1\n- {{address: b:2, weight: 3, backup: true, max_connections: 4}}\n- /c\n")
-    assert config.proxy.backends == (
+    assert config.proxies[0].backends == (
         BackendConfig(Address("a", 1)),
         BackendConfig(Address("b", 2), 3, True, 4),
         BackendConfig(Address(path="/c")),
     )
     one = (BackendConfig(Address("a", 1), 2),)
-    assert load(f"listen: 1\n{key}: {{address: a:1, weight: 2}}").proxy.backends == one
-    assert load(f"listen: 1\n{key}:\n  address: a:1\n  max_connections: off").proxy.backends == backends("a:1")
+    assert load(f"listen: 1\n{key}: {{address: a:1, weight: 2}}").proxies[0].backends == one
+    assert load(f"listen: 1\n{key}:\n  address: a:1\n  max_connections: off").proxies[0].backends == backends("a:1")
 
 
 @pytest.mark.parametrize(
@@ -330,12 +319,12 @@ def test_what_is_done_again_and_again_is_not_done_more_often_than_each_10ms(
 
 
 def test_how_long_something_lasts_may_be_shorter(load: Load) -> None:
-    proxy = load(f"{MINIMAL}queue_timeout: 1ms\nconnect_timeout: 1ms\nidle_timeout: 1ms\n").proxy
+    proxy = load(f"{MINIMAL}queue_timeout: 1ms\nconnect_timeout: 1ms\nidle_timeout: 1ms\n").proxies[0]
     assert (proxy.queue_timeout, proxy.connect_timeout, proxy.idle_timeout) == (0.001, 0.001, 0.001)
 
 
 def test_no_list_means_everybody_only_where_a_word_says_so(load: Load) -> None:
-    proxy = load(f"{MINIMAL}allow: all\ndeny: off\naccept_proxy: off\n").proxy
+    proxy = load(f"{MINIMAL}allow: all\ndeny: off\naccept_proxy: off\n").proxies[0]
     assert (proxy.allow, proxy.deny, proxy.accept_proxy) == ((), (), ())
 
 
@@ -349,7 +338,7 @@ def test_several_proxies_stand_under_their_names(load: Load) -> None:
             ProxyConfig((Address(port=25),), backends("10.0.0.3:25"), "mail"),
         )
     )
-    assert load(TWO).proxy.name == "web"
+    assert load(TWO).proxies[0].name == "web"
 
 
 def test_one_proxy_may_have_a_name(load: Load) -> None:

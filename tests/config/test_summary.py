@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.config.keys import BackendConfig, Config, HealthConfig, ProxyConfig
 from rspd.config.summary import describe
-from rspd.config.values import StatusRange
 from rspd.net.address import Address, parse_address
 from rspd.net.networks import parse_network
+from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig, StatusRange
 
 BACKEND = BackendConfig(Address("10.0.0.1", 80))
 PROXY = ProxyConfig((Address(port=80),), (BACKEND,))

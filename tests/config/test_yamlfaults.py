@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rspd.config.keys import load_config
-from rspd.config.yamlfile import ConfigError
+from rspd.errors import ConfigError
 
 Fault = Callable[[str | bytes], str]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rspd.config.keys import BackendConfig, Config, ProxyConfig
-from rspd.config.yamlfile import ConfigError
+from rspd.errors import ConfigError
 from rspd.net.address import Address, parse_address, resolve
 from rspd.net.listener import Binding, Listener, ListenError, adopt_listener, replace_listeners
 from rspd.running.sockets import Part, assign, log_replaced
+from rspd.settings import BackendConfig, Config, ProxyConfig
 from tests.manager import tcp_listener, unix_listener
 from tests.net.test_listener import accept, backlog_of, connect, port_of, serves, wanted
 from tests.support import PATIENCE, abstract_name

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from rspd.config.keys import BackendConfig, HealthConfig, ProxyConfig
 from rspd.engine.loop import Loop
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
@@ -24,6 +23,7 @@ from rspd.net.listener import Listener
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.serving.proxy import Common, Proxy
+from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
 from tests.dialled import unix_listener
 from tests.engine.test_loop import advance, rounds
 from tests.engine.test_pipes import no_descriptors
