@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from typing import Any, NoReturn, TypeVar
 
 from rspd import __version__
+from rspd.config.addresses import parse_address, parse_backend, parse_pair
 from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
 from rspd.config.values import closest, listed
 from rspd.errors import ConfigError, StartError
@@ -21,7 +22,6 @@ from rspd.host.detach import Starter, detach, started_by_systemd
 from rspd.host.pidfile import PidFile
 from rspd.host.systemd import Notifier, take_sockets
 from rspd.log import complain, set_up
-from rspd.net.address import Address, parse_address, parse_backend
 from rspd.running.service import run
 from rspd.settings import DEFAULT_FILE, BackendConfig, Config
 
@@ -238,8 +238,10 @@ def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     if options.addresses:
         if listen or backends:
             parser.error(f"expected either {SHORT} or -l and -b, found both")
+        if len(options.addresses) not in (2, 3):
+            parser.error(f"expected {SHORT}, found {' '.join(options.addresses)!r}{_advise(options.addresses[0])}")
         try:
-            listen, backends = _parse_addresses(options.addresses)
+            listen, backends = ([address] for address in parse_pair(options.addresses))
         except ValueError as error:
             parser.error(str(error))
     values = {
@@ -252,31 +254,13 @@ def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _parse_addresses(words: Sequence[str]) -> tuple[list[Address], list[Address]]:
-    """Where to listen and what to dial, by the arguments that are no options. Raises ValueError."""
-    if len(words) == 2:
-        return [parse_address(words[0])], [parse_backend(words[1])]
-    if len(words) != 3:
-        advice = ""
-        if os.path.isfile(words[0]):
-            advice = f"; a configuration file needs -c: rspd -c {words[0]}"
-        elif words[0] in ("start", "stop", "restart", "reload", "status"):
-            advice = f"; the service is for systemctl: systemctl {words[0]} rspd"
-        raise ValueError(f"expected {SHORT}, found {' '.join(words)!r}{advice}")
-    port, host, backend_port = words
-    if host.startswith(("/", "@")):
-        raise ValueError(f"expected a host, found {host!r}; a unix socket has no port")
-    if _has_port(host):
-        raise ValueError(f"expected a host without a port, found {host!r}; several backends are -b {host} -b ...")
-    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-    return [parse_address(port)], [parse_backend(f"{host}:{backend_port}")]
-
-
-def _has_port(text: str) -> bool:
-    try:
-        return bool(parse_backend(text))
-    except ValueError:
-        return False
+def _advise(word: str) -> str:
+    """What was probably meant by arguments that begin with a word that is no port; empty where that is not known."""
+    if os.path.isfile(word):
+        return f"; a configuration file needs -c: rspd -c {word}"
+    if word in ("start", "stop", "restart", "reload", "status"):
+        return f"; the service is for systemctl: systemctl {word} rspd"
+    return ""
 
 
 def _open_standard_descriptors() -> None:

@@ -109,7 +109,7 @@ def service_names(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError("service/proto not found")
         return known[name]
 
-    monkeypatch.setattr("rspd.net.address.socket.getservbyname", look_up)
+    monkeypatch.setattr("rspd.config.addresses.socket.getservbyname", look_up)
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,10 @@ import pytest
 from rspd.balancing.backend import Backend
 from rspd.balancing.members import Backends
 from rspd.balancing.pool import DialError, Dialler
+from rspd.config.addresses import parse_backend
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
-from rspd.net.address import Address, SocketAddress, literal, parse_backend
+from rspd.net.address import Address, SocketAddress, literal
 from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Lookup, Resolver
 from rspd.settings import BackendConfig, ProxyConfig

@@ -16,7 +16,7 @@ import pytest
 
 from rspd import __version__
 from rspd.cli import main
-from rspd.net.address import FORMS
+from rspd.config.addresses import FORMS
 from tests.support import PATIENCE
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rspd.config.addresses import DIALLED, parse_address, parse_backend
 from rspd.config.schema import Many, Report, Scalar, Settings, Table, read_keys
 from rspd.config.values import (
     OFF,
@@ -27,7 +28,7 @@ from rspd.config.values import (
 from rspd.config.yamlfile import Value, read_entries
 from rspd.errors import ConfigError
 from rspd.log import LEVELS
-from rspd.net.address import DIALLED, Address, parse_address, parse_backend
+from rspd.net.address import Address
 from rspd.net.networks import parse_network
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
 

@@ -6,5 +6,5 @@ ways         which proxies a connection has passed, so that none is passed twice
 resolver     names looked up off the loop
 listener     listening sockets: bound or adopted, accepted from, closed
 networks     networks: which clients are in them, and the key of a client
-address      addresses: parsed, printed, resolved
+address      addresses: where to listen or what to dial, as sockets take them, printed
 """

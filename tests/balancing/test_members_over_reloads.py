@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rspd.balancing.members import Backends
 from rspd.balancing.pool import Dialler
+from rspd.config.addresses import parse_address
 from rspd.engine.loop import Loop
 from rspd.engine.side import Side
-from rspd.net.address import parse_address
 from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Resolver
 from rspd.settings import BackendConfig, ProxyConfig

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rspd.config.addresses import parse_backend
 from rspd.config.keys import load_config
 from rspd.config.values import one_of, parse_duration, whole_number
 from rspd.errors import ConfigError
 from rspd.log import LEVELS
-from rspd.net.address import Address, parse_backend
+from rspd.net.address import Address
 from rspd.settings import DEFAULT_FILE, BackendConfig, Config, ProxyConfig
 
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"

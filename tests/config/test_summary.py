@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rspd.config.addresses import parse_address
 from rspd.config.summary import describe
-from rspd.net.address import Address, parse_address
+from rspd.net.address import Address
 from rspd.net.networks import parse_network
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig, StatusRange
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from rspd.net.address import Address, SocketAddress, parse_address, resolve
+from rspd.config.addresses import parse_address
+from rspd.net.address import Address, SocketAddress, resolve
 from rspd.net.listener import Binding, Listener, ListenError, open_listeners, replace_listeners
 from tests.engine.test_pipes import no_descriptors, unprivileged
 from tests.support import (

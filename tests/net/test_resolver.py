@@ -11,8 +11,9 @@ from types import FrameType
 
 import pytest
 
+from rspd.config.addresses import parse_address
 from rspd.engine.loop import Loop, Task
-from rspd.net.address import Address, SocketAddress, parse_address, resolve
+from rspd.net.address import Address, SocketAddress, resolve
 from rspd.net.resolver import ANSWER_LIFE, Resolver
 from tests.engine.test_loop import no_threads, rounds
 from tests.support import FakeClock, eventually, run

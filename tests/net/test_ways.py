@@ -8,8 +8,9 @@ from contextlib import ExitStack
 
 import pytest
 
+from rspd.config.addresses import parse_address
 from rspd.engine.loop import Loop
-from rspd.net.address import SocketAddress, parse_address
+from rspd.net.address import SocketAddress
 from rspd.net.listener import Listener, adopt_listener
 from rspd.net.ways import GONE_FOR, LoopError, Way, Ways
 from tests.manager import tcp_listener

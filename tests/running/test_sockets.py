@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rspd.config.addresses import parse_address
 from rspd.errors import ConfigError
-from rspd.net.address import Address, parse_address, resolve
+from rspd.net.address import Address, resolve
 from rspd.net.listener import Binding, Listener, ListenError, adopt_listener, replace_listeners
 from rspd.running.sockets import Part, assign, log_replaced
 from rspd.settings import BackendConfig, Config, ProxyConfig

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from rspd.config.addresses import parse_address
 from rspd.engine.loop import Loop
-from rspd.net.address import parse_address, resolve
+from rspd.net.address import resolve
 from rspd.net.listener import Listener, open_listeners
 from rspd.serving.places import INTERVAL, QUIET, STANDSTILL, Places, who_waits
 from tests.engine.test_loop import advance, rounds

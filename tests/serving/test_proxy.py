@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from rspd.config.addresses import parse_backend
 from rspd.engine.loop import Loop
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
-from rspd.net.address import Address, SocketAddress, parse_backend, resolve
+from rspd.net.address import Address, SocketAddress, resolve
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener
 from rspd.net.resolver import Resolver
