@@ -28,7 +28,7 @@ from rspd.config.values import (
 from rspd.config.yamlfile import Value, read_entries
 from rspd.errors import ConfigError
 from rspd.log import LEVELS
-from rspd.net.address import Address
+from rspd.net.address import contradictions, covers, own_listeners
 from rspd.net.networks import parse_network
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
 
@@ -219,7 +219,7 @@ def _check_proxy(draft: _Draft, proxy: ProxyConfig, given: Mapping[str, Any], re
         entry = draft.settings.seen["backends"]
         report.add(entry.line, draft.path(entry.key), "expected one that is no backup, found none")
     lines = {name: draft.settings.seen[name].line for name in _OWN if name in draft.settings.seen and name not in given}
-    for what in _covered(proxy.listen):
+    for what in contradictions(proxy.listen):
         report.add(lines.get("listen", draft.line), draft.key, what)
     for what in own_listeners(proxy.listen, [backend.address for backend in proxy.backends]):
         report.add(lines.get("backends", draft.line), draft.key, what)
@@ -236,35 +236,3 @@ def _check_together(drafts: Sequence[_Draft], proxies: Sequence[ProxyConfig], re
                     what = f"{address} cannot be bound twice, {other.name} listens on {taken}"
                     report.add(entry.line, draft.path(entry.key), what)
                     break
-
-
-def covers(address: Address, other: Address) -> bool:
-    """Whether a listener on an address takes the other address too."""
-    if address == other:
-        return True
-    if address.path or address.passed or address.port != other.port or not address.port or other.path or other.passed:
-        return False
-    v4 = other.host == "localhost" or other.host.replace(".", "").isdigit()
-    v6 = other.host == "localhost" or ":" in other.host
-    return {"": True, "0.0.0.0": v4, "::": v6}.get(address.host, False)
-
-
-def _covered(listen: Sequence[Address]) -> Iterator[str]:
-    """An error for each address in `listen` that covers another one."""
-    for address in listen:
-        for other in listen:
-            if address != other and covers(address, other):
-                yield f"listen {address} covers {other} too, which cannot be bound twice"
-
-
-def own_listeners(listen: Sequence[Address], backends: Sequence[Address]) -> Iterator[str]:
-    """An error for each backend that is the proxy itself."""
-    # A proxy that dials itself would open connections without end.
-    ports = {address.port for address in listen}
-    for backend in [backend for backend in backends if backend.path or backend.port in ports]:
-        v4 = backend.host in ("localhost", "0.0.0.0") or backend.host.startswith("127.")
-        v6 = backend.host in ("localhost", "::1", "::")
-        for address in listen:
-            everywhere = {"": v4 or v6, "0.0.0.0": v4, "::": v6}.get(address.host, False)
-            if backend == address or (everywhere and backend.port == address.port):
-                yield f"backend {backend} is this proxy's own listener {address}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rspd.log import quote
@@ -75,6 +76,38 @@ def _look_up(address: Address, flags: int) -> list[SocketAddress]:
     found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=flags)
     # The same address comes twice where /etc/hosts names it twice.
     return list(dict.fromkeys(SocketAddress(family, sockaddr) for family, _, _, _, sockaddr in found))
+
+
+def covers(address: Address, other: Address) -> bool:
+    """Whether a listener on an address takes the other address too."""
+    if address == other:
+        return True
+    if address.path or address.passed or address.port != other.port or not address.port or other.path or other.passed:
+        return False
+    v4 = other.host == "localhost" or other.host.replace(".", "").isdigit()
+    v6 = other.host == "localhost" or ":" in other.host
+    return {"": True, "0.0.0.0": v4, "::": v6}.get(address.host, False)
+
+
+def contradictions(listen: Sequence[Address]) -> Iterator[str]:
+    """An error for each address in `listen` that covers another one."""
+    for address in listen:
+        for other in listen:
+            if address != other and covers(address, other):
+                yield f"listen {address} covers {other} too, which cannot be bound twice"
+
+
+def own_listeners(listen: Sequence[Address], backends: Sequence[Address]) -> Iterator[str]:
+    """An error for each backend that is the proxy itself."""
+    # A proxy that dials itself would open connections without end.
+    ports = {address.port for address in listen}
+    for backend in [backend for backend in backends if backend.path or backend.port in ports]:
+        v4 = backend.host in ("localhost", "0.0.0.0") or backend.host.startswith("127.")
+        v6 = backend.host in ("localhost", "::1", "::")
+        for address in listen:
+            everywhere = {"": v4 or v6, "0.0.0.0": v4, "::": v6}.get(address.host, False)
+            if backend == address or (everywhere and backend.port == address.port):
+                yield f"backend {backend} is this proxy's own listener {address}"
 
 
 def bound_address(sock: socket.SocketType) -> Address:

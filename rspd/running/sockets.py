@@ -6,9 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rspd.config.keys import own_listeners
 from rspd.errors import ConfigError
-from rspd.net.address import Address
+from rspd.net.address import Address, own_listeners
 from rspd.net.listener import Listener
 from rspd.settings import Config
 

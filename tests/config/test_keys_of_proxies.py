@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rspd.config.addresses import parse_address
-from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, covers, load_config
+from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, load_config
 from rspd.errors import ConfigError
-from rspd.net.address import Address
+from rspd.net.address import Address, covers
 from rspd.net.networks import parse_network
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig, StatusRange
 
