@@ -14,7 +14,7 @@ from rspd.balancing.policies import POLICIES, Policy
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
 from rspd.log import quote
-from rspd.net.address import Address, SocketAddress, host_of, literal
+from rspd.net.address import Address, Peer, SocketAddress, host_of, literal
 from rspd.net.connect import connect, connect_to_one_of, why
 from rspd.net.descriptors import Shortage
 from rspd.net.networks import client_key
@@ -135,7 +135,7 @@ class Backends:
         """Whether some backend is in service."""
         return any(self._up)
 
-    def choose(self, address: object, tried: Collection[Backend]) -> Backend | None:
+    def choose(self, address: Peer, tried: Collection[Backend]) -> Backend | None:
         """A backend that may get a connection now, and was not tried for this client; None if there is none.
 
         address: the client's, as accept(2) returns it.

@@ -12,6 +12,7 @@ from rspd.engine.cause import Cause
 from rspd.engine.loop import Loop, Task, news
 from rspd.engine.side import Side
 from rspd.log import quote
+from rspd.net.address import Peer
 from rspd.net.connect import UnreachableError, cause_of, connect, is_own_fault, share, why
 from rspd.net.descriptors import Shortage
 from rspd.net.ways import Way
@@ -45,7 +46,7 @@ class Dialler:
         self._next_retry = 0.0
         backends.on_room = self._wake_first
 
-    async def dial(self, client: Side, address: object, way: Way | None = None) -> tuple[Backend, Side]:
+    async def dial(self, client: Side, address: Peer, way: Way | None = None) -> tuple[Backend, Side]:
         """Connect to the next backend that can be reached. Returns it and its side, watched by the running task.
 
         client: when it aborts, dialling ends.
@@ -134,7 +135,7 @@ class Dialler:
         full = any(backend.up or (backend.full and backend.healthy) for backend in others)
         return config.queue_timeout or (config.connect_timeout if full else 0.0)
 
-    async def _wait(self, client: Side, address: object, began: float, until: float) -> Backend:
+    async def _wait(self, client: Side, address: Peer, began: float, until: float) -> Backend:
         """Wait in the queue until there is a backend to dial; clients that began earlier go first. Raises DialError."""
         loop, backends = self._loop, self._backends
         task = loop.current

@@ -34,6 +34,10 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+# The address of a socket as the socket module has it. TCP: host and port, and for IPv6 also flow and scope. Unix: a
+# path or an abstract name, empty for a client that has none.
+Peer = tuple[str, int] | tuple[str, int, int, int] | str | bytes
+
 # Where a socket is bound, in a form that compares: host and port, or a unix socket's path, empty for none.
 Place = tuple[str, int] | str
 
@@ -121,24 +125,27 @@ def bound_address(sock: socket.SocketType) -> Address:
 
 
 def _unmapped(host: str) -> str:
-    """The host; an IPv4 address as such, if a socket for both families shows it as an IPv6 address."""
+    """The numeric host; an IPv4 one as such, if a socket for both families shows it IPv4-mapped (RFC 4291, 2.5.5.2)."""
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
-def place_of(address: object) -> Place:
+def place_of(address: Peer) -> Place:
     """The place that a socket address of accept(2), getsockname(2) or connect(2) stands for."""
     if isinstance(address, tuple):
         return _unmapped(address[0]), address[1]
-    return address.decode(errors="surrogateescape") if isinstance(address, bytes) else str(address)
+    return address.decode(errors="surrogateescape") if isinstance(address, bytes) else address
 
 
-def host_of(address: object) -> str:
-    """The numeric host of a peer's address as accept(2) returns it; empty for a unix socket's."""
-    return str(address[0]) if isinstance(address, tuple) else ""
+def host_of(address: Peer) -> str:
+    """The numeric host of a client, not IPv4-mapped; empty for a client of a unix socket.
+
+    It has no zone (`fe80::1%eth0`): the socket module has the interface as a number of its own.
+    """
+    return _unmapped(address[0]) if isinstance(address, tuple) else ""
 
 
-def format_peer(address: object) -> str:
-    """A peer's address as accept(2) returns it, for the log.
+def format_peer(address: Peer) -> str:
+    """A client's address for the log.
 
     The path of a unix socket is in quotes: another program chose its bytes. A client without a path is `unix`.
     """
@@ -152,7 +159,7 @@ def format_peer(address: object) -> str:
     return quote(str(path).replace("\0", "@")) if path else "unix"
 
 
-def format_socket_address(address: object) -> str:
+def format_socket_address(address: Peer) -> str:
     """The address of a socket that was bound here, or is dialled, for people."""
     if isinstance(address, tuple):
         return format_peer(address)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from rspd.engine.loop import Watch
 from rspd.engine.side import Side, UnixSide
-from rspd.net.address import Address, SocketAddress, bound_address, format_socket_address
+from rspd.net.address import Address, Peer, SocketAddress, bound_address, format_socket_address
 
 # accept(2): errors that concern the one client that was to be accepted, not the listener.
 CLIENT_GONE = frozenset(
@@ -111,7 +111,7 @@ class Listener(Watch):
         bound = bound_address(self._sock)
         return [where, ("0.0.0.0", bound.port)] if not (bound.path or bound.host) else [where]
 
-    def accept(self) -> tuple[socket.SocketType, object]:
+    def accept(self) -> tuple[socket.SocketType, Peer]:
         """The next client's socket and address. The socket is non-blocking; the caller closes it. Raises OSError."""
         sock = self._sock
         # socket.accept() would do the same with a slower class around it.

@@ -78,8 +78,7 @@ class Networks:
     def find(self, host: str) -> Network | None:
         """The smallest of the networks that a client is in, None if it is in none.
 
-        host: the client's numeric address; empty for a client of a unix socket. An IPv4-mapped IPv6 address counts as
-        IPv4, and a zone (`%eth0`) is ignored. Raises OSError for a host that is no address.
+        host: the client's, as `host_of` gives it. Raises OSError for a host that is no address.
         """
         family, value = _read(host)
         for shift, networks in self._tables[family]:
@@ -100,8 +99,6 @@ def client_key(host: str) -> str:
     if ":" not in host:
         return host or UNIX_CLIENT
     family, value = _read(host)
-    if family == AF_INET:
-        return str(Network(family, value, 32))
     return str(Network(family, value >> 64 << 64, 64))
 
 
@@ -109,7 +106,5 @@ def _read(host: str) -> tuple[int, int]:
     """A client's family, and its address as a number."""
     if not host:
         return AF_UNIX, 0
-    if ":" not in host:
-        return AF_INET, int.from_bytes(inet_pton(AF_INET, host), "big")
-    value = int.from_bytes(inet_pton(AF_INET6, host.partition("%")[0]), "big")
-    return (AF_INET, value & 0xFFFFFFFF) if value >> 32 == MAPPED else (AF_INET6, value)
+    family = AF_INET6 if ":" in host else AF_INET
+    return family, int.from_bytes(inet_pton(family, host), "big")

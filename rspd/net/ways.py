@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from rspd.engine.loop import Loop
-from rspd.net.address import Address, Place, SocketAddress, literal, place_of
+from rspd.net.address import Address, Peer, Place, SocketAddress, literal, place_of
 from rspd.net.listener import Listener
 
 # If a connection to this host is closed before a proxy has accepted it, it stays known for so many seconds: a serial
@@ -110,7 +109,7 @@ class Ways:
         """Whether a connection with this near end may come from this process: then ask `take`."""
         return near in self._coming
 
-    def place(self, address: object) -> Place:
+    def place(self, address: Peer) -> Place:
         """The place that connect(2) goes to for a socket address: the same however the address is written."""
         place = self._real(place_of(address))
         return (LOOPBACK.get(place[0], place[0]), place[1]) if isinstance(place, tuple) else place
@@ -142,7 +141,7 @@ class Way:
         self._ways = ways
         self._far: Place = ""
         self.names = names
-        self.near: Any = None
+        self.near: Peer | None = None
 
     def check(self, where: SocketAddress) -> bool:
         """Whether a proxy of this process may listen there. Raises LoopError if the connection has passed it."""
@@ -150,7 +149,7 @@ class Way:
         self._refuse(self._ways.proxy_at(self._far))
         return self._ways.may_be_at(self._far)
 
-    def begin(self, near: object) -> None:
+    def begin(self, near: Peer) -> None:
         """A connection from this near end to the address checked last begins. Raises LoopError, as `check` does."""
         self.near = near
         place = place_of(near)

@@ -192,9 +192,7 @@ def _crc32c_table() -> list[int]:
 
 
 def _pack(host: str) -> bytes:
-    # The zone of a link-local address (fe80::1%eth0) means something on this host only.
-    packed = inet_pton(AF_INET6 if ":" in host else AF_INET, host.partition("%")[0])
-    return packed.removeprefix(MAPPED)
+    return inet_pton(AF_INET6 if ":" in host else AF_INET, host).removeprefix(MAPPED)
 
 
 def _header(source: bytes, destination: bytes, ports: bytes) -> Header:

@@ -14,7 +14,7 @@ from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
 from rspd.engine.side import Side
 from rspd.log import LOGGER, quote, write
-from rspd.net.address import format_peer, host_of, place_of
+from rspd.net.address import Peer, format_peer, host_of, place_of
 from rspd.net.connect import why
 from rspd.net.descriptors import SHORT, Shortage
 from rspd.net.networks import Networks
@@ -88,14 +88,14 @@ class Connection:
     task: Task  # runs `handle`; set by the proxy, which spawned it
     cut_for: Cause  # set by `cut`
 
-    def __init__(self, terms: Terms, client: Side, client_address: object) -> None:
+    def __init__(self, terms: Terms, client: Side, client_address: Peer) -> None:
         self.terms = terms
         self.client = client
         self.client_address = client_address
         self.backend: Backend | None = None
         self.relay: Relay | None = None
         self.started = terms.loop.now
-        self.peer: object = None  # the peer that told the client's address, if one did
+        self.peer: Peer | None = None  # the peer that told the client's address, if one did
         self.destination: HostPort | None = None  # where the client connected to, if the peer told that too
         self.way: Way | None = None  # if a backend may be a proxy of this process
         self.admitted: str | None = None  # the host that the client counts as
@@ -212,7 +212,8 @@ class Connection:
         source = self.client_address
         destination = self.destination or self.client.sock.getsockname()
         if isinstance(source, tuple) and isinstance(destination, tuple):
-            return encode(self.terms.config.send_proxy, source[:2], destination[:2])
+            ends = ((host_of(end), end[1]) for end in (source, destination))
+            return encode(self.terms.config.send_proxy, *ends)
         return encode(self.terms.config.send_proxy, None, None)
 
     def _close(self, cause: Cause | None) -> int:

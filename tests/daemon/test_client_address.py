@@ -14,6 +14,7 @@ import pytest
 from rspd.protocols.proxy_protocol import SIGNATURE, Header, HostPort, encode
 from tests.daemon.test_reload import File, connect, receive, says, talk
 from tests.daemon.test_who_may_come import told
+from tests.namespaces import in_namespace
 from tests.peers.programs import receive_header
 from tests.support import (
     PATIENCE,
@@ -114,6 +115,26 @@ def test_an_ipv6_client_is_told_as_such(tmp_path: Path, backend: Backend, tellin
     with file.rspd() as daemon, socket.create_connection((host, daemon.port), PATIENCE) as client:
         talk(client)
         assert telling.told == [Header(client.getsockname()[:2], (host, daemon.port))]
+
+
+@versions
+def test_a_link_local_client_is_told_without_its_interface(version: str, tmp_path: Path) -> None:
+    """Its name says nothing to another host."""
+    told = in_namespace(come_link_local, str(tmp_path), version, prepare="ip addr add fe80::7/64 dev lo")
+    assert told == ["[fe80::7]", "fe80::7", "fe80::7"]
+
+
+def come_link_local(folder: str, version: str) -> None:
+    """A client comes from a link-local address to the same. Prints its host as the log has it, then both as told."""
+    telling = Telling()
+    with Backend(telling) as backend:
+        file = File(Path(folder), listen="[::]:0", backend=backend.address, send_proxy=version)
+        with file.rspd() as daemon:
+            with socket.create_connection(("fe80::7%lo", daemon.port), PATIENCE) as client:
+                talk(client)
+            print(*re.findall(r"client=(\S+):\d+ ", daemon.wait_for("connection closed")[0]))
+    for end in telling.told[0]:
+        print(end and end[0])
 
 
 @versions

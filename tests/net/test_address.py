@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rspd.config.addresses import parse_address
-from rspd.net.address import Address, SocketAddress, bound_address, format_socket_address, literal, resolve
+from rspd.net.address import Address, Peer, SocketAddress, bound_address, format_socket_address, literal, resolve
 
 NUMERIC = st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str)
 PORTS = st.integers(0, 65535)
@@ -109,7 +109,7 @@ def test_a_path_need_not_be_utf_8(tmp_path: Path) -> None:
         ("\0rspd", "@rspd"),
     ],
 )
-def test_a_peers_address_is_printed_for_people(address: object, text: str) -> None:
+def test_a_peers_address_is_printed_for_people(address: Peer, text: str) -> None:
     assert format_socket_address(address) == text
 
 

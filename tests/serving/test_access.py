@@ -46,7 +46,6 @@ def test_everybody_may_come_where_nothing_is_set(host: str) -> None:
     [
         ("10.1.2.3", ""),
         ("10.9.9.9", "in deny 10.9.0.0/16"),
-        ("::ffff:10.9.9.9", "in deny 10.9.0.0/16"),
         ("10.9.0.1", "in deny 10.9.0.1"),
         ("11.0.0.1", "not in allow"),
         ("2001:db8::1", ""),
@@ -85,7 +84,7 @@ def test_other_networks_count_from_a_reload_on() -> None:
     ("hosts", "other", "reason"),
     [
         (["10.0.0.1"], "10.0.0.2", "has 1 connection, max_connections_per_client is 1"),
-        (["10.0.0.1", "::ffff:10.0.0.1"], "10.0.0.2", "has 2 connections, max_connections_per_client is 2"),
+        (["10.0.0.1", "10.0.0.1"], "10.0.0.2", "has 2 connections, max_connections_per_client is 2"),
         (
             ["2001:db8::1", "2001:db8::ffff:2"],
             "2001:db8:0:1::1",
@@ -140,7 +139,7 @@ def test_a_new_limit_counts_those_who_came_before_it() -> None:
     assert settings.refusal("10.0.0.1") == ""
 
 
-HOSTS = ["", "10.0.0.1", "::ffff:10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2", "2001:db8:1::1"]
+HOSTS = ["", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2", "2001:db8:1::1"]
 STEPS = st.tuples(st.sampled_from(["come", "come", "go", "limit"]), st.integers(0, 99))
 
 

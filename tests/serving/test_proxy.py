@@ -18,7 +18,7 @@ from rspd.config.addresses import parse_backend
 from rspd.engine.loop import Loop
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
-from rspd.net.address import Address, SocketAddress, resolve
+from rspd.net.address import Address, Peer, SocketAddress, resolve
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener
 from rspd.net.resolver import Resolver
@@ -70,7 +70,7 @@ def test_an_unexpected_error_while_accepting_is_logged_and_accepting_goes_on(
     failures = [RuntimeError("built in")]
 
     class Faulty(Listener):
-        def accept(self) -> tuple[socket.SocketType, object]:
+        def accept(self) -> tuple[socket.SocketType, Peer]:
             if failures:
                 raise failures.pop()
             return super().accept()
@@ -276,7 +276,7 @@ class CountedListener(Listener):
 
     asked = found = 0
 
-    def accept(self) -> tuple[socket.SocketType, object]:
+    def accept(self) -> tuple[socket.SocketType, Peer]:
         self.asked += 1
         accepted = super().accept()
         self.found += 1
