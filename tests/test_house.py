@@ -30,7 +30,6 @@ MAY_IMPORT = {
 # What is still to be taken apart: a module, and the modules that it imports though it may not.
 EXCEPTIONS = {
     "balancing.members": {"protocols.proxy_protocol"},
-    "protocols.proxy_protocol": {"engine.loop", "engine.side"},
 }
 
 # Beside __init__.py.

@@ -5,15 +5,11 @@ Defined by HAProxy's proxy-protocol.txt, whose words are used here.
 
 from __future__ import annotations
 
-import errno
 import re
 import struct
 from functools import cache
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import NamedTuple
-
-from rspd.engine.loop import Loop, news
-from rspd.engine.side import Side
 
 # A numeric address and a port. An IPv4-mapped IPv6 address is written as the IPv4 one.
 HostPort = tuple[str, int]
@@ -203,35 +199,3 @@ def _header(source: bytes, destination: bytes, ports: bytes) -> Header:
 def _unpack(packed: bytes) -> str:
     packed = packed.removeprefix(MAPPED)
     return inet_ntop(AF_INET if len(packed) == 4 else AF_INET6, packed)
-
-
-async def receive(loop: Loop, client: Side, deadline: float) -> Header:
-    """Take the header from the client's side, and leave there what follows it. The running task watches the side.
-
-    `client.ready` says then what a relay has to know of the rest: more bytes, or the end, need no further event.
-    deadline: in the loop's time.
-    Raises HeaderError, also if the stream ends within the header (NoHeaderError: before it). Raises TimeoutError at the
-    deadline, ConnectionAbortedError if the client aborted. By then, some or all of the header may have been taken.
-    """
-    loop.current.wake_at(deadline)
-    data = b""
-    while True:
-        piece = client.peek((V2_MAX if data.startswith(SIGNATURE) else V1_MAX) - len(data))
-        if piece:
-            # As long as the header is not complete, all that has come belongs to it, and may be taken.
-            found = parse(data + piece)
-            piece = client.read(found[1] - len(data) if found else len(piece))
-            data += piece or b""
-            if found and len(data) == found[1]:
-                return found[0]
-        if piece:
-            continue
-        if client.aborted:
-            raise ConnectionAbortedError(errno.ECONNABORTED, "the client is gone")
-        if piece is not None and not data:
-            raise NoHeaderError("expected a PROXY protocol header, found the end of the stream")
-        if piece is not None:
-            raise HeaderError(f"expected a PROXY protocol header, found the end of the stream after {data[:16]!r}")
-        if loop.now >= deadline:
-            raise TimeoutError(f"expected a PROXY protocol header in time, found {data[:16]!r}")
-        await news()

@@ -19,8 +19,9 @@ from rspd.net.connect import why
 from rspd.net.descriptors import SHORT, Shortage
 from rspd.net.networks import Networks
 from rspd.net.ways import Way, Ways, came_back
-from rspd.protocols.proxy_protocol import HeaderError, HostPort, NoHeaderError, encode, receive
+from rspd.protocols.proxy_protocol import HeaderError, HostPort, NoHeaderError, encode
 from rspd.serving.access import Access, Refusals
+from rspd.serving.first_bytes import take_header
 from rspd.settings import ProxyConfig
 
 log = logging.getLogger(__name__)
@@ -172,7 +173,8 @@ class Connection:
         host = host_of(self.client_address)
         if host in terms.trusted:
             try:
-                header = await receive(terms.loop, self.client, terms.loop.now + terms.config.accept_proxy_timeout)
+                deadline = terms.loop.now + terms.config.accept_proxy_timeout
+                header = await take_header(terms.loop, self.client, deadline)
             except NoHeaderError:
                 raise RefusedError("client-closed", "") from None  # somebody only looked whether the port is open
             except HeaderError as error:
