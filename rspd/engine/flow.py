@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-
 from rspd.engine.loop import IN, OUT, PRI
 from rspd.engine.pipes import Pace, Pipe, Pipes
 from rspd.engine.side import Side
@@ -13,8 +10,6 @@ from rspd.engine.side import Side
 # for which a pipe is cheaper.
 BUFFER_SIZE = 1 << 16
 BUFFER = memoryview(bytearray(BUFFER_SIZE))
-
-SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
 class Flow:
@@ -26,7 +21,6 @@ class Flow:
 
     __slots__ = (
         "_bulk",
-        "_can_splice",
         "_end",
         "_from_pipe",
         "_held_back",
@@ -53,7 +47,6 @@ class Flow:
         self._pipes = pipes
         self._pipe: Pipe | None = None
         self._bulk = False
-        self._can_splice = True
         self._held_back = False
         self._pace: Pace | None = None  # set when another flow gets the pipe, until the reader reads again
         self._from_pipe = 0  # bytes that were in a pipe, as long as any of them are in `held`
@@ -130,17 +123,12 @@ class Flow:
 
         Raises OSError or MemoryError; then nothing has changed.
         """
-        self._pipe_to_held()
+        assert self._pipe
+        self.held = self._pipe.take()
         self._pipe = None
         self._pace = pace
         self._from_pipe = len(self.held)
         return self._from_pipe
-
-    def _pipe_to_held(self) -> None:
-        pipe = self._pipe
-        assert pipe
-        self.held = os.read(pipe.read_fd, pipe.held) if pipe.held else b""  # takes all bytes, pipe(7)
-        pipe.held = 0
 
     def _keep_rest(self, rest: memoryview | bytes) -> None:
         self.held = rest or b""  # an empty view would keep the whole memory behind it
@@ -170,7 +158,7 @@ class Flow:
     def _keep(self, count: int, size: int) -> bool:
         """Note what the target did not take of the buffer, and whether the source has more than fits."""
         self.held = memoryview(bytes(BUFFER[count:size]))
-        self._bulk = size == BUFFER_SIZE and self._can_splice
+        self._bulk = size == BUFFER_SIZE and self.source.can_splice and self.target.can_splice
         return count == size
 
     def _write_held(self) -> bool:
@@ -198,48 +186,24 @@ class Flow:
         source = self.source
         if self.eof or not source.ready & IN:
             return False
-        # Only an empty pipe is filled. A pipe with bytes in it may have no free slot: many small segments use up the
-        # slots long before the bytes. EAGAIN would not tell such a pipe from an empty socket.
-        try:
-            pipe.held = os.splice(
-                source.fd, pipe.write_fd, min(pipe.size, max(self._end - self.total, BUFFER_SIZE)), flags=SPLICE
-            )
-        except BlockingIOError:
-            if source.ready & PRI:
-                return self._leave_splice()
-            source.ready &= ~IN
+        count = source.splice_into(pipe, max(self._end - self.total, BUFFER_SIZE))
+        if count is None:
             return False
-        except OSError as error:
-            if error.errno == errno.EINVAL:  # this kind of socket cannot be spliced from
-                self._can_splice = False
-                return self._leave_splice()
-            self.eof = source.note_failure(error)
-            return False
-        if not pipe.held:
+        if not count:
             return self._leave_splice()
-        self._bulk = pipe.held >= BUFFER_SIZE
-        return True
-
-    def _leave_splice(self) -> bool:
-        """Go on by copying. At urgent data, splice finds nothing, or the end: only a read tells which it is."""
-        self._bulk = False
-        self._give_back()
+        self._bulk = count >= BUFFER_SIZE
         return True
 
     def _empty(self, pipe: Pipe) -> bool:
-        target = self.target
-        try:
-            count = os.splice(pipe.read_fd, target.fd, pipe.held, flags=SPLICE)
-        except BlockingIOError:
-            target.ready &= ~OUT
-            return False
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                target.note_failure(error)
-                return False
-            self._can_splice = False  # this kind of socket cannot be spliced to
-            self._pipe_to_held()
-            return self._leave_splice()
-        pipe.held -= count
+        count = self.target.splice_from(pipe)
         self.total += count
+        if not count and not self.target.can_splice:
+            self.held = pipe.take()
+            return self._leave_splice()
+        return count > 0
+
+    def _leave_splice(self) -> bool:
+        """Go on by copying."""
+        self._bulk = False
+        self._give_back()
         return True

@@ -93,6 +93,12 @@ class Pipe:
         except OSError:
             self.size = fcntl.fcntl(self.write_fd, F_GETPIPE_SZ)
 
+    def take(self) -> bytes:
+        """Take out all that it holds. Raises OSError or MemoryError; then nothing has changed."""
+        data = os.read(self.read_fd, self.held) if self.held else b""  # all at once, pipe(7)
+        self.held = 0
+        return data
+
     def close(self) -> None:
         """Give back its descriptors; bytes in it are lost."""
         os.close(self.read_fd)

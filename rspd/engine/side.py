@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import socket
 import struct
 import termios
 
 from rspd.engine.loop import EDGE, ERR, HUP, IN, OUT, PRI, RDHUP, Loop, Watch
+from rspd.engine.pipes import Pipe
 
 EVENTS = IN | OUT | PRI | RDHUP | EDGE
 
 # If an event has none of these, a read that gets less than it asked for has emptied the socket. An end of the stream
 # or an error is still to be read. Urgent data (tcp(7)) cuts a read short though more bytes follow.
 MORE_TO_READ = PRI | RDHUP | HUP | ERR
+
+SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 # close(2) of a TCP socket that lingers for 0 seconds sends RST and drops what was not sent (socket(7)).
 LINGER_0 = struct.pack("ii", 1, 0)
@@ -30,9 +34,12 @@ RETRY = 0.01
 
 
 class Side(Watch):
-    """A connected, non-blocking stream socket, and what epoll says of it. Owns the socket."""
+    """A connected, non-blocking stream socket, and what epoll says of it. Owns the socket.
 
-    __slots__ = ("events", "loop", "sock")
+    can_splice: False once splice(2) has refused this kind of socket.
+    """
+
+    __slots__ = ("can_splice", "events", "loop", "sock")
 
     more_to_read = MORE_TO_READ
 
@@ -42,6 +49,7 @@ class Side(Watch):
         self.loop = loop
         self.sock = sock
         self.events = EVENTS  # the events that resume the task
+        self.can_splice = True
 
     def watch(self) -> None:
         """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
@@ -114,6 +122,43 @@ class Side(Watch):
             return 0
         if count < len(data):
             self.ready &= ~OUT
+        return count
+
+    def splice_into(self, pipe: Pipe, size: int) -> int | None:
+        """Fill an empty pipe with `size` bytes at most: the number of bytes, None for not now.
+
+        0 where a read has to tell what there is: the end, urgent data, a connection that broke, no splice(2) here.
+        """
+        # A pipe with bytes in it may have no free slot: many small segments use up the slots long before the bytes.
+        # EAGAIN would not tell such a pipe from an empty socket.
+        try:
+            pipe.held = os.splice(self.fd, pipe.write_fd, min(pipe.size, size), flags=SPLICE)
+        except BlockingIOError:
+            if self.ready & PRI:
+                return 0
+            self.ready &= ~IN
+            return None
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                self.can_splice = False
+                return 0
+            return 0 if self.note_failure(error) else None
+        return pipe.held
+
+    def splice_from(self, pipe: Pipe) -> int:
+        """Write what the pipe holds: the number of bytes, 0 also where the connection broke, or without splice(2)."""
+        try:
+            count = os.splice(pipe.read_fd, self.fd, pipe.held, flags=SPLICE)
+        except BlockingIOError:
+            self.ready &= ~OUT
+            return 0
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                self.can_splice = False
+            else:
+                self.note_failure(error)
+            return 0
+        pipe.held -= count
         return count
 
     def note_failure(self, error: OSError) -> bool:
