@@ -9,8 +9,8 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 from rspd.engine.loop import Watch
 from rspd.engine.side import Side, UnixSide
@@ -199,64 +199,6 @@ def open_listeners(
             listener.close()
         raise
     return listeners
-
-
-class Binding(NamedTuple):
-    """How a configured address is to be listened on: what it stands for, and the options of its proxy."""
-
-    where: Sequence[SocketAddress]
-    backlog: int
-    reuse_port: bool = False
-
-
-def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]) -> list[Listener]:
-    """Listeners for the wanted addresses. Old listeners that are still wanted stay; the other old ones are closed.
-
-    Listeners from systemd always stay: rspd could not get a closed one back.
-    No old listener may be watched meanwhile. Raises ListenError; then the old listeners are as they were.
-    """
-    adopted = [listener for listener in old if listener.passed is not None]
-    bound = [listener for listener in old if listener.passed is None]
-    staying = [listener for listener in bound if listener.address in wanted]
-    leaving = [listener for listener in bound if listener.address not in wanted]
-    known = {listener.address for listener in bound}
-    coming = {address: binding for address, binding in wanted.items() if address not in known}
-    try:
-        opened = _open_all(coming)
-    except ListenError as error:
-        ports = {address.port for address in coming}
-        in_the_way = [listener for listener in leaving if listener.address.port in ports - {0}]
-        if error.errno != errno.EADDRINUSE or not in_the_way:
-            raise
-        # An old listener may be in the way: 8080 is in the way of 127.0.0.1:8080. A client that comes now is refused.
-        for listener in in_the_way:
-            listener.rest()
-        try:
-            opened = _open_all(coming)
-        except ListenError:
-            for listener in in_the_way:
-                listener.listen(listener.backlog)
-            raise
-    for listener in leaving:
-        listener.close()
-    for listener in staying:
-        binding = wanted[listener.address]
-        listener.listen(binding.backlog)
-        if binding.reuse_port:
-            listener.share_port()
-    return adopted + staying + opened
-
-
-def _open_all(bindings: Mapping[Address, Binding]) -> list[Listener]:
-    opened: list[Listener] = []
-    try:
-        for address, binding in bindings.items():
-            opened += open_listeners(address, binding.where, binding.backlog, binding.reuse_port)
-    except ListenError:
-        for listener in opened:
-            listener.close()
-        raise
-    return opened
 
 
 def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool) -> Listener:

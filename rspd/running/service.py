@@ -19,11 +19,11 @@ from rspd.host.systemd import Notifier, PassedSocket
 from rspd.log import quote
 from rspd.net.address import Address, SocketAddress, resolve
 from rspd.net.descriptors import Shortage
-from rspd.net.listener import Binding, Listener, ListenError, adopt_listener, replace_listeners
+from rspd.net.listener import Listener, ListenError, adopt_listener
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.running.room import reserve_descriptors
-from rspd.running.sockets import Part, assign, log_replaced
+from rspd.running.sockets import Binding, Part, assign, log_replaced, replace_listeners
 from rspd.serving.places import who_waits
 from rspd.serving.proxy import Common, Proxy
 from rspd.settings import Config, ProxyConfig

@@ -1,14 +1,15 @@
-"""Which of the sockets that systemd passed goes with which proxy, and with which address in its `listen`."""
+"""Which socket from systemd goes with which proxy and address, and our own listeners over reloads."""
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rspd.errors import ConfigError
-from rspd.net.address import Address, own_listeners
-from rspd.net.listener import Listener
+from rspd.net.address import Address, SocketAddress, own_listeners
+from rspd.net.listener import Listener, ListenError, open_listeners
 from rspd.settings import Config
 
 log = logging.getLogger(__name__)
@@ -69,3 +70,61 @@ def log_replaced(config: Config, parts: dict[str, Part]) -> None:
 
 def _names(adopted: Sequence[Listener]) -> list[str]:
     return list(dict.fromkeys(listener.passed or "" for listener in adopted))
+
+
+class Binding(NamedTuple):
+    """How a configured address is to be listened on: what it stands for, and the options of its proxy."""
+
+    where: Sequence[SocketAddress]
+    backlog: int
+    reuse_port: bool = False
+
+
+def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]) -> list[Listener]:
+    """Listeners for the wanted addresses. Old listeners that are still wanted stay; the other old ones are closed.
+
+    Listeners from systemd always stay: rspd could not get a closed one back.
+    No old listener may be watched meanwhile. Raises ListenError; then the old listeners are as they were.
+    """
+    adopted = [listener for listener in old if listener.passed is not None]
+    bound = [listener for listener in old if listener.passed is None]
+    staying = [listener for listener in bound if listener.address in wanted]
+    leaving = [listener for listener in bound if listener.address not in wanted]
+    known = {listener.address for listener in bound}
+    coming = {address: binding for address, binding in wanted.items() if address not in known}
+    try:
+        opened = _open_all(coming)
+    except ListenError as error:
+        ports = {address.port for address in coming}
+        in_the_way = [listener for listener in leaving if listener.address.port in ports - {0}]
+        if error.errno != errno.EADDRINUSE or not in_the_way:
+            raise
+        # An old listener may be in the way: 8080 is in the way of 127.0.0.1:8080. A client that comes now is refused.
+        for listener in in_the_way:
+            listener.rest()
+        try:
+            opened = _open_all(coming)
+        except ListenError:
+            for listener in in_the_way:
+                listener.listen(listener.backlog)
+            raise
+    for listener in leaving:
+        listener.close()
+    for listener in staying:
+        binding = wanted[listener.address]
+        listener.listen(binding.backlog)
+        if binding.reuse_port:
+            listener.share_port()
+    return adopted + staying + opened
+
+
+def _open_all(bindings: Mapping[Address, Binding]) -> list[Listener]:
+    opened: list[Listener] = []
+    try:
+        for address, binding in bindings.items():
+            opened += open_listeners(address, binding.where, binding.backlog, binding.reuse_port)
+    except ListenError:
+        for listener in opened:
+            listener.close()
+        raise
+    return opened

@@ -18,7 +18,7 @@ import pytest
 
 from rspd.config.addresses import parse_address
 from rspd.net.address import Address, SocketAddress, resolve
-from rspd.net.listener import Binding, Listener, ListenError, open_listeners, replace_listeners
+from rspd.net.listener import Listener, ListenError, open_listeners
 from tests.engine.test_pipes import no_descriptors, unprivileged
 from tests.support import (
     PATIENCE,
@@ -282,17 +282,6 @@ def test_a_port_is_shared_by_those_of_one_user_who_all_say_so(open_all: Open) ->
             open_listeners(address, where, 8, reuse_port=True)
 
 
-def test_a_port_can_be_shared_later_and_from_then_on(open_all: Open) -> None:
-    [first] = open_all("127.0.0.1:0")
-    address = Address("127.0.0.1", port_of(first))
-    with pytest.raises(ListenError, match="needs reuse_port"):
-        open_listeners(address, resolve(address), 8, reuse_port=True)
-    for reuse_port in True, True, False:
-        assert replace_listeners([first], wanted("127.0.0.1:0", reuse_port=reuse_port)) == [first]
-        [second] = open_all(str(address), reuse_port=True)
-        second.close()
-
-
 def test_sharing_means_nothing_for_a_unix_socket(open_all: Open, tmp_path: Path) -> None:
     [listener] = open_all(f"{tmp_path}/s", reuse_port=True)
     listener.share_port()
@@ -475,121 +464,3 @@ def test_a_listener_at_rest_lets_another_socket_take_its_address(open_all: Open)
     listener.rest()
     [other] = open_all(where)
     assert serves(other)
-
-
-# Replacing
-
-
-def wanted(*texts: str, backlog: int = 8, reuse_port: bool = False) -> dict[Address, Binding]:
-    addresses = map(parse_address, texts)
-    return {address: Binding(resolve(address), backlog, reuse_port) for address in addresses}
-
-
-@pytest.fixture
-def replace(no_descriptor_is_left_open: None) -> Iterator[Callable[..., list[Listener]]]:
-    """replace_listeners of the last call's outcome; what is open at the end is closed."""
-    now: list[Listener] = []
-
-    def by(*texts: str, backlog: int = 8) -> list[Listener]:
-        now[:] = replace_listeners(now, wanted(*texts, backlog=backlog))
-        return list(now)
-
-    yield by
-    for listener in now:
-        listener.close()
-
-
-def test_replacing_keeps_what_stays_opens_what_comes_and_closes_what_leaves(
-    replace: Callable[..., list[Listener]], tmp_path: Path
-) -> None:
-    stays, leaves, comes = f"{tmp_path}/stays", f"{tmp_path}/leaves", f"{tmp_path}/comes"
-    old = {listener.name: listener for listener in replace(stays, leaves)}
-    with connect(old[stays]) as waiting:
-        new = {listener.name: listener for listener in replace(stays, comes)}
-        assert set(new) == {stays, comes}
-        assert new[stays] is old[stays]
-        sock, _ = new[stays].accept()
-        sock.close()
-        assert waiting.recv(1) == b""
-    assert serves(new[comes])
-    assert sorted(os.listdir(tmp_path)) == ["comes", "stays"]
-
-
-def test_replacing_gives_what_stays_the_new_backlog(replace: Callable[..., list[Listener]]) -> None:
-    [before] = replace("127.0.0.1:0", backlog=5)
-    [after] = replace("127.0.0.1:0", backlog=9)
-    assert after is before
-    assert backlog_of(after) == 9
-
-
-def test_each_address_has_a_backlog_and_a_way_to_be_shared_of_its_own(
-    open_all: Open, no_descriptor_is_left_open: None
-) -> None:
-    one, two = (f"127.0.0.1:{free_port()}" for _ in range(2))
-    bindings = {**wanted(one, backlog=5, reuse_port=True), **wanted(two, backlog=7)}
-    first, second = replace_listeners([], bindings)
-    try:
-        assert (str(first.address), backlog_of(first), backlog_of(second)) == (one, 5, 7)
-        open_all(one, reuse_port=True)
-        with pytest.raises(ListenError, match="Address already in use"):
-            open_all(two, reuse_port=True)
-        bindings = {**wanted(one, backlog=6), **wanted(two, backlog=8)}
-        assert replace_listeners([first, second], bindings) == [first, second]
-        assert (backlog_of(first), backlog_of(second)) == (6, 8)
-    finally:
-        first.close()
-        second.close()
-
-
-@pytest.mark.parametrize(
-    ("before", "after"), [("{}", "127.0.0.1:{}"), ("127.0.0.1:{}", "{}"), ("127.0.0.1:{}", "localhost:{}")]
-)
-def test_an_address_takes_over_from_one_of_our_own_that_stood_in_its_way(
-    before: str, after: str, replace: Callable[..., list[Listener]]
-) -> None:
-    port = free_port()
-    old = replace(before.format(port))
-    new = replace(after.format(port))
-    assert not set(old) & set(new)
-    assert all(serves(listener) for listener in new)
-
-
-def test_a_replacement_that_fails_leaves_the_old_listeners_as_they_were(
-    replace: Callable[..., list[Listener]],
-) -> None:
-    one, two = free_port(), free_port()
-    old = replace(f"127.0.0.1:{one}", f"127.0.0.1:{two}")
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        taken = other.getsockname()[1]
-        before = open_descriptors()
-        for texts in [
-            (f"127.0.0.1:{taken}",),
-            (f"127.0.0.1:{one}", f"127.0.0.1:{taken}"),
-            ("[::1]:0", f"localhost:{one}", f"127.0.0.1:{taken}"),
-            (f"127.0.0.1:{one}", f"127.0.0.1:{two}", f"127.0.0.1:{taken}"),
-        ]:
-            with pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1:{taken}: Address already in use"):
-                replace(*texts)
-            assert open_descriptors() == before
-            assert all(serves(listener) for listener in old)
-            assert [backlog_of(listener) for listener in old] == [8, 8]
-
-
-def test_a_replacement_that_fails_for_another_reason_resets_nobody(
-    replace: Callable[..., list[Listener]], tmp_path: Path
-) -> None:
-    [old] = replace("127.0.0.1:0")
-    with connect(old) as waiting:
-        with pytest.raises(ListenError, match="the folder does not exist"):
-            replace(f"{tmp_path}/missing/sock")
-        sock, _ = accept(old)
-        sock.send(b"x")
-        assert waiting.recv(1) == b"x"
-        sock.close()
-
-
-def test_replacing_everything_by_nothing_closes_everything(replace: Callable[..., list[Listener]]) -> None:
-    [old] = replace("127.0.0.1:0")
-    assert replace() == []
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", int(old.name.rpartition(":")[2])), timeout=PATIENCE)

@@ -14,11 +14,12 @@ import pytest
 from rspd.config.addresses import parse_address
 from rspd.errors import ConfigError
 from rspd.net.address import Address, resolve
-from rspd.net.listener import Binding, Listener, ListenError, adopt_listener, replace_listeners
-from rspd.running.sockets import Part, assign, log_replaced
+from rspd.net.listener import Listener, ListenError, adopt_listener
+from rspd.running.sockets import Binding, Part, assign, log_replaced, replace_listeners
 from rspd.settings import BackendConfig, Config, ProxyConfig
 from tests.manager import tcp_listener, unix_listener
-from tests.net.test_listener import accept, backlog_of, connect, port_of, serves, wanted
+from tests.net.test_listener import accept, backlog_of, connect, port_of, serves
+from tests.running.test_replacing import wanted
 from tests.support import PATIENCE, abstract_name
 
 # One end systemd keeps, so that what we close listens on.
