@@ -1,7 +1,7 @@
 """Sockets and addresses.
 
 connect      connecting to a backend's addresses
-descriptors  running out of descriptors
+descriptors  room for descriptors, and what to do where they run out
 ways         which proxies a connection has passed, so that none is passed twice
 resolver     names looked up off the loop
 listener     listening sockets: bound or adopted, accepted from, closed

@@ -1,14 +1,16 @@
-"""Running out of descriptors, or of epoll's watches: tasks that need one wait; the log says when it begins and ends."""
+"""Descriptors: room for those that are needed, and what to do where they, or epoll's watches, run out."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import resource
 from collections.abc import Callable
 from typing import TypeVar
 
 from rspd.engine.loop import Loop, Task, news
+from rspd.engine.pipes import PIPES_MAX
 from rspd.log import quote
 
 # accept(2), socket(2) and epoll_ctl(2): no descriptor in the process, in the system; no memory; no watch for this user.
@@ -26,9 +28,39 @@ RETRY = 0.1
 # one more in before the next failure; that is one shortage.
 QUIET = 1.0
 
+# Descriptors besides those that are counted: standard ones, loop, log, systemd, pid file, a file at a reload, some to
+# spare.
+OWN = 24
+
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+class TooFewError(Exception):
+    """This process may not have as many descriptors as are needed. fitting: how many connections would fit."""
+
+    def __init__(self, needed: int, limit: int, fitting: int) -> None:
+        super().__init__(f"{needed} needed, {limit} allowed")
+        self.needed = needed
+        self.limit = limit
+        self.fitting = fitting
+
+
+def reserve(connections: int, others: int) -> int:
+    """Make room for connections, and for so many descriptors besides. If needed, raise the soft limit to the hard one.
+
+    Returns how many pipes there is room for. Raises TooFewError.
+    """
+    own = OWN + others
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * connections + own
+    if needed > hard:
+        raise TooFewError(needed, hard, (hard - own) // 2)
+    if needed + 2 * PIPES_MAX > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return min(PIPES_MAX, (soft - needed) // 2)
 
 
 class Shortage:

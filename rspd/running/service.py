@@ -22,7 +22,7 @@ from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener, ListenError, adopt_listener
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
-from rspd.running.room import reserve_descriptors
+from rspd.running.room import make_room
 from rspd.running.sockets import Binding, Part, assign, log_replaced, replace_listeners
 from rspd.serving.places import who_waits
 from rspd.serving.proxy import Common, Proxy
@@ -103,7 +103,7 @@ def _listen(
                 for proxy in config.proxies
                 for address in parts[proxy.name].addresses
             }
-            pipes = reserve_descriptors(config, len(adopted) + _count(bindings))
+            pipes = make_room(config, len(adopted) + _count(bindings))
             return replace_listeners(adopted, bindings), pipes
         except ListenError as error:
             code = EXIT_CODES.get(error.errno or 0, os.EX_UNAVAILABLE)
@@ -299,7 +299,7 @@ class Service:
                 for proxy in config.proxies
                 for address in parts[proxy.name].addresses
             }
-            pipes = reserve_descriptors(config, len(self._adopted) + _count(bindings))
+            pipes = make_room(config, len(self._adopted) + _count(bindings))
             self._apply(config, parts, bindings)
             self._common.pipes.resize(pipes)
         except (ConfigError, ListenError, StartError, OSError) as error:
