@@ -1,0 +1,82 @@
+"""The proxies of this process: those that are configured, and those that were taken out and still have connections."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from math import inf
+
+from rspd.log import quote
+from rspd.net.listener import Listener
+from rspd.serving.proxy import Common, Proxy
+from rspd.settings import Config
+
+log = logging.getLogger(__name__)
+
+
+class Proxies:
+    """The proxies of this process.
+
+    common: what they share.
+    configured: those of the configuration in force, by their names, in its order.
+    """
+
+    def __init__(self, common: Common) -> None:
+        self.common = common
+        self.configured: dict[str, Proxy] = {}
+        self._retired: list[Proxy] = []  # taken out, with connections that are still open
+        self._served_before = 0  # clients served by proxies that are gone
+        self._last_end = -inf  # when the last connection of these proxies ended
+
+    def apply(self, config: Config, listeners: Mapping[str, list[Listener]]) -> None:
+        """Make the proxies what a configuration says. Those that stay have to be paused.
+
+        listeners: of each proxy, by its name; the proxies own them from now on.
+        """
+        old, self.configured = self.configured, {}
+        before = [listener for proxy in old.values() for listener in proxy.listeners]
+        backends = (backend.address for wanted in config.proxies for backend in wanted.backends)
+        self.common.ways.listen(listeners, backends)
+        for wanted in config.proxies:
+            own = listeners[wanted.name]
+            proxy = old.pop(wanted.name, None)
+            if proxy:
+                proxy.apply(wanted, own)
+            else:
+                proxy = Proxy(self.common, wanted, own)
+            self.configured[wanted.name] = proxy
+            for listener in own:
+                if listener not in before:
+                    passed = "" if listener.passed is None else f" socket={quote(listener.passed)}"
+                    log.info("listening address=%s%s%s", listener.name, proxy.tag, passed)
+        for proxy in old.values():
+            proxy.listeners.clear()  # other proxies have them now, or they are closed
+            proxy.stop_listening()
+            self._retired.append(proxy)
+            log.info("proxy taken out%s connections=%d", proxy.tag, proxy.open)
+
+    def everyone(self) -> list[Proxy]:
+        """All proxies, also those that were taken out and still have connections."""
+        for proxy in self._retired:
+            if not proxy.open:
+                self._served_before += proxy.served
+                self._last_end = max(self._last_end, self.common.loop.now - proxy.idle)
+        self._retired = [proxy for proxy in self._retired if proxy.open]
+        return [*self.configured.values(), *self._retired]
+
+    @property
+    def open(self) -> int:
+        """How many clients are being served."""
+        return sum(proxy.open for proxy in self.everyone())
+
+    @property
+    def served(self) -> int:
+        """How many clients have been accepted so far, and not refused."""
+        proxies = self.everyone()
+        return self._served_before + sum(proxy.served for proxy in proxies)
+
+    @property
+    def idle(self) -> float:
+        """For how many seconds there has been no connection."""
+        idle = min(proxy.idle for proxy in self.everyone())
+        return min(idle, self.common.loop.now - self._last_end)

@@ -1,0 +1,87 @@
+"""What systemd hears of this process: what it is doing, that it is alive, that it reloads, and that it ends."""
+
+from __future__ import annotations
+
+from math import inf
+
+from rspd.engine.loop import Task, news
+from rspd.host.systemd import Notifier
+from rspd.running.proxies import Proxies
+from rspd.serving.proxy import Proxy
+
+# Seconds between two status lines for systemd while something changes.
+INTERVAL = 1.0
+
+# Seconds that rspd asks systemd to wait for the end; it asks again each INTERVAL. If drain_timeout is off, the unit's
+# TimeoutStopSec= counts.
+STOP_EXTENSION = 30.0
+
+
+class Reporter:
+    """Tells systemd how this process does."""
+
+    def __init__(self, proxies: Proxies, notifier: Notifier) -> None:
+        self._proxies = proxies
+        self._loop = proxies.common.loop
+        self._watchers = proxies.common.watchers
+        self._notifier = notifier
+        self._task: Task | None = None
+        self._failure = ""
+        self._ending = False
+
+    def ready(self, failure: str = "") -> None:
+        """The process is at work, for the first time or after a reload. failure: why the reload failed."""
+        self._failure = failure
+        self._notifier.ready(self._status())
+        if not self._notifier.active:
+            return
+        if self._task:
+            self._task.wake()  # it sends again what systemd had no room for
+        else:
+            self._task = self._loop.spawn(self._keep_informed())
+
+    def ending(self) -> None:
+        """The process is about to end: to be called when that begins, and at the very end."""
+        self._ending = True
+        self._tell_ending()
+        if self._task:
+            self._task.wake()
+
+    def _tell_ending(self) -> None:
+        bounded = all(proxy.config.drain_timeout != inf for proxy in self._proxies.everyone())
+        self._notifier.stopping(self._status(), STOP_EXTENSION if bounded else 0)
+
+    async def _keep_informed(self) -> None:
+        """Tell systemd what changes, at most once in INTERVAL, and that the loop is alive."""
+        loop, notifier, task = self._loop, self._notifier, self._loop.current
+        while True:
+            self._watchers.discard(task)
+            await loop.sleep(min(INTERVAL, notifier.interval))
+            if self._ending:
+                self._tell_ending()
+                continue
+            notifier.alive(self._status())
+            self._watchers.add(task)
+            if not notifier.pending:
+                task.wake_at(loop.now + notifier.interval - INTERVAL)
+                await news()
+
+    def _status(self) -> str:
+        """What the process is doing, for people."""
+        failure = f"; reload failed: {self._failure}" if self._failure else ""
+        served = f"{self._proxies.served} served"
+        proxies = list(self._proxies.configured.values())
+        if self._ending or len(proxies) == 1:
+            doing = _doing(proxies[0])
+            if self._ending:
+                count = self._proxies.open
+                doing = f"ending, {count} open" if count else "ended"
+            backends = f", {proxies[0].backends.describe()}" if len(proxies) == 1 else ""
+            return f"{doing}, {served}{backends}{failure}"
+        each = (f"{proxy.config.name} {_doing(proxy)}, {proxy.backends.describe()}" for proxy in proxies)
+        return f"{served}; {'; '.join(each)}{failure}"
+
+
+def _doing(proxy: Proxy) -> str:
+    waiting = proxy.places.waiting
+    return f"serving {proxy.open} of {proxy.config.max_connections}" + (f", {waiting} waiting" if waiting else "")
