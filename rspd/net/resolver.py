@@ -32,14 +32,13 @@ class Resolver:
     async def look_up(
         self, address: Address, deadline: float, given_up: Callable[[], bool] = lambda: False
     ) -> list[SocketAddress]:
-        """The socket addresses of an address; at once if it is numeric, or was looked up just now.
+        """The socket addresses of an address; at once if it names no host, or was looked up just now.
 
         given_up: called whenever the task is woken; if it returns True, the wait for the answer ends.
         Raises TimeoutError at the deadline (the loop's time), another OSError if the name has no address.
         """
-        known = literal(address)
-        if known:
-            return [known]
+        if not address.host or literal(address):
+            return resolve(address)  # nobody has to be asked
         when, answer = self._answers.get(address, (0.0, []))
         if answer and self._loop.now - when < ANSWER_LIFE:
             return answer

@@ -3,6 +3,5 @@
 service  one run: start, signals, reload, drain
 status   what systemd hears of it
 proxies  the proxies: those configured, and those taken out that still have connections
-room     room for the descriptors that a configuration needs
-sockets  which socket from systemd goes with which proxy and address
+sockets  what is listened on: sockets that systemd passed, and our own
 """

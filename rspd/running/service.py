@@ -7,8 +7,7 @@ import gc
 import logging
 import os
 import signal
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 from rspd import log as log_setup
@@ -16,18 +15,16 @@ from rspd.engine.loop import Loop, news
 from rspd.engine.pipes import Pipes
 from rspd.errors import ConfigError, StartError
 from rspd.host.systemd import Notifier, PassedSocket
-from rspd.net.address import Address, SocketAddress, resolve
 from rspd.net.descriptors import Shortage
-from rspd.net.listener import Listener, ListenError, adopt_listener
+from rspd.net.listener import Listener, ListenError
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.running.proxies import Proxies
-from rspd.running.room import make_room
-from rspd.running.sockets import Binding, Part, assign, log_replaced, replace_listeners
+from rspd.running.sockets import Plan, Sockets, log_replaced
 from rspd.running.status import Reporter
 from rspd.serving.places import who_waits
 from rspd.serving.proxy import Common
-from rspd.settings import Config, ProxyConfig
+from rspd.settings import Config
 
 EXIT_CODES = {
     errno.EACCES: os.EX_NOPERM,
@@ -56,65 +53,18 @@ log = logging.getLogger(__name__)
 def run(
     config: Config,
     load: Callable[[], Config] | None,
-    sockets: Sequence[PassedSocket],
+    passed: Sequence[PassedSocket],
     notifier: Notifier,
     on_ready: Callable[[], object],
 ) -> None:
     """Serve until a signal to end, or until it was idle for long enough, and drain. Raises StartError.
 
     load: reads the configuration again at a reload; raises ConfigError or OSError. None where there is no file.
-    sockets: what systemd passed, ours from now on.
+    passed: the sockets that systemd passed, ours from now on.
     on_ready: called once, when clients can connect.
     """
-    adopted = [adopt_listener(name, sock) for name, sock in sockets]
-    try:
-        parts = assign(config, adopted)
-    except ConfigError as error:
-        raise StartError("\n".join(error.errors), os.EX_CONFIG) from None
-    listeners, pipes = _listen(config, parts, adopted, notifier)
-    # The objects made so far stay. A connection leaves no cycles behind; only the lookup of a name does.
-    gc.freeze()
-    gc.set_threshold(GARBAGE)
     with Loop() as loop:
-        common = Common(loop, Ways(loop), Resolver(loop), Shortage(loop), Pipes(pipes), set())
-        common.shortage.keep_spare()
-        own = {proxy.name: _listeners_of(parts[proxy.name], listeners) for proxy in config.proxies}
-        loop.run(Service(common, config, adopted, load, notifier).run(own, on_ready))
-
-
-def _listen(
-    config: Config, parts: Mapping[str, Part], adopted: Sequence[Listener], notifier: Notifier
-) -> tuple[list[Listener], int]:
-    """The listeners of all proxies, and how many pipes there is room for. Raises StartError, maybe after a while."""
-    until = time.monotonic() + (LISTEN_PATIENCE if notifier.active else 0.0)
-    told = False
-    while True:
-        try:
-            bindings = {
-                address: Binding(_resolve(address), proxy.backlog, proxy.reuse_port)
-                for proxy in config.proxies
-                for address in parts[proxy.name].addresses
-            }
-            pipes = make_room(config, len(adopted) + _count(bindings))
-            return replace_listeners(adopted, bindings), pipes
-        except ListenError as error:
-            code = EXIT_CODES.get(error.errno or 0, os.EX_UNAVAILABLE)
-            if code != os.EX_UNAVAILABLE or time.monotonic() >= until:
-                raise StartError(str(error), code, error.errno or 0) from None
-            if not told:
-                log.warning("%s; trying again for %g s", error, LISTEN_PATIENCE)
-                notifier.starting(str(error))
-                told = True
-        time.sleep(LISTEN_AGAIN)
-
-
-def _count(bindings: Mapping[Address, Binding]) -> int:
-    return sum(len(binding.where) for binding in bindings.values())
-
-
-def _listeners_of(part: Part, listeners: Sequence[Listener]) -> list[Listener]:
-    bound = [listener for listener in listeners if listener.passed is None and listener.address in part.addresses]
-    return part.adopted + bound
+        loop.run(Service(loop, config, load, passed, notifier).run(on_ready))
 
 
 class Service:
@@ -122,28 +72,34 @@ class Service:
 
     def __init__(
         self,
-        common: Common,
+        loop: Loop,
         config: Config,
-        adopted: Sequence[Listener],
         load: Callable[[], Config] | None,
+        passed: Sequence[PassedSocket],
         notifier: Notifier,
     ) -> None:
         """config: the first one."""
-        self._common = common
-        self._loop = common.loop
+        self._loop = loop
         self._config = config
         self._load = load
-        self._adopted = adopted
         self._notifier = notifier
-        self._proxies = Proxies(common)
+        resolver = Resolver(loop)
+        self._common = Common(loop, Ways(loop), resolver, Shortage(loop), Pipes(0), set())
+        self._sockets = Sockets(loop, resolver, passed)
+        self._proxies = Proxies(self._common)
         self._reporter = Reporter(self._proxies, notifier)
         self._ends = 0  # signals to end so far
         self._reload_asked = False
 
-    async def run(self, listeners: dict[str, list[Listener]], on_ready: Callable[[], object]) -> None:
+    async def run(self, on_ready: Callable[[], object]) -> None:
         """Serve until SIGTERM or SIGINT, or until idle for `exit_idle_time`, and drain."""
+        plan, listeners = await self._listen()
+        # The objects made so far stay. A connection leaves no cycles behind; only the lookup of a name does.
+        gc.freeze()
+        gc.set_threshold(GARBAGE)
+        self._common.shortage.keep_spare()
         self._heed_signals()
-        self._go_by(self._config, listeners)
+        self._go_by(self._config, plan, listeners)
         self._reporter.ready()
         on_ready()
         while not self._ends and not self._idle_for_long():
@@ -160,6 +116,26 @@ class Service:
         log.info("ended served=%d", self._proxies.served)
         # Closing the loop restores the default actions: one more signal would kill rspd and be its exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS | {signal.SIGHUP})
+
+    async def _listen(self) -> tuple[Plan, dict[str, list[Listener]]]:
+        """Listen for the first time. Raises StartError, maybe after a while."""
+        until = self._loop.now + (LISTEN_PATIENCE if self._notifier.active else 0.0)
+        told = False
+        while True:
+            try:
+                plan = await self._sockets.plan(self._config)
+                return plan, self._sockets.open(plan)
+            except ConfigError as error:
+                raise StartError(str(error), os.EX_CONFIG) from None
+            except ListenError as error:
+                code = EXIT_CODES.get(error.errno or 0, os.EX_UNAVAILABLE)
+                if code != os.EX_UNAVAILABLE or self._loop.now >= until:
+                    raise StartError(str(error), code, error.errno or 0) from None
+                if not told:
+                    log.warning("%s; trying again for %g s", error, LISTEN_PATIENCE)
+                    self._notifier.starting(str(error))
+                    told = True
+            await self._loop.sleep(LISTEN_AGAIN)
 
     def _heed_signals(self) -> None:
         task = self._loop.current
@@ -178,13 +154,14 @@ class Service:
         # The process that started rspd may have blocked these signals (daemon(7)).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS | {signal.SIGHUP})
 
-    def _go_by(self, config: Config, listeners: dict[str, list[Listener]]) -> None:
+    def _go_by(self, config: Config, plan: Plan, listeners: dict[str, list[Listener]]) -> None:
         """Serve by a configuration from now on, and log what it and the sockets from systemd mean for each other."""
         self._proxies.apply(config, listeners)
+        self._common.pipes.resize(plan.pipes)
         self._config = config
         log_setup.set_up(config.log_level)
-        log_replaced(config, assign(config, self._adopted))
-        if config.exit_idle_time < SHORTEST_IDLE_TIME and self._adopted:
+        log_replaced(config, plan.parts)
+        if config.exit_idle_time < SHORTEST_IDLE_TIME and self._sockets.adopted:
             log.warning("exit_idle_time is below %g s: systemd gives up what it starts so often", SHORTEST_IDLE_TIME)
         if config.exit_idle_time != inf:
             for own in listeners.values():
@@ -199,17 +176,10 @@ class Service:
             return ""
         try:
             config = self._load()
-            parts = assign(config, self._adopted)
-            bindings = {
-                address: Binding(await self._look_up(address, proxy), proxy.backlog, proxy.reuse_port)
-                for proxy in config.proxies
-                for address in parts[proxy.name].addresses
-            }
-            pipes = make_room(config, len(self._adopted) + _count(bindings))
-            before = [listener for proxy in self._proxies.configured.values() for listener in proxy.listeners]
+            plan = await self._sockets.plan(config, lambda: self._ends > 0)
             for proxy in self._proxies.configured.values():
                 proxy.pause()
-            bound = replace_listeners(before, bindings)
+            listeners = self._sockets.open(plan)
         except (ConfigError, ListenError, StartError, OSError) as error:
             if self._ends:
                 return ""
@@ -219,9 +189,7 @@ class Service:
             for line in what.splitlines():
                 log.error("reload failed, nothing has changed: %s", line)
             return what
-        listeners = {proxy.name: _listeners_of(parts[proxy.name], bound) for proxy in config.proxies}
-        self._go_by(config, listeners)
-        self._common.pipes.resize(pipes)
+        self._go_by(config, plan, listeners)
         names = (listener.name for own in listeners.values() for listener in own)
         log.info("reloaded listen=%s", ",".join(names))
         return ""
@@ -257,17 +225,3 @@ class Service:
             for drain in drains:
                 drain.wake()  # a second signal to end concerns all proxies
             await news()
-
-    async def _look_up(self, address: Address, proxy: ProxyConfig) -> list[SocketAddress]:
-        try:
-            deadline = self._loop.now + proxy.connect_timeout
-            return await self._common.resolver.look_up(address, deadline, lambda: self._ends > 0)
-        except OSError as error:
-            raise ListenError(address, address, error) from None
-
-
-def _resolve(address: Address) -> list[SocketAddress]:
-    try:
-        return resolve(address)
-    except OSError as error:
-        raise ListenError(address, address, error) from None

@@ -1,15 +1,21 @@
-"""Which socket from systemd goes with which proxy and address, and our own listeners over reloads."""
+"""What this process listens on: sockets that systemd passed, and its own. One way for the start and for a reload."""
 
 from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
-from rspd.errors import ConfigError
-from rspd.net.address import Address, SocketAddress, own_listeners
-from rspd.net.listener import Listener, ListenError, open_listeners
+from rspd.engine.loop import Loop
+from rspd.errors import ConfigError, StartError
+from rspd.host.systemd import PassedSocket
+from rspd.net.address import Address, SocketAddress, literal, own_listeners
+from rspd.net.descriptors import TooFewError, reserve
+from rspd.net.listener import Listener, ListenError, adopt_listener, open_listeners
+from rspd.net.resolver import Resolver
 from rspd.settings import Config
 
 log = logging.getLogger(__name__)
@@ -20,6 +26,84 @@ class Part(NamedTuple):
 
     adopted: list[Listener]
     addresses: list[Address]
+
+
+class Binding(NamedTuple):
+    """How a configured address is to be listened on: what it stands for, and the options of its proxy."""
+
+    where: Sequence[SocketAddress]
+    backlog: int
+    reuse_port: bool = False
+
+
+class Plan(NamedTuple):
+    """How to listen: the part of each proxy, by name; how each address is bound; for how many pipes there is room."""
+
+    parts: Mapping[str, Part]
+    bindings: Mapping[Address, Binding]
+    pipes: int
+
+
+class Sockets:
+    """The listeners of this process."""
+
+    def __init__(self, loop: Loop, resolver: Resolver, passed: Sequence[PassedSocket]) -> None:
+        """passed: what systemd passed; `Sockets` owns them, and listens on them to the end."""
+        self._loop = loop
+        self._resolver = resolver
+        self.adopted = [adopt_listener(name, sock) for name, sock in passed]
+        self._listeners = self.adopted
+
+    async def plan(self, config: Config, given_up: Callable[[], bool] | None = None) -> Plan:
+        """How to listen by a configuration. Nothing is bound yet.
+
+        given_up: at a reload, as for `Resolver.look_up`; a name is waited for no longer than its proxy's
+            `connect_timeout`. At the start None: as long as the system's resolver takes.
+        Raises ConfigError, ListenError, or StartError if there are too few descriptors.
+        """
+        parts = assign(config, self.adopted)
+        bindings: dict[Address, Binding] = {}
+        for proxy in config.proxies:
+            for address in parts[proxy.name].addresses:
+                deadline = self._loop.now + proxy.connect_timeout if given_up else inf
+                try:
+                    where = await self._resolver.look_up(address, deadline, given_up or (lambda: False))
+                except OSError as error:
+                    raise ListenError(address, address, error) from None
+                bindings[address] = Binding(where, proxy.backlog, proxy.reuse_port)
+        listeners = len(self.adopted) + sum(len(binding.where) for binding in bindings.values())
+        return Plan(parts, bindings, _make_room(config, listeners))
+
+    def open(self, plan: Plan) -> dict[str, list[Listener]]:
+        """Listen by a plan; the listeners of each proxy, by its name. Those that are no longer wanted are closed.
+
+        No old listener may be watched meanwhile. Raises ListenError; then nothing has changed.
+        """
+        self._listeners = replace_listeners(self._listeners, plan.bindings)
+        bound = [listener for listener in self._listeners if listener.passed is None]
+        return {
+            name: part.adopted + [listener for listener in bound if listener.address in part.addresses]
+            for name, part in plan.parts.items()
+        }
+
+
+def _make_room(config: Config, listeners: int) -> int:
+    """Make room for the descriptors that a configuration needs. Returns how many pipes there is room for."""
+    connections = sum(proxy.max_connections for proxy in config.proxies)
+    # Each check of a backend has a socket; each lookup has a socket or a file.
+    checks = sum(len(proxy.backends) for proxy in config.proxies if proxy.health)
+    names = sum(not literal(backend.address) for proxy in config.proxies for backend in proxy.backends)
+    try:
+        return reserve(connections, listeners + checks + names)
+    except TooFewError as error:
+        advice = f"lower it to {error.fitting} or raise" if error.fitting > 0 else "raise"
+        several = "" if len(config.proxies) == 1 else " (of all proxies together)"
+        raise StartError(
+            f"max_connections {connections}{several} needs {error.needed} descriptors, and the limit is {error.limit}: "
+            f"{advice} the limit (LimitNOFILE= in the unit, ulimit -Hn in a shell)",
+            os.EX_OSERR,
+            errno.EMFILE,
+        ) from None
 
 
 def assign(config: Config, adopted: Sequence[Listener]) -> dict[str, Part]:
@@ -55,7 +139,7 @@ def assign(config: Config, adopted: Sequence[Listener]) -> dict[str, Part]:
     return parts
 
 
-def log_replaced(config: Config, parts: dict[str, Part]) -> None:
+def log_replaced(config: Config, parts: Mapping[str, Part]) -> None:
     """Log the addresses in `listen` that are not listened on, because sockets from systemd took their place."""
     for proxy in config.proxies:
         part = parts[proxy.name]
@@ -70,14 +154,6 @@ def log_replaced(config: Config, parts: dict[str, Part]) -> None:
 
 def _names(adopted: Sequence[Listener]) -> list[str]:
     return list(dict.fromkeys(listener.passed or "" for listener in adopted))
-
-
-class Binding(NamedTuple):
-    """How a configured address is to be listened on: what it stands for, and the options of its proxy."""
-
-    where: Sequence[SocketAddress]
-    backlog: int
-    reuse_port: bool = False
 
 
 def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]) -> list[Listener]:
