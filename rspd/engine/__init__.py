@@ -1,9 +1,10 @@
 """Moving bytes; knows nothing of listeners, backends and configuration.
 
-relay  two flows between two sides, until both have ended
-flow   one direction of a connection: copied or spliced
-side   one side of a connection: a socket and its readiness
-pipes  pipes for splice(2), shared by the flows
-loop   the epoll loop: tasks, readiness, timers, wake-up by signals and threads
-cause  why a connection ended
+relay    two flows between two sides, until both have ended
+flow     one direction of a connection: copied or spliced
+side     one side of a connection: a socket and its readiness
+pipes    pipes for splice(2), shared by the flows
+loop     the epoll loop: tasks, readiness, timers
+wakeups  what signals and threads leave for the loop
+cause    why a connection ended
 """

@@ -1,4 +1,4 @@
-"""The event loop: tasks over edge-triggered epoll, timers, wake-up by signals and by threads.
+"""The event loop: tasks over edge-triggered epoll, and timers.
 
 A task is a coroutine. It suspends in one way only: `await news()`, or a bare `yield`, which does the same. The loop
 resumes a task when a descriptor it watches is ready for something new, when its deadline has passed, or when somebody
@@ -12,16 +12,14 @@ from __future__ import annotations
 import heapq
 import logging
 import select
-import signal
-import socket
-import threading
 import time
 import types
-from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from itertools import count
 from math import inf
 from typing import Any, TypeVar
+
+from rspd.engine.wakeups import Wakeups
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
@@ -112,6 +110,7 @@ class Loop:
     now: the time of this turn.
     turn: its number.
     current: the task that is running.
+    wakeups: by which signals and threads reach the loop.
     """
 
     current: Task
@@ -124,11 +123,7 @@ class Loop:
         self._stopped = False
         self._timers: list[tuple[float, int, Task]] = []  # never empty: the loop's own task has one
         self._sequence = count()
-        self._handlers: dict[int, Any] = {}  # the handlers before ours
-        self._calls: deque[Callable[[], object]] = deque()
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
+        self.wakeups = Wakeups()
         self.now = clock()
         self.turn = 0
         self._tasks: set[Task] = set()
@@ -143,20 +138,10 @@ class Loop:
 
     def close(self) -> None:
         """Give back the loop's own descriptors and signal handlers. Tasks that are not done are abandoned."""
-        if self._handlers:
-            signal.set_wakeup_fd(-1)
-            for number, previous in self._handlers.items():
-                signal.signal(number, previous)
         self._epoll.close()
-        self._wake_read.close()
-        self._wake_write.close()
+        self.wakeups.close()
 
     # Tasks
-
-    @property
-    def tasks(self) -> int:
-        """How many tasks are not done, the loop's own one among them."""
-        return len(self._tasks)
 
     def spawn(self, coroutine: Coroutine[Any, Any, object], on_done: Callable[[Task], object] | None = None) -> Task:
         """Start a task and run it, here and now, up to its first wait. `on_done` is called when it has ended."""
@@ -241,59 +226,14 @@ class Loop:
         if self._watches.get(watch.fd) is watch:
             del self._watches[watch.fd]
 
-    # Signals and threads
-
-    def on_signal(self, number: int, action: Callable[[], object]) -> None:
-        """Call `action` from the loop whenever the process gets the signal. Main thread only."""
-        if not self._handlers:
-            signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
-        # The interpreter also writes to the wake-up socket, which ends a wait in the kernel; the handler has run
-        # by the time the wait returns.
-        previous = signal.signal(number, lambda *_: self._calls.append(action))
-        self._handlers.setdefault(number, previous)
-
-    def run_in_thread(self, function: Callable[[], T], then: Callable[[T | Exception], object]) -> None:
-        """Run a function that blocks in a thread of its own, then call `then` from the loop with its outcome.
-
-        The thread is a daemon: one that hangs delays nothing, not even the end of the process.
-        Raises RuntimeError if the thread cannot be started.
-        """
-
-        def work() -> None:
-            outcome: T | Exception
-            # Signals are for the main thread, which may block them.
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            try:
-                outcome = function()
-            except Exception as error:
-                outcome = error
-            self._calls.append(lambda: then(outcome))
-            try:
-                self._wake_write.send(b"\0")
-            except OSError:
-                pass  # full: a wake-up is under way already; closed: nobody is left to hear
-
-        threading.Thread(target=work, daemon=True).start()
+    # Turns
 
     async def _receive_wakeups(self) -> None:
-        self.watch(Watch(self._wake_read.fileno()), IN | EDGE)
+        self.watch(Watch(self.wakeups.fd), IN | EDGE)
         while True:
             self.current.wake_at(self.now + LONGEST_WAIT)
             await news()
-            # Read the socket first, then look for calls: a call that is queued later writes a byte of its own. How many
-            # bytes there are says nothing, since a full socket takes no more. There may be none (EAGAIN), or no memory
-            # to read them (ENOMEM).
-            try:
-                self._wake_read.recv(4096)
-            except OSError:
-                pass
-            while self._calls:
-                try:
-                    self._calls.popleft()()
-                except Exception:
-                    log.exception("a call from a signal or a thread failed; this is a bug")
-
-    # Turns
+            self.wakeups.run_calls()
 
     def _run_turns(self) -> None:
         """Wait for events and resume the tasks that they concern, again and again, until the main task is done."""

@@ -71,7 +71,7 @@ class Resolver:
                 task.wake()
 
         try:
-            self._loop.run_in_thread(lambda: resolve(address), finish)
+            self._loop.wakeups.run_in_thread(lambda: resolve(address), finish)
         except RuntimeError as error:
             raise OSError(f"{address.host} cannot be looked up: {error}") from None
         self._under_way[address] = lookup

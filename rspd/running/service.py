@@ -149,8 +149,8 @@ class Service:
             task.wake()
 
         for number in ENDING_SIGNALS:
-            self._loop.on_signal(number, end)
-        self._loop.on_signal(signal.SIGHUP, ask_reload)
+            self._loop.wakeups.on_signal(number, end)
+        self._loop.wakeups.on_signal(signal.SIGHUP, ask_reload)
         # The process that started rspd may have blocked these signals (daemon(7)).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS | {signal.SIGHUP})
 

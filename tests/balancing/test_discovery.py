@@ -16,7 +16,7 @@ from rspd.balancing.pool import DialError
 from rspd.engine.loop import Loop
 from rspd.settings import HealthConfig
 from tests.dialled import UNKNOWN, Scene, configured, full_unix, nobody, switches, unix_listener, where
-from tests.support import FakeClock, reset, run
+from tests.support import FakeClock, reset, run, tasks_of
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
@@ -107,11 +107,11 @@ def test_what_two_names_stand_for_is_one_backend_for_as_long_as_either_does() ->
                 assert Counter([await scene.dial() for _ in range(8)]) == {shared: 4, other: 4}
                 both = await scene.come("", "", "", "", "")
                 assert Counter(client.outcome for client in both) == {shared: 2, other: 3}
-                staying, tasks = scene[shared], loop.tasks
+                staying, tasks = scene[shared], tasks_of(loop)
                 scene.names.names.update(one=[where(other)], two=[where(other)])
                 await scene.advance(5.1)
                 assert members(scene) == [other, shared]
-                assert (scene[shared], staying.open, loop.tasks) == (staying, 2, tasks)
+                assert (scene[shared], staying.open, tasks_of(loop)) == (staying, 2, tasks)
                 scene.names.names["three"] = [where(other)]
                 scene.apply(*backends)
                 await scene.advance(5.1)

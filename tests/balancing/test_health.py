@@ -35,6 +35,7 @@ from tests.support import (
     reset,
     run,
     send_and_close,
+    tasks_of,
 )
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
@@ -920,9 +921,9 @@ def test_a_checker_stopped_between_two_checks_makes_no_other(tmp_path: Path) -> 
         checker = backend.start(first=1)
         await backend.settle()
         checker.stop()
-        tasks = backend.loop.tasks
+        tasks = tasks_of(backend.loop)
         await backend.settle()
-        assert backend.loop.tasks == tasks - 1
+        assert tasks_of(backend.loop) == tasks - 1
         backend.on()
         for _ in range(5):
             await backend.advance(5)
@@ -936,15 +937,15 @@ def test_a_checker_stopped_between_two_checks_makes_no_other(tmp_path: Path) -> 
 def test_a_checker_stopped_while_it_reads_closes_what_is_open(tmp_path: Path, config: HealthConfig) -> None:
     async def script(backend: Switched) -> None:
         backend.on()
-        tasks, before = backend.loop.tasks, open_descriptors()
+        tasks, before = tasks_of(backend.loop), open_descriptors()
         checker = backend.start(config=config._replace(timeout=2))
         await backend.settle()
-        assert (backend.loop.tasks, open_descriptors()) == (tasks + 1, before + 1)
+        assert (tasks_of(backend.loop), open_descriptors()) == (tasks + 1, before + 1)
         with backend.accept() as sock:
             checker.stop()
             sock.sendall(b"PONG HTTP/1.0 200 OK\r\n SSH-2.0-")
             await backend.settle()
-            assert (backend.loop.tasks, open_descriptors()) == (tasks, before + 1)
+            assert (tasks_of(backend.loop), open_descriptors()) == (tasks, before + 1)
         await backend.advance(10)
         assert (backend.times, backend.reports) == ([0], [])
 
@@ -956,13 +957,13 @@ def test_a_checker_stopped_while_it_connects_closes_what_is_open(tmp_path: Path)
         with full_tcp() as address:
             host, _, port = address.rpartition(":")
             connect = connecting(backend.loop, (host, int(port)))
-            tasks, before = backend.loop.tasks, open_descriptors()
+            tasks, before = tasks_of(backend.loop), open_descriptors()
             checker = Checker(backend.loop, TCP, connect, address, b"", 5, backend.report)
             await backend.settle()
-            assert (backend.loop.tasks, open_descriptors()) == (tasks + 1, before + 1)
+            assert (tasks_of(backend.loop), open_descriptors()) == (tasks + 1, before + 1)
             checker.stop()
             await backend.settle()
-            assert (backend.loop.tasks, open_descriptors()) == (tasks, before)
+            assert (tasks_of(backend.loop), open_descriptors()) == (tasks, before)
             await backend.advance(2 * PATIENCE)
             assert backend.reports == []
 

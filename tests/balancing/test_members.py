@@ -14,7 +14,7 @@ from rspd.balancing.pool import DialError
 from rspd.engine.loop import Loop
 from rspd.settings import HealthConfig
 from tests.dialled import Scene, configured, full_unix, nobody, switches, unix_listener, where
-from tests.support import FakeClock, reset, run
+from tests.support import FakeClock, reset, run, tasks_of
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
@@ -639,11 +639,11 @@ def test_checks_that_are_configured_or_changed_or_taken_away_by_a_reload_are_so_
                 scene.apply(one.address, dead.address, health=HEALTH._replace(fall=1))
                 assert scene[one.address].checker not in (checker, None)
                 assert not scene[dead.address].up
-                tasks = loop.tasks
+                tasks = tasks_of(loop)
                 scene.apply(one.address, dead.address, health=None)
                 assert scene[dead.address].up
                 await scene.settle()
-                assert loop.tasks < tasks
+                assert tasks_of(loop) < tasks
                 assert scene[one.address].checker is None
 
     run(main, clock)
@@ -659,10 +659,10 @@ def test_a_backend_that_comes_by_a_reload_is_checked_at_once_and_one_that_leaves
                 scene.apply(one.address, dead.address)
                 await scene.advance(0.1)
                 assert not scene[dead.address].up
-                tasks = loop.tasks
+                tasks = tasks_of(loop)
                 scene.apply(one.address)
                 await scene.settle()
-                assert loop.tasks == tasks - 1
+                assert tasks_of(loop) == tasks - 1
                 await scene.advance(5)
                 assert scene.down == [dead.address]
 

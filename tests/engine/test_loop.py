@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rspd.engine.loop import EDGE, ERR, HUP, IN, OUT, RDHUP, Cancelled, Loop, Task, Watch, news
-from tests.support import FakeClock, eventually, run
+from tests.support import FakeClock, eventually, run, tasks_of
 
 
 async def rounds(loop: Loop, count: int = 2) -> None:
@@ -138,13 +138,13 @@ def test_a_spawned_task_runs_at_once_up_to_its_first_wait() -> None:
 
 def test_tasks_are_counted_until_they_end() -> None:
     async def main(loop: Loop) -> None:
-        before = loop.tasks
+        before = tasks_of(loop)
         task = loop.spawn(forever())
         loop.spawn(loop.sleep(0))
-        assert loop.tasks == before + 1
+        assert tasks_of(loop) == before + 1
         task.cancel()
         await rounds(loop)
-        assert loop.tasks == before
+        assert tasks_of(loop) == before
 
     run(main)
 
@@ -217,13 +217,13 @@ def test_a_task_woken_many_times_is_resumed_once() -> None:
 
 def test_a_task_that_is_done_is_not_resumed(caplog: pytest.LogCaptureFixture) -> None:
     async def main(loop: Loop) -> None:
-        before = loop.tasks
+        before = tasks_of(loop)
         task = loop.spawn(loop.sleep(0))
         task.wake()
         task.cancel()
         task.wake_at(loop.now)
         await rounds(loop, 4)
-        assert loop.tasks == before
+        assert tasks_of(loop) == before
 
     run(main)
     assert not caplog.records
@@ -241,11 +241,11 @@ def test_a_task_that_is_stirred_just_before_it_ends_ends_once(
         stir(loop.current)
 
     async def main(loop: Loop) -> None:
-        before = loop.tasks
+        before = tasks_of(loop)
         task = loop.spawn(child(loop), ended.append)
         await rounds(loop, 4)
         assert ended == [task]
-        assert loop.tasks == before
+        assert tasks_of(loop) == before
 
     run(main)
     assert not caplog.records
@@ -510,7 +510,7 @@ def test_a_deadline_may_be_far_away(seconds: float) -> None:
             told.append(outcome)
             task.wake()
 
-        loop.run_in_thread(lambda: "the loop still runs", then)
+        loop.wakeups.run_in_thread(lambda: "the loop still runs", then)
         await wait_for(lambda: told)
         sleeper.cancel()
         await rounds(loop)
@@ -807,7 +807,7 @@ def test_what_a_thread_has_found_is_told_before_a_timer_fires() -> None:
             outcomes.append(outcome)
             task.wake()
 
-        loop.run_in_thread(lambda: "answer", take)
+        loop.wakeups.run_in_thread(lambda: "answer", take)
         task.wake_at(deadline)
         while not outcomes and loop.now < deadline:
             await news()
@@ -912,7 +912,7 @@ def own_signals() -> Iterator[None]:
 
 
 def kill_from_thread(loop: Loop, number: int) -> None:
-    loop.run_in_thread(lambda: os.kill(os.getpid(), number), lambda _: None)
+    loop.wakeups.run_in_thread(lambda: os.kill(os.getpid(), number), lambda _: None)
 
 
 @pytest.mark.usefixtures("own_signals")
@@ -928,8 +928,8 @@ def test_a_signal_wakes_an_idle_loop_each_time() -> None:
 
             return note
 
-        loop.on_signal(signal.SIGUSR1, action("one"))
-        loop.on_signal(signal.SIGUSR2, action("two"))
+        loop.wakeups.on_signal(signal.SIGUSR1, action("one"))
+        loop.wakeups.on_signal(signal.SIGUSR2, action("two"))
         for number, expected in [(signal.SIGUSR1, "one"), (signal.SIGUSR2, "two"), (signal.SIGUSR1, "one")]:
             kill_from_thread(loop, number)
             await wait_for(lambda: got)
@@ -951,7 +951,7 @@ def test_a_signal_to_an_idle_loop_needs_no_other_news() -> None:
             got.append(1)
             task.wake()
 
-        loop.on_signal(signal.SIGUSR1, action)
+        loop.wakeups.on_signal(signal.SIGUSR1, action)
         sender.start()
         await wait_for(lambda: got)
 
@@ -965,7 +965,7 @@ def test_a_closed_loop_gives_signals_back_to_who_had_them() -> None:
     signal.signal(signal.SIGUSR1, lambda number, _: got.append(number))
 
     async def main(loop: Loop) -> None:
-        loop.on_signal(signal.SIGUSR1, lambda: None)
+        loop.wakeups.on_signal(signal.SIGUSR1, lambda: None)
 
     run(main)
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -985,8 +985,8 @@ def test_a_second_action_for_a_signal_replaces_the_first_until_the_loop_is_close
             got.append("second")
             task.wake()
 
-        loop.on_signal(signal.SIGUSR1, lambda: got.append("first"))
-        loop.on_signal(signal.SIGUSR1, second)
+        loop.wakeups.on_signal(signal.SIGUSR1, lambda: got.append("first"))
+        loop.wakeups.on_signal(signal.SIGUSR1, second)
         kill_from_thread(loop, signal.SIGUSR1)
         await wait_for(lambda: got)
         return got
@@ -999,8 +999,8 @@ def test_a_second_action_for_a_signal_replaces_the_first_until_the_loop_is_close
 def test_a_signal_is_heard_after_so_many_others_that_the_wake_up_socket_is_full() -> None:
     async def main(loop: Loop) -> None:
         got: list[str] = []
-        loop.on_signal(signal.SIGUSR1, lambda: None)
-        loop.on_signal(signal.SIGUSR2, lambda: got.append("heard"))
+        loop.wakeups.on_signal(signal.SIGUSR1, lambda: None)
+        loop.wakeups.on_signal(signal.SIGUSR2, lambda: got.append("heard"))
         for _ in range(2000):
             os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -1016,7 +1016,7 @@ def fail() -> None:
 
 async def hears_signals(loop: Loop) -> bool:
     got: list[int] = []
-    loop.on_signal(signal.SIGUSR2, lambda: got.append(1))
+    loop.wakeups.on_signal(signal.SIGUSR2, lambda: got.append(1))
     os.kill(os.getpid(), signal.SIGUSR2)
     await rounds(loop, 4)
     return bool(got)
@@ -1025,7 +1025,7 @@ async def hears_signals(loop: Loop) -> bool:
 @pytest.mark.usefixtures("own_signals")
 def test_an_action_that_fails_is_logged_and_later_signals_are_heard(caplog: pytest.LogCaptureFixture) -> None:
     async def main(loop: Loop) -> bool:
-        loop.on_signal(signal.SIGUSR1, fail)
+        loop.wakeups.on_signal(signal.SIGUSR1, fail)
         os.kill(os.getpid(), signal.SIGUSR1)
         await rounds(loop, 4)
         return await hears_signals(loop)
@@ -1040,7 +1040,7 @@ def test_a_thread_s_outcome_that_cannot_be_used_is_logged_and_signals_are_heard(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def main(loop: Loop) -> bool:
-        loop.run_in_thread(lambda: None, lambda _: fail())
+        loop.wakeups.run_in_thread(lambda: None, lambda _: fail())
         while "the reason" not in caplog.text:
             await loop.yield_turn()
         return await hears_signals(loop)
@@ -1089,7 +1089,7 @@ def test_the_outcome_of_a_thread_reaches_the_loop(function: Callable[[], object]
             got.append(outcome)
             task.wake()
 
-        loop.run_in_thread(function, then)
+        loop.wakeups.run_in_thread(function, then)
         await wait_for(lambda: got)
         assert list(map(repr, got)) == [expected]
 
@@ -1113,7 +1113,7 @@ def test_the_loop_goes_on_while_a_thread_blocks() -> None:
             got.append(outcome)
             task.wake()
 
-        loop.run_in_thread(block, then)
+        loop.wakeups.run_in_thread(block, then)
         while not blocked.is_set():
             await loop.sleep(0.001)
         await rounds(loop, 5)
@@ -1132,7 +1132,7 @@ def test_the_outcomes_of_more_threads_than_the_wake_up_socket_holds_all_arrive()
 
     async def main(loop: Loop) -> None:
         for number in range(count):
-            loop.run_in_thread(partial(ended.append, number), got.append)
+            loop.wakeups.run_in_thread(partial(ended.append, number), got.append)
         eventually(lambda: len(ended) == count and threading.active_count() < 20)
         assert not got
         await rounds(loop, 5)
@@ -1147,7 +1147,7 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_leaves_nothing_behind()
     async def main(loop: Loop) -> None:
         threads = threading.active_count()
         with no_threads(), pytest.raises(RuntimeError):
-            loop.run_in_thread(lambda: 1, got.append)
+            loop.wakeups.run_in_thread(lambda: 1, got.append)
         assert threading.active_count() == threads
         await rounds(loop, 4)
         assert not got
@@ -1176,7 +1176,7 @@ def test_a_thread_may_outlive_the_loop() -> None:
         return "too late"
 
     async def main(loop: Loop) -> None:
-        loop.run_in_thread(block, got.append)
+        loop.wakeups.run_in_thread(block, got.append)
         eventually(lambda: threads)
 
     run(main)
@@ -1200,7 +1200,7 @@ def test_a_loop_gives_its_descriptors_back() -> None:
 def test_signals_are_not_delivered_to_threads() -> None:
     async def main(loop: Loop) -> set[int]:
         outcomes: list[object] = []
-        loop.run_in_thread(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), outcomes.append)
+        loop.wakeups.run_in_thread(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), outcomes.append)
         while not outcomes:
             await loop.sleep(0.001)
         blocked = outcomes[0]

@@ -38,6 +38,7 @@ from tests.support import (
     reset,
     run,
     send_and_close,
+    tasks_of,
     tcp_pair,
 )
 
@@ -984,20 +985,20 @@ def test_a_side_without_memory_has_its_task_woken_once_a_moment_and_may_be_close
         kernel = Kernel("send")
         side = Side(loop, kernel.sock(far))
         side.watch()
-        tasks = loop.tasks
+        tasks = tasks_of(loop)
         for _ in range(2):
             while not side.ready & OUT:
                 await news()
             for _ in range(3):
                 assert side.write(b"x") == 0
-            assert loop.tasks == tasks + 1
-            while loop.tasks > tasks:
+            assert tasks_of(loop) == tasks + 1
+            while tasks_of(loop) > tasks:
                 await news()
         side.write(b"x")
         side.close()
         near.close()
         until = loop.now + 1
-        while loop.tasks > tasks:
+        while tasks_of(loop) > tasks:
             assert loop.now < until
             await loop.yield_turn()
 

@@ -16,7 +16,7 @@ from rspd.net.address import resolve
 from rspd.net.listener import Listener, open_listeners
 from rspd.serving.places import INTERVAL, QUIET, STANDSTILL, Places, who_waits
 from tests.engine.test_loop import advance, rounds
-from tests.support import FakeClock, abstract_name, eventually, run
+from tests.support import FakeClock, abstract_name, eventually, run, tasks_of
 
 
 def begin(waiting: object) -> str:
@@ -228,16 +228,16 @@ def test_a_proxy_that_has_a_place_looks_no_more(host: Host, monkeypatch: pytest.
     monkeypatch.setattr(Listener, "waiting", look)
 
     async def main(loop: Loop, clock: FakeClock) -> None:
-        before = loop.tasks
+        before = tasks_of(loop)
         proxy = Proxy(loop, [host.listen()])
-        assert loop.tasks == before + 1
+        assert tasks_of(loop) == before + 1
         proxy.taken.clear()
         await advance(loop, clock, STANDSTILL)
-        assert loop.tasks == before
+        assert tasks_of(loop) == before
         assert not looks, "for a connection that ended within a second"
         proxy.taken.append("another")
         proxy.fill()
-        assert loop.tasks == before + 1
+        assert tasks_of(loop) == before + 1
         await proxy.stand(loop, clock, 3)
         assert len(looks) == 3
         await proxy.end(loop, clock)
@@ -400,9 +400,9 @@ def test_more_places_end_it_and_the_line_has_the_limit_of_the_warning(
         await proxy.stand(loop, clock)
         proxy.places.apply(4, proxy.listeners)
         assert proxy.places.waiting == ""
-        before = loop.tasks
+        before = tasks_of(loop)
         await proxy.stand(loop, clock, 4)
-        assert loop.tasks == before - 1
+        assert tasks_of(loop) == before - 1
 
     play(main)
     assert caplog.messages == [begin(2), end(2)]
@@ -430,14 +430,14 @@ def test_other_listeners_have_other_clients(host: Host, caplog: pytest.LogCaptur
 
 def test_closed_it_leaves_nothing_behind(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     async def main(loop: Loop, clock: FakeClock) -> None:
-        before = loop.tasks
+        before = tasks_of(loop)
         proxy = Proxy(loop, [host.listen()])
         host.come(proxy.listeners[0], 2)
         await proxy.stand(loop, clock)
         proxy.places.close()
         assert proxy.places.waiting == ""
         await rounds(loop)
-        assert loop.tasks == before
+        assert tasks_of(loop) == before
         await advance(loop, clock, QUIET)
 
     play(main)

@@ -28,7 +28,7 @@ from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
 from tests.dialled import unix_listener
 from tests.engine.test_loop import advance, rounds
 from tests.engine.test_pipes import no_descriptors
-from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, reset, run
+from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, reset, run, tasks_of
 
 
 def common(loop: Loop) -> Common:
@@ -226,7 +226,7 @@ def test_a_proxy_that_leaves_goes_on_checking_and_looking_up_until_its_last_conn
         )
 
         async def main(loop: Loop) -> None:
-            tasks = loop.tasks
+            tasks = tasks_of(loop)
             own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
             proxy = Proxy(common(loop), config, [Listener(listen, own)])
 
@@ -246,7 +246,7 @@ def test_a_proxy_that_leaves_goes_on_checking_and_looking_up_until_its_last_conn
                     assert client.recv(1) == b"x"
                 await until(lambda: not proxy.backends.any_up)
             await until(lambda: proxy.open == 0)
-            await until(lambda: loop.tasks == tasks)
+            await until(lambda: tasks_of(loop) == tasks)
 
         run(main)
 
@@ -259,13 +259,13 @@ def test_a_proxy_that_leaves_without_a_connection_checks_and_looks_up_no_more() 
         config = ProxyConfig((listen,), backends, health=HealthConfig())
 
         async def main(loop: Loop) -> None:
-            tasks = loop.tasks
+            tasks = tasks_of(loop)
             own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
             proxy = Proxy(common(loop), config, [Listener(listen, own)])
             await loop.yield_turn()
-            assert loop.tasks > tasks
+            assert tasks_of(loop) > tasks
             proxy.stop_listening()
-            while loop.tasks > tasks:
+            while tasks_of(loop) > tasks:
                 await loop.sleep(0.01)
 
         run(main)
