@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from rspd.engine.loop import Loop, news
 from rspd.engine.side import Side
 from rspd.net.connect import OUR_FAULT
+from rspd.net.waiting import wait
 from rspd.settings import HealthConfig
 
 # Bytes of an answer that are read: the status line, or what is expected, is to be among them.
@@ -102,7 +103,7 @@ async def _send(side: Side, data: bytes, deadline: float) -> None:
             # What the backend said before is still to be read, and may be all that is needed.
             return
         if left:
-            await _wait(side.loop, deadline)
+            await wait(side.loop, deadline)
 
 
 async def _receive(side: Side, config: HealthConfig, buffer: memoryview, deadline: float, awaited: str) -> None:
@@ -112,7 +113,7 @@ async def _receive(side: Side, config: HealthConfig, buffer: memoryview, deadlin
         # Read until there is no more: bytes and the end of the stream may have come with one event.
         count = side.read_into(buffer[total:])
         if count is None:
-            await _wait(side.loop, deadline)
+            await wait(side.loop, deadline)
             continue
         total += count
         if count and _is_good(config, bytes(buffer[:total])):
@@ -138,13 +139,6 @@ def _is_good(config: HealthConfig, answer: bytes) -> bool:
     if not any(low <= status <= high for low, high in config.status):
         raise CheckError(f"status {status}, expected {', '.join(map(str, config.status))}")
     return True
-
-
-async def _wait(loop: Loop, deadline: float) -> None:
-    if loop.now >= deadline:
-        raise TimeoutError
-    loop.current.wake_at(deadline)
-    await news()
 
 
 def _shown(data: bytes) -> str:

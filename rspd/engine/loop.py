@@ -2,9 +2,8 @@
 
 A task is a coroutine. It suspends in one way only: `await news()`, or a bare `yield`, which does the same. The loop
 resumes a task when a descriptor it watches is ready for something new, when its deadline has passed, or when somebody
-called `Task.wake`. A task may be resumed without cause, so each time it checks what it waits for.
-
-Everything runs in one thread; a task that neither waits nor yields keeps the others waiting.
+called `Task.wake`. A task may be resumed without cause, so each time it checks what it waits for. Everything runs in
+one thread: a task that neither waits nor yields keeps the others waiting.
 """
 
 from __future__ import annotations
@@ -21,19 +20,15 @@ from typing import Any, TypeVar
 
 from rspd.engine.wakeups import Wakeups
 
-IN = select.EPOLLIN
-OUT = select.EPOLLOUT
-ERR = select.EPOLLERR
-HUP = select.EPOLLHUP
-PRI = select.EPOLLPRI
-RDHUP = select.EPOLLRDHUP
-EDGE = select.EPOLLET
-EXCLUSIVE = select.EPOLLEXCLUSIVE
+IN, OUT, PRI = select.EPOLLIN, select.EPOLLOUT, select.EPOLLPRI
+ERR, HUP, RDHUP = select.EPOLLERR, select.EPOLLHUP, select.EPOLLRDHUP
+EDGE, EXCLUSIVE = select.EPOLLET, select.EPOLLEXCLUSIVE
 
 # Seconds. epoll_wait takes no more than 24 days. To wake once a day for nothing costs nothing.
 LONGEST_WAIT = 86400.0
 
 T = TypeVar("T")
+Work = Coroutine[Any, Any, object]
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +65,7 @@ class Task:
 
     __slots__ = ("_armed", "_coroutine", "_loop", "_on_done", "_send", "deadline", "done")
 
-    def __init__(
-        self, loop: Loop, coroutine: Coroutine[Any, Any, object], on_done: Callable[[Task], object] | None
-    ) -> None:
+    def __init__(self, loop: Loop, coroutine: Work, on_done: Callable[[Task], object] | None) -> None:
         self._loop = loop
         self._coroutine = coroutine
         self._send = coroutine.send
@@ -104,11 +97,10 @@ class Task:
 
 
 class Loop:
-    """Runs tasks until the main one returns. To be used by one thread, as a context manager that closes it.
+    """Runs tasks until the main one returns. For one thread; to be closed, as a context manager.
 
     clock: returns monotonic seconds; tests pass their own.
-    now: the time of this turn.
-    turn: its number.
+    now, turn: the time of this turn, and its number.
     current: the task that is running.
     wakeups: by which signals and threads reach the loop.
     """
@@ -134,16 +126,13 @@ class Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give back the loop's own descriptors and signal handlers. Tasks that are not done are abandoned."""
+        # Tasks that are not done are abandoned.
         self._epoll.close()
         self.wakeups.close()
 
     # Tasks
 
-    def spawn(self, coroutine: Coroutine[Any, Any, object], on_done: Callable[[Task], object] | None = None) -> Task:
+    def spawn(self, coroutine: Work, on_done: Callable[[Task], object] | None = None) -> Task:
         """Start a task and run it, here and now, up to its first wait. `on_done` is called when it has ended."""
         task = Task(self, coroutine, on_done)
         self._tasks.add(task)
@@ -154,7 +143,7 @@ class Loop:
         except (StopIteration, Cancelled):
             self._end(task)
         except Exception:
-            self._fail(task)
+            self._end(task, failed=True)
         finally:
             self.current = caller
         return task
@@ -276,13 +265,11 @@ class Loop:
                     except (StopIteration, Cancelled):
                         self._end(task)
                     except Exception:
-                        self._fail(task)
+                        self._end(task, failed=True)
 
-    def _fail(self, task: Task) -> None:
-        log.exception("a task failed; this is a bug")
-        self._end(task)
-
-    def _end(self, task: Task) -> None:
+    def _end(self, task: Task, failed: bool = False) -> None:
+        if failed:
+            log.exception("a task failed; this is a bug")
         task.done = True
         self._tasks.discard(task)
         if task._on_done:
@@ -293,8 +280,6 @@ class Loop:
         # Stay within what epoll_wait takes: a timer that fires too early is set again.
         if when > now + LONGEST_WAIT:
             when = now + LONGEST_WAIT
-        elif when < now:
-            when = now
         task._armed = when
         heapq.heappush(timers, (when, next(self._sequence), task))
         # Outdated entries stay until they are due. When most entries are outdated, these are removed.

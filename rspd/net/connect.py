@@ -13,6 +13,7 @@ from rspd.engine.loop import ERR, HUP, OUT, Loop, news
 from rspd.engine.side import Side, UnixSide
 from rspd.net.address import SocketAddress
 from rspd.net.descriptors import SHORT, Shortage
+from rspd.net.waiting import check, wait
 from rspd.net.ways import LoopError, Way
 
 # Seconds between two attempts at a unix socket whose backlog is full, doubled each time up to the second figure:
@@ -21,6 +22,8 @@ FIRST_RETRY, LAST_RETRY = 0.01, 0.1
 
 # The lowest port that the kernel may pick for the near end of an outgoing connection.
 UNPRIVILEGED_PORTS = 1024
+
+LATE, GONE = "no answer within the connect timeout", "the client is gone"
 
 REFUSED = frozenset({errno.ECONNREFUSED, errno.ENOENT})
 
@@ -61,7 +64,7 @@ async def connect(
             way.begin(near)
         retry = FIRST_RETRY
         while (code := sock.connect_ex(address)) == errno.EAGAIN:
-            _check_time(loop, client, deadline)
+            check(loop, deadline, LATE, partial(_gone, client), GONE)
             await loop.sleep(min(retry, deadline - loop.now))
             retry = min(2 * retry, LAST_RETRY)
         if code not in (0, errno.EINPROGRESS):
@@ -72,11 +75,11 @@ async def connect(
             side.watch()
         except OSError as error:
             await shortage.retry(side.watch, error, deadline, partial(_gone, client))
+        # The first wait needs no check: a connection is made in one turn, or soon.
         loop.current.wake_at(deadline)
         await news()
         while not side.ready & (OUT | ERR | HUP):
-            _check_time(loop, client, deadline)
-            await news()
+            await wait(loop, deadline, LATE, partial(_gone, client), GONE)
         if side.ready & ERR:
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             # These two mean: it was connected, and has aborted since. The relay passes on what it sent before.
@@ -175,10 +178,3 @@ def _configure(sock: socket.SocketType, address: tuple[str, int], way: Way | Non
 
 def _gone(client: Side | None) -> bool:
     return client is not None and client.aborted
-
-
-def _check_time(loop: Loop, client: Side | None, deadline: float) -> None:
-    if loop.now >= deadline:
-        raise TimeoutError("no answer within the connect timeout")
-    if _gone(client):
-        raise ConnectionAbortedError(errno.ECONNABORTED, "the client is gone")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 
-from rspd.engine.loop import Loop, Task, news
+from rspd.engine.loop import Loop, Task
 from rspd.net.address import Address, SocketAddress, literal, resolve
+from rspd.net.waiting import wait
 
 # Seconds for which an answer is used again. Short enough that nobody waits for a change, long enough that a busy
 # proxy does not ask for every connection.
@@ -30,12 +30,13 @@ class Resolver:
         self._under_way: dict[Address, Lookup] = {}
 
     async def look_up(
-        self, address: Address, deadline: float, given_up: Callable[[], bool] = lambda: False
+        self, address: Address, deadline: float, given_up: Callable[[], bool] | None = None
     ) -> list[SocketAddress]:
         """The socket addresses of an address; at once if it names no host, or was looked up just now.
 
         given_up: called whenever the task is woken; if it returns True, the wait for the answer ends.
-        Raises TimeoutError at the deadline (the loop's time), another OSError if the name has no address.
+        Raises TimeoutError at the deadline (the loop's time), another OSError if the name has no address, or if it is
+        given up.
         """
         if not address.host or literal(address):
             return resolve(address)  # nobody has to be asked
@@ -45,14 +46,10 @@ class Resolver:
         lookup = self._under_way.get(address) or self._start(address)
         task = self._loop.current
         lookup.waiting.add(task)
-        task.wake_at(deadline)
         try:
             while lookup.outcome is None:
-                if self._loop.now >= deadline:
-                    raise TimeoutError(f"no answer to the lookup of {address.host}")
-                if given_up():
-                    raise ConnectionAbortedError(errno.ECONNABORTED, "nobody waits for the name any more")
-                await news()
+                late = f"no answer to the lookup of {address.host}"
+                await wait(self._loop, deadline, late, given_up, "nobody waits for the name any more")
         finally:
             lookup.waiting.discard(task)
         if isinstance(lookup.outcome, Exception):

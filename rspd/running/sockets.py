@@ -67,7 +67,7 @@ class Sockets:
             for address in parts[proxy.name].addresses:
                 deadline = self._loop.now + proxy.connect_timeout if given_up else inf
                 try:
-                    where = await self._resolver.look_up(address, deadline, given_up or (lambda: False))
+                    where = await self._resolver.look_up(address, deadline, given_up)
                 except OSError as error:
                     raise ListenError(address, address, error) from None
                 bindings[address] = Binding(where, proxy.backlog, proxy.reuse_port)

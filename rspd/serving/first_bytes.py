@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 
-from rspd.engine.loop import Loop, news
+from rspd.engine.loop import Loop
 from rspd.engine.side import Side
+from rspd.net.waiting import wait
 from rspd.protocols.proxy_protocol import SIGNATURE, V1_MAX, V2_MAX, Header, HeaderError, NoHeaderError, parse
 
 
@@ -17,7 +18,6 @@ async def take_header(loop: Loop, client: Side, deadline: float) -> Header:
     Raises HeaderError, also if the stream ends within the header (NoHeaderError: before it). Raises TimeoutError at the
     deadline, ConnectionAbortedError if the client aborted. By then, some or all of the header may have been taken.
     """
-    loop.current.wake_at(deadline)
     data = b""
     while True:
         piece = client.peek((V2_MAX if data.startswith(SIGNATURE) else V1_MAX) - len(data))
@@ -36,6 +36,4 @@ async def take_header(loop: Loop, client: Side, deadline: float) -> Header:
             raise NoHeaderError("expected a PROXY protocol header, found the end of the stream")
         if piece is not None:
             raise HeaderError(f"expected a PROXY protocol header, found the end of the stream after {data[:16]!r}")
-        if loop.now >= deadline:
-            raise TimeoutError(f"expected a PROXY protocol header in time, found {data[:16]!r}")
-        await news()
+        await wait(loop, deadline, f"expected a PROXY protocol header in time, found {data[:16]!r}")
