@@ -19,7 +19,7 @@ ANSWER_MAX = 16384
 SHOWN_MAX = 40
 
 # The status line as servers send it. RFC 9112 lets clients accept a bare line feed, and no space if no reason follows.
-STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: .*)?\r?")
+STATUS_LINE = rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: .*)?\r?"
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _is_good(config: HealthConfig, answer: bytes) -> bool:
     line, end, _ = answer.partition(b"\n")
     if not end:
         return False
-    match = STATUS_LINE.fullmatch(line)
+    match = re.fullmatch(STATUS_LINE, line)
     if not match:
         raise CheckError(f"expected a status line, found '{_shown(line[:SHOWN_MAX])}'")
     # After a 1xx, nothing more is expected: no server may send one to an HTTP/1.0 client (RFC 9110, 15.2).

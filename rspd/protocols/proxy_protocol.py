@@ -23,8 +23,8 @@ V2_MAX = 16384
 
 V1_UNKNOWN = b"PROXY UNKNOWN\r\n"
 V1_STARTS = (b"PROXY TCP4 ", b"PROXY TCP6 ", b"PROXY UNKNOWN ", V1_UNKNOWN)
-V1_BEGUN = re.compile(rb"PROXY (TCP[46] [\dA-Fa-f:. ]*|UNKNOWN( [^\r\n]*)?)")
-V1_TCP = re.compile(rb"PROXY TCP([46]) ([\dA-Fa-f:.]+) ([\dA-Fa-f:.]+) (0|[1-9]\d{0,4}) (0|[1-9]\d{0,4})")
+V1_BEGUN = rb"PROXY (TCP[46] [\dA-Fa-f:. ]*|UNKNOWN( [^\r\n]*)?)"
+V1_TCP = rb"PROXY TCP([46]) ([\dA-Fa-f:.]+) ([\dA-Fa-f:.]+) (0|[1-9]\d{0,4}) (0|[1-9]\d{0,4})"
 V1_FORM = "`PROXY TCP4 SOURCE DESTINATION PORT PORT`, TCP6, or `PROXY UNKNOWN`"
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
@@ -109,13 +109,13 @@ def _parse_v1(data: bytes) -> tuple[Header, int] | None:
     line, crlf, _ = data[:V1_MAX].partition(b"\r\n")
     if not crlf:
         # A CR may only be the last byte: its LF is still to come.
-        if len(data) < V1_MAX and V1_BEGUN.fullmatch(line.removesuffix(b"\r")):
+        if len(data) < V1_MAX and _pattern(V1_BEGUN).fullmatch(line.removesuffix(b"\r")):
             return None
         raise HeaderError(f"expected {V1_FORM}, CRLF within {V1_MAX} bytes, found {line!r}")
     size = len(line) + len(crlf)
-    if line.startswith(b"PROXY UNKNOWN") and V1_BEGUN.fullmatch(line):
+    if line.startswith(b"PROXY UNKNOWN") and _pattern(V1_BEGUN).fullmatch(line):
         return NO_ADDRESSES, size
-    if match := V1_TCP.fullmatch(line):
+    if match := _pattern(V1_TCP).fullmatch(line):
         version, source, destination, *ports = match[0].decode()[9:].split(" ")
         family = AF_INET if version == "4" else AF_INET6
         try:
@@ -124,6 +124,12 @@ def _parse_v1(data: bytes) -> tuple[Header, int] | None:
         except (OSError, struct.error):
             pass
     raise HeaderError(f"expected {V1_FORM}, found {line!r}")
+
+
+@cache
+def _pattern(text: bytes) -> re.Pattern[bytes]:
+    # Compiled when it is needed: few configurations have accept_proxy, and each start would pay.
+    return re.compile(text)
 
 
 def _parse_v2(data: bytes) -> tuple[Header, int] | None:
