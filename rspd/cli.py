@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from rspd import __version__
 from rspd.config.addresses import parse_address, parse_backend, parse_pair
@@ -26,8 +26,6 @@ from rspd.running.service import run
 from rspd.settings import DEFAULT_FILE, BackendConfig, Config
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 DESCRIPTION = "Accepts TCP connections and relays each to a backend, one at a time by default."
 
@@ -166,45 +164,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=33, width=80),
         allow_abbrev=False,
     )
-    parser.add_argument("addresses", nargs="*", help=argparse.SUPPRESS)
     add = parser.add_argument
-    add("-c", "--config", metavar="FILE", help=f"the configuration file, else {DEFAULT_FILE}")
-    add(
-        "-l",
-        "--listen",
-        metavar="ADDRESS",
-        action="append",
-        type=_checked(listed(parse_address, "an address", "-l")),
-        help="listen there",
-    )
-    add(
-        "-b",
-        "--backend",
-        metavar="ADDRESS",
-        action="append",
-        type=_checked(listed(parse_backend, "an address", "-b")),
-        help="relay to there",
-    )
-    add(
-        "--max-connections",
-        metavar="N",
-        type=_checked(PROXY_KEYS["max_connections"].parse),
-        help="serve N clients at once",
-    )
-    add(
-        "--log-level",
-        metavar="LEVEL",
-        type=_checked(GENERAL_KEYS["log_level"].parse),
-        help="debug, info, warning or error",
-    )
-    add(
-        "--exit-idle-time",
-        metavar="DURATION",
-        type=_checked(GENERAL_KEYS["exit_idle_time"].parse),
-        help="end when idle for so long",
-    )
+
+    def add_value(names: str, value: str, parse: Callable[[str], object], text: str, action: str = "store") -> None:
+        add(*names.split(), metavar=value, type=_checked(parse), help=text, action=action)
+
+    add("addresses", nargs="*", help=argparse.SUPPRESS)
+    add_value("-c --config", "FILE", str, f"the configuration file, else {DEFAULT_FILE}")
+    add_value("-l --listen", "ADDRESS", listed(parse_address, "an address", "-l"), "listen there", action="append")
+    add_value("-b --backend", "ADDRESS", listed(parse_backend, "an address", "-b"), "relay to there", action="append")
+    add_value("--max-connections", "N", PROXY_KEYS["max_connections"].parse, "serve N clients at once")
+    add_value("--log-level", "LEVEL", GENERAL_KEYS["log_level"].parse, "debug, info, warning or error")
+    add_value("--exit-idle-time", "DURATION", GENERAL_KEYS["exit_idle_time"].parse, "end when idle for so long")
     add("--foreground", action="store_true", help="stay in the foreground")
-    add("--pid-file", metavar="FILE", type=_checked(_parse_path), help="write the process's number there")
+    add_value("--pid-file", "FILE", _parse_path, "write the process's number there")
     add("--check", action="store_true", help="check the configuration and exit")
     add("--all", action="store_true", help="with --check: print each value in force")
     add("-h", "--help", action="help", help="print this and exit")
@@ -218,10 +191,10 @@ def _parse_path(text: str) -> str:
     return os.path.abspath(text)
 
 
-def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
+def _checked(parse: Callable[[str], object]) -> Callable[[str], object]:
     """A parser whose ValueError argparse repeats to the user."""
 
-    def check(text: str) -> T:
+    def check(text: str) -> object:
         try:
             return parse(text)
         except ValueError as error:
@@ -244,13 +217,9 @@ def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
             listen, backends = ([address] for address in parse_pair(options.addresses))
         except ValueError as error:
             parser.error(str(error))
-    values = {
-        "listen": tuple(dict.fromkeys(listen)) if listen else None,
-        "backends": tuple(BackendConfig(address) for address in dict.fromkeys(backends)) if backends else None,
-        "max_connections": options.max_connections,
-        "log_level": options.log_level,
-        "exit_idle_time": options.exit_idle_time,
-    }
+    values = {name: getattr(options, name) for name in ("max_connections", "log_level", "exit_idle_time")}
+    values["listen"] = tuple(dict.fromkeys(listen)) if listen else None
+    values["backends"] = tuple(map(BackendConfig, dict.fromkeys(backends))) if backends else None
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -265,11 +234,9 @@ def _advise(word: str) -> str:
 
 def _open_standard_descriptors() -> None:
     """Put /dev/null where stdin, stdout or stderr is closed. Else a client's socket could get the log's number."""
-    while True:
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            break
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
     # Python has None for a stream that was closed; argparse, print and python-daemon want a file.
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
