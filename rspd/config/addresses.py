@@ -43,11 +43,11 @@ def parse_address(text: str, dialled: bool = False) -> Address:
         raise _no_address(text, dialled)
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-        if not _is_numeric(host, socket.AF_INET6):
+        if not _is_ipv6(host):
             raise ValueError(f"expected an IPv6 address between the brackets, found {text!r}")
     elif ":" in host:
         forms = (text, host, text.removeprefix("[").removesuffix("]"))  # without brackets, or without a port after them
-        if any(_is_numeric(form.partition("%")[0], socket.AF_INET6) for form in forms):
+        if any(_is_ipv6(form.partition("%")[0]) for form in forms):
             raise ValueError(f"expected brackets around an IPv6 address, as in [::1]:8080, found {text!r}")
         raise _no_address(text, dialled)
     elif colon:
@@ -70,17 +70,14 @@ def parse_pair(words: Sequence[str]) -> tuple[Address, Address]:
     port, host, backend_port = words
     if host.startswith(("/", "@")):
         raise ValueError(f"expected a host, found {host!r}; a unix socket has no port")
-    if _has_port(host):
+    try:
+        parse_backend(host)
+    except ValueError:
+        pass  # it has no port
+    else:
         raise ValueError(f"expected a host without a port, found {host!r}; several backends are -b {host} -b ...")
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     return parse_address(port), parse_backend(f"{host}:{backend_port}")
-
-
-def _has_port(text: str) -> bool:
-    try:
-        return bool(parse_backend(text))
-    except ValueError:
-        return False
 
 
 def _no_address(text: str, dialled: bool, reason: str = "") -> ValueError:
@@ -101,10 +98,9 @@ def _advise(text: str, dialled: bool) -> str:
             address += {"http": ":80", "https": ":443"}.get(scheme.lower(), ":PORT")
         return f"; write {address} without {scheme}://" + (" and path" if path else "")
     if match := re.fullmatch(r"(?:\*|0)?:?([1-9]\d*)", text, re.ASCII):
-        port = match[1]
-        return (
-            f"; port {port} of this host is 127.0.0.1:{port}" if dialled else f"; a port alone is every address: {port}"
-        )
+        if dialled:
+            return f"; port {match[1]} of this host is 127.0.0.1:{match[1]}"
+        return f"; a port alone is every address: {match[1]}"
     if re.fullmatch(r"localhost|\d+(\.\d+){3}|[\w-]+(\.[\w-]+)*\.[a-z]{2,}\.?", text, re.ASCII | re.IGNORECASE):
         return f"; the port is missing, as in {text}:80"
     if dialled and re.fullmatch(r"(?![\d.]+$)\w[\w.-]*", text, re.ASCII):
@@ -148,12 +144,12 @@ def _parse_port(port: str, text: str, dialled: bool) -> int:
         raise _no_address(text, dialled, known) from None
 
 
-def _is_numeric(host: str, family: int) -> bool:
+def _is_ipv6(host: str) -> bool:
     # The codec for a str would let the digits of other scripts pass. The C library stops at a null byte.
     if not host.isascii() or not host.isprintable():
         return False
     try:
-        socket.getaddrinfo(host, None, family=family, flags=socket.AI_NUMERICHOST)
+        socket.getaddrinfo(host, None, family=socket.AF_INET6, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):
         return False
     return True
