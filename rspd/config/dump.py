@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS
-from rspd.config.schema import SPELLINGS, Many, Scalar
-from rspd.config.values import OFF, format_duration
+from rspd.config.schema import USUAL, Many, Scalar
+from rspd.config.values import OFF, accepts, format_duration
 from rspd.settings import BackendConfig, Config, HealthConfig
 
 TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
@@ -29,16 +29,13 @@ def dump(config: Config) -> str:
 
 
 def _mapping(keys: Mapping[str, Scalar], values: Mapping[str, Any]) -> yaml.MappingNode:
-    found = [
-        (_name(name, values[name]), _node(reader, values[name])) for name, reader in keys.items() if name in values
-    ]
-    return yaml.MappingNode(MAPPING, [(name, node) for name, node in found if node])
-
-
-def _name(key: str, value: Any) -> yaml.ScalarNode:
-    """A key in its usual spelling: `backend` if there is only one."""
-    usual = {full: short for short, full in SPELLINGS.items()}
-    return _scalar(usual[key] if key in usual and len(value) == 1 else key)
+    """Each key in its usual spelling: `backend` if there is only one."""
+    entries = []
+    for name, reader in keys.items():
+        if name in values and (node := _node(reader, values[name])):
+            usual = USUAL[name] if name in USUAL and len(values[name]) == 1 else name
+            entries.append((_scalar(usual), node))
+    return yaml.MappingNode(MAPPING, entries)
 
 
 def _node(reader: Scalar, value: Any) -> yaml.Node | None:
@@ -53,7 +50,8 @@ def _node(reader: Scalar, value: Any) -> yaml.Node | None:
     if isinstance(reader, Many) and value:
         items = [_node(reader.item, item) for item in value]
         return items[0] if len(items) == 1 else yaml.SequenceNode(LIST, items)
-    node = next((_scalar(text) for text in _texts(value) if _reads(reader, text) == value), None)
+    meant = (_scalar(text) for text in _texts(value) if accepts(reader.parse, text) and reader.parse(text) == value)
+    node = next(meant, None)
     assert node or value in ("", ()), f"nothing means {value!r}"
     return node
 
@@ -66,13 +64,6 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, float):
         yield format_duration(value)
     yield str(value)
-
-
-def _reads(reader: Scalar, text: str) -> Any:
-    try:
-        return reader.parse(text)
-    except ValueError:
-        return NotImplemented  # equal to no value
 
 
 def _scalar(text: str, style: str | None = None) -> yaml.ScalarNode:

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
+from rspd.config import values
 from rspd.config.addresses import DIALLED, parse_address, parse_backend
-from rspd.config.schema import Many, Report, Scalar, Settings, Table, read_keys
-from rspd.config.values import (
-    OFF,
-    ON,
-    listed,
-    number_or,
-    one_of,
-    one_of_or_off,
-    parse_bytes,
-    parse_duration,
-    parse_finite_duration,
-    parse_host,
-    parse_http_path,
-    parse_status,
-    parse_switch,
-    parse_wait,
-    whole_number,
-)
+from rspd.config.schema import USUAL, Many, Report, Scalar, Settings, Table, read_keys
 from rspd.config.yamlfile import Value, read_entries
 from rspd.errors import ConfigError
 from rspd.log import LEVELS
@@ -36,14 +21,14 @@ BALANCES = ("round-robin", "least-connections", "random", "source")
 
 CONNECTIONS_MAX = 1_000_000
 
+_parse_limit = values.unless(values.OFF, inf, values.whole_number(1, CONNECTIONS_MAX, "off"))
+
 
 def _parse_health(text: str) -> HealthConfig | None:
     """What `health` means if its value is no mapping."""
-    if text.lower() in ON:
-        return HealthConfig()
-    if text.lower() not in OFF:
+    if text.lower() not in values.ON + values.OFF:
         raise ValueError(f"expected a mapping, as {{http: /health}}, or on or off, found {text!r}")
-    return None
+    return HealthConfig() if text.lower() in values.ON else None
 
 
 def _check_health(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -55,72 +40,69 @@ def _check_health(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 BACKEND_KEYS: Mapping[str, Scalar] = {
     "address": Scalar(parse_backend),
-    "weight": Scalar(whole_number(1, 1000)),
-    "backup": Scalar(parse_switch),
-    "max_connections": Scalar(number_or("off", 1, CONNECTIONS_MAX)),
+    "weight": Scalar(values.whole_number(1, 1000)),
+    "backup": Scalar(values.parse_switch),
+    "max_connections": Scalar(_parse_limit),
 }
 
 HEALTH_KEYS: Mapping[str, Scalar] = {
-    "interval": Scalar(parse_finite_duration),
-    "timeout": Scalar(parse_finite_duration),
-    "rise": Scalar(whole_number(1, 100)),
-    "fall": Scalar(whole_number(1, 100)),
-    "http": Scalar(parse_http_path),
-    "host": Scalar(parse_host),
-    "status": Many(Scalar(parse_status, "a status"), "status", separator=","),
-    "send": Scalar(parse_bytes),
-    "expect": Scalar(parse_bytes),
+    "interval": Scalar(values.parse_finite_duration),
+    "timeout": Scalar(values.parse_finite_duration),
+    "rise": Scalar(values.whole_number(1, 100)),
+    "fall": Scalar(values.whole_number(1, 100)),
+    "http": Scalar(values.matching(r"/[!-~]*", "a path that begins with /, without spaces, as /health")),
+    "host": Scalar(values.matching(r"[!-~]+", "a host, as www.example.org")),
+    "status": Many(Scalar(values.parse_status, "a status"), "status", separator=","),
+    "send": Scalar(values.parse_bytes),
+    "expect": Scalar(values.parse_bytes),
 }
 
 _BACKEND = Table(
     BACKEND_KEYS,
     BackendConfig,
-    listed(lambda text: BackendConfig(parse_backend(text)), "a backend"),
+    values.listed(lambda text: BackendConfig(parse_backend(text)), "a backend"),
     "an address or a mapping",
     required={"address": DIALLED},
 )
-_NETWORK = Scalar(listed(parse_network, "a network"), "a network")
+_NETWORK = Scalar(values.listed(parse_network, "a network"), "a network")
 
 # In the order of rspd.yaml(5).
 PROXY_KEYS: Mapping[str, Scalar] = {
-    "listen": Many(Scalar(listed(parse_address, "an address"), "an address"), "address"),
+    "listen": Many(Scalar(values.listed(parse_address, "an address"), "an address"), "address"),
     "backends": Many(_BACKEND, "backend"),
-    "max_connections": Scalar(whole_number(1, CONNECTIONS_MAX)),
+    "max_connections": Scalar(values.whole_number(1, CONNECTIONS_MAX)),
     # The most that listen(2) takes is an int; net.core.somaxconn lowers it.
-    "backlog": Scalar(whole_number(1, 2**31 - 1)),
-    "reuse_port": Scalar(parse_switch),
-    "balance": Scalar(one_of(BALANCES)),
-    "resolve": Scalar(one_of(("one", "each"))),
-    "resolve_interval": Scalar(parse_finite_duration),
-    "connect_timeout": Scalar(parse_duration),
-    "retries": Scalar(number_or("all", 0, 1000)),
-    "max_fails": Scalar(whole_number(1, 1000)),
-    "fail_timeout": Scalar(parse_finite_duration),
-    "queue_timeout": Scalar(parse_wait),
+    "backlog": Scalar(values.whole_number(1, 2**31 - 1)),
+    "reuse_port": Scalar(values.parse_switch),
+    "balance": Scalar(values.one_of(BALANCES)),
+    "resolve": Scalar(values.one_of(("one", "each"))),
+    "resolve_interval": Scalar(values.parse_finite_duration),
+    "connect_timeout": Scalar(values.parse_duration),
+    "retries": Scalar(values.unless(("all",), inf, values.whole_number(0, 1000, "all"))),
+    "max_fails": Scalar(values.whole_number(1, 1000)),
+    "fail_timeout": Scalar(values.parse_finite_duration),
+    "queue_timeout": Scalar(values.parse_wait),
     "health": Table(HEALTH_KEYS, HealthConfig, _parse_health, "a mapping, on or off", check=_check_health),
-    "on_down": Scalar(one_of(("keep", "abort"))),
-    "idle_timeout": Scalar(parse_duration),
-    "half_close_timeout": Scalar(parse_duration),
-    "drain_timeout": Scalar(parse_duration),
+    "on_down": Scalar(values.one_of(("keep", "abort"))),
+    "idle_timeout": Scalar(values.parse_duration),
+    "half_close_timeout": Scalar(values.parse_duration),
+    "drain_timeout": Scalar(values.parse_duration),
     "allow": Many(_NETWORK, "network", none=("all",)),
-    "deny": Many(_NETWORK, "network", none=OFF),
-    "max_connections_per_client": Scalar(number_or("off", 1, CONNECTIONS_MAX)),
-    "send_proxy": Scalar(one_of_or_off("v1", "v2")),
-    "accept_proxy": Many(_NETWORK, "network", none=OFF),
-    "accept_proxy_timeout": Scalar(parse_finite_duration),
+    "deny": Many(_NETWORK, "network", none=values.OFF),
+    "max_connections_per_client": Scalar(_parse_limit),
+    "send_proxy": Scalar(values.unless(values.OFF, "", values.one_of(("v1", "v2", "off")))),
+    "accept_proxy": Many(_NETWORK, "network", none=values.OFF),
+    "accept_proxy_timeout": Scalar(values.parse_finite_duration),
 }
 
 GENERAL_KEYS: Mapping[str, Scalar] = {
-    "exit_idle_time": Scalar(parse_duration),
-    "log_level": Scalar(one_of(LEVELS)),
+    "exit_idle_time": Scalar(values.parse_duration),
+    "log_level": Scalar(values.one_of(LEVELS)),
 }
 
-# Keys that are for all proxies, at the top of the file; and keys that each proxy has of its own.
+# Keys that are for all proxies, at the top of the file; and keys that each proxy has of its own, and what each is for.
 _ABOVE = dict.fromkeys(GENERAL_KEYS, "belongs to the top of the file, it is for all proxies")
-_OWN = ("listen", "backends")
-
-# For the error if one of these keys is missing: the usual spelling, and what the key is for.
-_MISSING = {"listen": ("listen", "listen on"), "backends": ("backend", "relay to")}
+_OWN = {"listen": "listen on", "backends": "relay to"}
 
 
 class _Draft(NamedTuple):
@@ -184,7 +166,7 @@ def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool |
         top = read_keys(_TOP_KEYS, read_entries(path), "", report)
     given = {name: value for name, value in options.items() if name in PROXY_KEYS}
     general = {name: value for name, value in {**top.values, **options}.items() if name in GENERAL_KEYS}
-    defaults = {name: value for name, value in top.values.items() if name in PROXY_KEYS}
+    defaults = {name: value for name, value in {"listen": (), **top.values}.items() if name in PROXY_KEYS}
     drafts = [_Draft("", None, Settings({}, top.seen, top.meant))]
     if proxies := top.seen.get("proxies"):
         drafts = top.values["proxies"] or []
@@ -199,13 +181,10 @@ def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool |
         if sockets or (sockets is None and "backends" not in missing):
             missing = [name for name in missing if name != "listen"]
         for name in missing:
-            short, what = _MISSING[name]
-            report.add(draft.line, draft.path(short), f"missing, expected an address to {what}")
+            usual = USUAL.get(name, name)
+            report.add(draft.line, draft.path(usual), f"missing, expected an address to {_OWN[name]}")
     if not report:
-        made = [
-            ProxyConfig(**{"listen": (), **defaults, **draft.settings.values, **given, "name": draft.name})
-            for draft in drafts
-        ]
+        made = [ProxyConfig(**{**defaults, **draft.settings.values, **given, "name": draft.name}) for draft in drafts]
         for draft, proxy in zip(drafts, made, strict=True):
             _check_proxy(draft, proxy, given, report)
         _check_together(drafts, made, report)

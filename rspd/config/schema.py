@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from rspd.config.values import closest
 from rspd.config.yamlfile import Entry, Value
 
-# Other ways to write a key.
+# The full name of a key by another way to write it; and that way, the usual one, by the full name.
 SPELLINGS = {"backend": "backends"}
+USUAL = {full: short for short, full in SPELLINGS.items()}
 
 # The error for an unknown key lists the known keys if they are at most so many.
 FEW = 12
@@ -214,12 +215,11 @@ def _suggest(key: str, keys: Mapping[str, Scalar], seen: Mapping[str, Entry]) ->
         above = keys.get(SPELLINGS.get(entry.key, entry.key))
         if above and above.holds(key) and entry.value.text == "":
             return f"it belongs to {entry.key} in line {entry.line}: indent it", ""
-    spelled = {full: short for short, full in SPELLINGS.items()}
-    known = [spelled.get(name, name) for name in keys]
+    known = [USUAL.get(name, name) for name in keys]
     name, colon, _ = key.partition(":")
     if colon and name in known:
         return "a space belongs after the colon", name
-    if meant := closest(key, [*known, *(name for name in keys if name in spelled)]):
+    if meant := closest(key, [*known, *(name for name in keys if name in USUAL)]):
         return f"did you mean {meant}?", meant
     if len(known) <= FEW:
         return f"expected one of {', '.join(known)}", ""

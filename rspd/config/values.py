@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import TypeVar
 
@@ -23,15 +23,16 @@ LONGEST = 999_999_999
 OFF = ("off", "no", "false")
 ON = ("on", "yes", "true")
 
-
 # Seconds, by what stands after a number of them.
 UNITS = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}
 
 
-def _seconds(text: str) -> float:
-    """Seconds of `500ms`, `5s`, `2m`, `1h` or a bare number of seconds, to the nanosecond; 0 for anything else."""
+def _seconds(text: str, expected: str = DURATION) -> float:
+    """Seconds of `500ms`, `5s`, `2m`, `1h` or a bare number of seconds, to the nanosecond; not 0."""
     match = re.fullmatch(r"(\d{1,13}(?:\.\d{1,9})?)(ms|s|m|h|)", text, re.ASCII)
     seconds = round(float(match[1]) * UNITS[match[2]], 9) if match else 0
+    if not seconds:
+        raise ValueError(f"{expected}, found {text!r}")
     if seconds > LONGEST * UNITS["h"]:
         raise ValueError(f"expected at most {LONGEST}h, found {text!r}")
     return seconds
@@ -45,27 +46,20 @@ def format_duration(seconds: float) -> str:
     if seconds > 60:  # up to there, write seconds, as the defaults do
         units = ["h", "m", "s"]
     for unit in units:
-        text = f"{seconds / UNITS[unit]:.0f}{unit}"
-        if _seconds(text) == seconds:
-            return text
+        count = round(seconds / UNITS[unit])
+        if round(count * UNITS[unit], 9) == seconds:
+            return f"{count}{unit}"
     return f"{seconds:.9f}".rstrip("0") + "s"
 
 
 def parse_duration(text: str) -> float:
     """Seconds, `inf` for `off`."""
-    if text.lower() in OFF:
-        return inf
-    seconds = _seconds(text)
-    if not seconds:
-        raise ValueError(f"{DURATION}, or off, found {text!r}")
-    return seconds
+    return inf if text.lower() in OFF else _seconds(text, f"{DURATION}, or off")
 
 
 def parse_finite_duration(text: str) -> float:
     """Seconds, no fewer than SHORTEST; there is no `off`."""
     seconds = _seconds(text)
-    if not seconds:
-        raise ValueError(f"{DURATION}, found {text!r}")
     if seconds < SHORTEST:
         raise ValueError(f"expected at least {1000 * SHORTEST:g}ms, found {text!r}")
     return seconds
@@ -75,44 +69,29 @@ def parse_wait(text: str) -> float:
     """Seconds, 0 for `off`."""
     if text.lower() in OFF or re.fullmatch(r"0+(\.0+)?(ms|s|m|h|)", text, re.ASCII):
         return 0.0
-    seconds = _seconds(text)
-    if not seconds:
-        raise ValueError(f"expected a duration, as 500ms, 5s, 2m or 1h, or off, found {text!r}")
-    return seconds
+    return _seconds(text, "expected a duration, as 500ms, 5s, 2m or 1h, or off")
 
 
 def parse_switch(text: str) -> bool:
     """True or False."""
-    word = text.lower()
-    if word in ON:
-        return True
-    if word in OFF:
-        return False
-    raise ValueError(f"expected true or false, found {text!r}")
+    if text.lower() not in ON + OFF:
+        raise ValueError(f"expected true or false, found {text!r}")
+    return text.lower() in ON
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """A parser of whole numbers within bounds."""
+def unless(words: Sequence[str], meaning: T, parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser where some words, small or capital, have a meaning of their own."""
+    return lambda text: meaning if text.lower() in words else parse(text)
+
+
+def whole_number(low: int, high: int, beside: str = "") -> Callable[[str], int]:
+    """A parser of whole numbers within bounds. beside: a word that `unless` takes, for the error."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
-            raise ValueError(f"expected a whole number from {low} to {high}, found {text!r}")
+            also = f", or {beside}" if beside else ""
+            raise ValueError(f"expected a whole number from {low} to {high}{also}, found {text!r}")
         return int(text)
-
-    return parse
-
-
-def number_or(word: str, low: int, high: int) -> Callable[[str], float]:
-    """A parser of whole numbers within bounds, where a word, `off` or `all`, stands for no bound: `inf`."""
-    number = whole_number(low, high)
-
-    def parse(text: str) -> float:
-        if text.lower() in (OFF if word in OFF else (word,)):
-            return inf
-        try:
-            return number(text)
-        except ValueError:
-            raise ValueError(f"expected a whole number from {low} to {high}, or {word}, found {text!r}") from None
 
     return parse
 
@@ -157,7 +136,7 @@ def listed(parse: Callable[[str], T], noun: str, option: str = "") -> Callable[[
             return parse(text)
         except ValueError:
             parts = [part.lstrip("-") for part in re.split(r"[\s,]+", text) if part.strip("-")]
-            if len(parts) < 2 or not all(map(is_item, parts)):
+            if len(parts) < 2 or not all(accepts(parse, part) for part in parts):
                 raise
         if option:
             raise ValueError(f"expected {noun}, found {text!r}; several are {' '.join(f'{option} {p}' for p in parts)}")
@@ -165,24 +144,16 @@ def listed(parse: Callable[[str], T], noun: str, option: str = "") -> Callable[[
         quoted = (f'"{part}"' if part[0] in "[@" else part for part in parts)
         raise ValueError(f"expected {noun} or a list, found {text!r}; a list is [{', '.join(quoted)}]")
 
-    def is_item(text: str) -> bool:
-        try:
-            parse(text)
-        except ValueError:
-            return False
-        return True
-
     return parse_item
 
 
-def one_of_or_off(*words: str) -> Callable[[str], str]:
-    """A parser of certain words, and of `off` for none: ""."""
-    known = one_of((*words, "off"))
-
-    def parse(text: str) -> str:
-        return "" if text.lower() in OFF else known(text)
-
-    return parse
+def accepts(parse: Callable[[str], object], text: str) -> bool:
+    """Whether a parser takes a text."""
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_status(text: str) -> StatusRange:
@@ -205,15 +176,12 @@ def parse_bytes(text: str) -> bytes:
     return data
 
 
-def parse_http_path(text: str) -> str:
-    """A path with or without a query, as it goes into a request."""
-    if not re.fullmatch(r"/[!-~]*", text):
-        raise ValueError(f"expected a path that begins with /, without spaces, as /health, found {text!r}")
-    return text
+def matching(pattern: str, expected: str) -> Callable[[str], str]:
+    """A parser of texts that a regular expression matches."""
 
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"expected {expected}, found {text!r}")
+        return text
 
-def parse_host(text: str) -> str:
-    """A value of the Host header."""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise ValueError(f"expected a host, as www.example.org, found {text!r}")
-    return text
+    return parse
