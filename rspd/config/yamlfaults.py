@@ -70,7 +70,7 @@ class _Fault:
         return self.line, self.problem
 
     def _tab(self, _: re.Match[str]) -> Told:
-        indents = not self._text(self.line)[: self.column].strip()
+        indents = not self.lines[self.line][: self.column].strip()
         advice = "; YAML indents by spaces" if indents else ""
         return self.line, f"found a tab in column {self.column + 1}, expected spaces{advice}"
 
@@ -83,14 +83,14 @@ class _Fault:
     def _alias(self, _: re.Match[str]) -> Told:
         if not re.search("alias|anchor", self.context + self.problem):
             return None
-        if port := re.search(r"\*:(\w+)", self._text(self.line)):
+        if port := re.search(r"\*:(\w+)", self.lines[self.line]):
             return self.line, f"{port[0]!r} is no address; a port alone is every address: {port[1]}"
         what = f"{self.problem}; " if "alias" in self.problem else ""
         return self.line, f"{what}a value that starts with * or & needs quotes"
 
     def _address(self, _: re.Match[str]) -> Told:
         """One of the forms of an address that mean something else to YAML."""
-        if not re.search(r"[\[,-]\s*[:@]|:\s+@|\]:", self._text(self.line)):
+        if not re.search(r"[\[,-]\s*[:@]|:\s+@|\]:", self.lines[self.line]):
             return None
         return self.line, f"{self.problem}; an address that starts with [, @ or : needs quotes"
 
@@ -106,18 +106,18 @@ class _Fault:
     def _unclosed(self, match: re.Match[str]) -> Told:
         """A list or a mapping in brackets in which a comma or the end is missing."""
         closing = match[1]
-        within = self._text(self.begin).lstrip().startswith(("[", "{"))
+        within = self.lines[self.begin].lstrip().startswith(("[", "{"))
         if match[2] == "<stream end>" or (self.line > self.begin and not self._column(self.line) and not within):
             return self.begin, f"the {CLOSING[closing]} that begins here has no {closing}"
         return self.line, f"a comma or {closing} is missing here, or in the line before"
 
     def _second_colon(self, _: re.Match[str]) -> Told:
         """A key where there cannot be one."""
-        text, above = self._text(self.line), self._above(self.line)
+        text, above = self.lines[self.line], self._above(self.line)
         if re.search(r":\s", text[: self.column]):
             told = "in a value, a colon has no space after it, unless the value is in quotes"
             return self.line, f"expected one KEY: VALUE, found {_quote(text)}; {told}"
-        upper = self._text(above)
+        upper = self.lines[above]
         if not re.search(r"^ *- |:(\s|$)", upper):
             return above, self._no_pair(above)
         if re.search(r":(\s|$)", upper) or self._column(self.line) != self._column(above):
@@ -136,10 +136,10 @@ class _Fault:
         if found in ("]", "}"):
             return self.line, f"found {found}, and nothing that it closes"
         if found in ("<scalar>", ","):
-            if "]:" in self._text(self.line):
+            if "]:" in self.lines[self.line]:
                 return self._address(match)
             above = self._above(self.line)
-            if any(self._text(above).count(quote) % 2 for quote in "\"'"):
+            if any(self.lines[above].count(quote) % 2 for quote in "\"'"):
                 return above, "the quote that begins here has no end"
             return self.line, "found text after a closed quote or bracket"
         return self._misplaced(self.line)
@@ -170,21 +170,21 @@ class _Fault:
 
     def _no_pair(self, line: int) -> str:
         """The error for a line that is no KEY: VALUE."""
-        text, above = self._text(line).strip(), self._above(line)
-        beside = self._text(above).lstrip().startswith("- ") and self._column(line) == self._column(above, dash=True)
+        text, above = self.lines[line].strip(), self._above(line)
+        beside = self.lines[above].lstrip().startswith("- ") and self._column(line) == self._column(above, dash=True)
         item = ", or - ITEM as above" if beside else ""
         return f"expected KEY: VALUE{item}, found {_quote(text)}" + ("" if item else advise_pair(text))
 
     def _misplaced(self, line: int) -> Told:
         """A line that begins in another column than every block above that it could continue."""
-        text = self._text(line)
+        text = self.lines[line]
         dash = text.lstrip().startswith("- ")
         column, nearest = self._column(line, dash), self._above(line)
-        if re.search(r":\s+\S", self._text(nearest)) and column > self._column(nearest):
+        if re.search(r":\s+\S", self.lines[nearest]) and column > self._column(nearest):
             return self._indentation(line, nearest, "below a key that has a value, nothing is indented", dash)
         open_blocks: list[tuple[int, int]] = []
         for above in range(line - 1, -1, -1):
-            upper = self._text(above)
+            upper = self.lines[above]
             if upper.lstrip().startswith("#") or not re.search(r"^ *- " if dash else r":(\s|$)", upper):
                 continue
             if not open_blocks or self._column(above, dash) < open_blocks[-1][0]:
@@ -205,17 +205,14 @@ class _Fault:
         """The next line above that is neither blank nor a comment; the first of all if there is none."""
         while line > 0:
             line -= 1
-            if self._text(line).strip() and not self._text(line).lstrip().startswith("#"):
+            if self.lines[line].strip() and not self.lines[line].lstrip().startswith("#"):
                 break
         return line
 
     def _column(self, line: int, dash: bool = False) -> int:
         """The column where a line begins: at its dash, or at what comes after the dash."""
-        match = re.match(r" *" if dash else r" *(?:- +)*", self._text(line))
+        match = re.match(r" *" if dash else r" *(?:- +)*", self.lines[line])
         return match.end() if match else 0
-
-    def _text(self, line: int) -> str:
-        return self.lines[line]
 
 
 def _quote(text: str) -> str:
