@@ -27,8 +27,6 @@ LEAST_WAIT = 10.0
 
 STDERR = 2
 
-REOPEN_FLAGS = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 LOGGER = logging.getLogger("rspd")  # its modules' loggers are below it
@@ -138,7 +136,7 @@ class Output:
             mode = os.fstat(fd).st_mode
         except OSError:
             # It is closed: a client's socket may get its number.
-            self._own = fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            self._own = fd = os.open(os.devnull, os.O_WRONLY)
             mode = os.fstat(fd).st_mode
         # A pipe takes so much without blocking once poll(2) calls it writable (pipe(7)).
         self._piece = select.PIPE_BUF
@@ -146,7 +144,7 @@ class Output:
             # A terminal may take less, and a blocking write would wait for its reader. So open it again, without
             # blocking: the shell shares the descriptor that was given.
             try:
-                self._own = fd = os.open(f"/proc/self/fd/{fd}", REOPEN_FLAGS)
+                self._own = fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
             except OSError:
                 # The terminal is another user's, as after su(1). One byte fits whenever poll(2) says so.
                 self._piece = 1 if os.isatty(fd) else self._piece

@@ -107,11 +107,8 @@ def _open_log() -> socket.socket:
         except OSError as error:
             log.close()
             reasons.append(f"{path}: {error.strerror}")
-    raise StartError(
-        f"a daemon's log goes to the journal or to syslog, and there is neither ({', '.join(reasons)}); "
-        "use --foreground, where it goes to stderr",
-        os.EX_UNAVAILABLE,
-    )
+    neither = f"a daemon's log goes to the journal or to syslog, and there is neither ({', '.join(reasons)})"
+    raise StartError(f"{neither}; use --foreground, where it goes to stderr", os.EX_UNAVAILABLE)
 
 
 def _wait(reader: int) -> NoReturn:

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import stat
-from types import TracebackType
 
 from rspd.errors import StartError
 
@@ -39,9 +38,7 @@ class PidFile:
             raise self._refusal(f"cannot be written: {reason}", error.errno or 0) from None
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Remove it, unless another file stands there by now."""
         self._close(remove=True)
 
@@ -82,11 +79,9 @@ class PidFile:
         except BlockingIOError:
             number = f", as process {pid}" if pid else ""
             raise self._refusal(f"rspd runs already{number}") from None
-        if pid != os.getpid() and _runs(pid):
-            raise self._refusal(
-                f"names process {pid}, which runs ({_command(pid)}); stop that first, or remove the file if it is "
-                "out of date"
-            )
+        if pid not in (0, os.getpid()) and _runs(pid):
+            named = f"names process {pid}, which runs ({_command(pid)})"
+            raise self._refusal(f"{named}; stop that first, or remove the file if it is out of date")
 
     def _refusal(self, reason: str, code: int = 0) -> StartError:
         return StartError(f"pid file {self._path}: {reason}", os.EX_CANTCREAT, code)
@@ -100,8 +95,6 @@ class PidFile:
 
 
 def _runs(pid: int) -> bool:
-    if not pid:
-        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

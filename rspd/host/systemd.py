@@ -23,12 +23,7 @@ FAMILIES = {socket.AF_INET: "AF_INET", socket.AF_INET6: "AF_INET6", socket.AF_UN
 # Those of a unix socket, of TCP, and of Multipath TCP.
 PROTOCOLS = frozenset({0, socket.IPPROTO_TCP, 262})
 
-FILE_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFREG: "a file",
-    stat.S_IFCHR: "a device",
-    stat.S_IFDIR: "a folder",
-}
+FILE_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFREG: "a file", stat.S_IFCHR: "a device", stat.S_IFDIR: "a folder"}
 
 SOCKET_KINDS: dict[int, str] = {
     socket.SOCK_DGRAM: "a datagram socket",
@@ -76,11 +71,8 @@ def take_sockets() -> list[PassedSocket]:
 
 def _take(fd: int, name: str) -> socket.SocketType:
     def wrong(found: str, advice: str) -> StartError:
-        return StartError(
-            f"socket {name!r} (descriptor {fd}) from systemd: expected a listening stream socket, "
-            f"found {found}; {advice} in the socket unit",
-            os.EX_CONFIG,
-        )
+        expected = f"socket {name!r} (descriptor {fd}) from systemd: expected a listening stream socket"
+        return StartError(f"{expected}, found {found}; {advice} in the socket unit", os.EX_CONFIG)
 
     try:
         mode = os.fstat(fd).st_mode
