@@ -68,15 +68,13 @@ def _proxy(proxy: ProxyConfig) -> Iterator[str]:
 
 def _health(health: HealthConfig) -> Iterator[str]:
     default = HealthConfig()
+    how = "connecting"
     if health.http:
-        host = f" of {health.host}" if health.host else ""
-        yield f"by GET {health.http}{host} every {_span(health.interval)}"
+        how = f"GET {health.http}" + (f" of {health.host}" if health.host else "")
     elif health.send or health.expect:
-        sent = f"sending {_quote(health.send)}" if health.send else ""
-        answer = f"expecting {_quote(health.expect)}" if health.expect else ""
-        yield f"by {' and '.join(filter(None, (sent, answer)))} every {_span(health.interval)}"
-    else:
-        yield f"by connecting every {_span(health.interval)}"
+        said = {"sending": health.send, "expecting": health.expect}
+        how = " and ".join(f"{verb} {repr(data)[1:]}" for verb, data in said.items() if data)
+    yield f"by {how} every {_span(health.interval)}"
     if health.status != default.status:
         yield "good status " + _list(health.status)
     if health.timeout != default.timeout:
@@ -114,7 +112,3 @@ def _span(seconds: float) -> str:
 
 def _list(items: Iterable[object]) -> str:
     return ", ".join(map(str, items))
-
-
-def _quote(data: bytes) -> str:
-    return repr(data)[1:]
