@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 from rspd.config import values
 from rspd.config.addresses import DIALLED, parse_address, parse_backend
@@ -105,16 +105,14 @@ _ABOVE = dict.fromkeys(GENERAL_KEYS, "belongs to the top of the file, it is for 
 _OWN = {"listen": "listen on", "backends": "relay to"}
 
 
-class _Draft(NamedTuple):
+class _Draft:
     """A proxy of the file as it is read."""
 
-    name: str
-    line: int | None
-    settings: Settings
-
-    @property
-    def key(self) -> str:
-        return f"proxies.{self.name}" if self.name else ""
+    def __init__(self, name: str, line: int | None, settings: Settings) -> None:
+        self.name = name
+        self.line = line
+        self.settings = settings
+        self.key = f"proxies.{name}" if name else ""
 
     def path(self, key: str) -> str:
         return f"{self.key}.{key}" if self.name else key
