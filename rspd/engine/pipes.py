@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 # Bytes per pipe. Measured per GB: 256 KiB cost a third more CPU time than 1 MiB, larger ones gained nothing.
 PIPE_SIZE = 1 << 20
@@ -73,13 +73,6 @@ class Borrower(Protocol):
         """
 
 
-class Loan(NamedTuple):
-    """The borrower of a pipe, and how fast it has passed bytes on since."""
-
-    borrower: Borrower
-    pace: Pace
-
-
 class Pipe:
     """A pipe: `size` bytes of room; `held` of them are taken. Owns its two descriptors."""
 
@@ -121,7 +114,7 @@ class Pipes:
         self.made = 0
         self._refrain = 0
         self._idle: list[Pipe] = []
-        self._lent: dict[Pipe, Loan] = {}
+        self._lent: dict[Pipe, tuple[Borrower, Pace]] = {}  # who has each, and how fast since
         self.in_memory = 0  # bytes that were in pipes
         self._next_look = 0.0
         self._turn = 0
@@ -158,7 +151,7 @@ class Pipes:
         if not pipe and proven:
             pipe = self._take(now)
         if pipe:
-            self._lent[pipe] = Loan(borrower, Pace(borrower.total, now))
+            self._lent[pipe] = (borrower, Pace(borrower.total, now))
         return pipe
 
     def _make(self) -> Pipe | None:
@@ -183,13 +176,14 @@ class Pipes:
         """The pipe of a slow borrower, the one with the fewest bytes. These bytes are in memory then."""
         if now < self._next_look or self.made > self.limit:
             return None
-        for loan in self._lent.values():
-            loan.pace.look(loan.borrower.total, now)
-        slow = (pipe for pipe, loan in self._lent.items() if loan.pace.slow)
+        for borrower, pace in self._lent.values():
+            pace.look(borrower.total, now)
+        slow = (pipe for pipe, (_, pace) in self._lent.items() if pace.slow)
         pipe = min(slow, key=lambda pipe: pipe.held, default=None)
         if pipe and self.in_memory + pipe.held <= IN_MEMORY_MAX:
+            borrower, pace = self._lent[pipe]
             try:
-                self.in_memory += self._lent[pipe].borrower.empty_into_memory(self._lent[pipe].pace)
+                self.in_memory += borrower.empty_into_memory(pace)
                 return pipe
             except (OSError, MemoryError):
                 pass
