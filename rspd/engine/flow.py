@@ -21,7 +21,6 @@ class Flow:
 
     __slots__ = (
         "_bulk",
-        "_end",
         "_from_pipe",
         "_held_back",
         "_pace",
@@ -50,7 +49,6 @@ class Flow:
         self._held_back = False
         self._pace: Pace | None = None  # set when another flow gets the pipe, until the reader reads again
         self._from_pipe = 0  # bytes that were in a pipe, as long as any of them are in `held`
-        self._end = 0  # the total at which the turn of this flow ends
 
     def pump(self) -> bool:
         """Move bytes until the source is dry or the target full; True if the flow stopped before, for this turn.
@@ -74,13 +72,13 @@ class Flow:
             more = self._keep(count, size)
         else:
             more = True
-        self._end = self.total + self._pipes.allowance(source.loop.turn)
-        while more and self.total < self._end:
+        end = self.total + self._pipes.allowance(source.loop.turn)
+        while more and self.total < end:
             # What was read before comes first: a pipe must not overtake it.
             if self.held:
                 more = self._write_held()
-            elif self._pipe or (self._bulk and not self.eof and self._borrow()):
-                more = self._splice()
+            elif pipe := self._pipe or (self._bulk and not self.eof and self._borrow()):
+                more = self._empty(pipe) if pipe.held else self._fill(pipe, end - self.total)
             else:
                 more = self._copy()
         if self._pipe and not self._pipe.held:
@@ -167,26 +165,21 @@ class Flow:
         self._keep_rest(memoryview(self.held)[count:])
         return not self.held
 
-    def _borrow(self) -> bool:
+    def _borrow(self) -> Pipe | None:
         now = self.source.loop.now
         if self._pace:
             self._pace.look(self.total, now)
             if self._pace.slow:
-                return False
+                return None
             self._pace = None
         self._pipe = self._pipes.borrow(self, now)
-        return self._pipe is not None
+        return self._pipe
 
-    def _splice(self) -> bool:
-        pipe = self._pipe
-        assert pipe
-        return self._empty(pipe) if pipe.held else self._fill(pipe)
-
-    def _fill(self, pipe: Pipe) -> bool:
+    def _fill(self, pipe: Pipe, size: int) -> bool:
         source = self.source
         if self.eof or not source.ready & IN:
             return False
-        count = source.splice_into(pipe, max(self._end - self.total, BUFFER_SIZE))
+        count = source.splice_into(pipe, max(size, BUFFER_SIZE))
         if count is None:
             return False
         if not count:

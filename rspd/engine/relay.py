@@ -25,16 +25,7 @@ class Relay:
     half_close_timeout: the same once one flow has ended, if it is shorter.
     """
 
-    __slots__ = (
-        "_half_closed_timeout",
-        "_unsent",
-        "backend",
-        "client",
-        "download",
-        "idle_timeout",
-        "loop",
-        "upload",
-    )
+    __slots__ = ("_half_closed_timeout", "_unsent", "backend", "client", "download", "idle_timeout", "loop", "upload")
 
     def __init__(
         self, loop: Loop, client: Side, backend: Side, pipes: Pipes, idle_timeout: float, half_close_timeout: float
