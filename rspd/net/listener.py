@@ -16,23 +16,11 @@ from rspd.engine.loop import Watch
 from rspd.engine.side import Side, UnixSide
 from rspd.net.address import Address, Peer, SocketAddress, bound_address, format_socket_address
 
-# accept(2): errors that concern the one client that was to be accepted, not the listener.
-CLIENT_GONE = frozenset(
-    {
-        errno.EAGAIN,
-        errno.ECONNABORTED,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.EINTR,
-        errno.ENETDOWN,
-        errno.ENETUNREACH,
-        errno.ENONET,
-        errno.ENOPROTOOPT,
-        errno.EOPNOTSUPP,
-        errno.EPROTO,
-        errno.ETIMEDOUT,
-    }
-)
+# accept(2): errors that concern the one client that was to be accepted, not the listener. The first ones are of the
+# network, on the way to the client.
+NO_WAY = {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENONET, errno.ETIMEDOUT}
+NO_CLIENT = {errno.EAGAIN, errno.ECONNABORTED, errno.EINTR, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EPROTO}
+CLIENT_GONE = frozenset(NO_WAY | NO_CLIENT)
 
 # The shortest time for SO_RCVTIMEO, as struct timeval: 0 would be for ever (socket(7)).
 MOMENT = struct.pack("ll", 0, 1)
@@ -90,11 +78,7 @@ class Listener(Watch):
     __slots__ = ("_inode", "_sock", "address", "backlog", "name", "passed", "side")
 
     def __init__(
-        self,
-        address: Address,
-        sock: socket.SocketType,
-        inode: tuple[int, int] | None = None,
-        passed: str | None = None,
+        self, address: Address, sock: socket.SocketType, inode: tuple[int, int] | None = None, passed: str | None = None
     ) -> None:
         super().__init__(sock.fileno())
         self.address = address
@@ -184,26 +168,22 @@ def open_listeners(
     """
     listeners: list[Listener] = []
     missing: ListenError | None = None
-    try:
-        for socket_address in where:
-            try:
-                listeners.append(_open(address, socket_address, backlog, reuse_port))
-            except OSError as error:
-                missing = ListenError(address, socket_address, error, reuse_port)
-                if error.errno not in NO_SUCH_ADDRESS:
-                    raise missing from error
-        if missing and not listeners:
-            raise missing
-    except ListenError:
-        for listener in listeners:
-            listener.close()
-        raise
+    for socket_address in where:
+        try:
+            listeners.append(_open(address, socket_address, backlog, reuse_port))
+        except OSError as error:
+            missing = ListenError(address, socket_address, error, reuse_port)
+            if error.errno not in NO_SUCH_ADDRESS:
+                for listener in listeners:
+                    listener.close()
+                raise missing from error
+    if missing and not listeners:
+        raise missing
     return listeners
 
 
 def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool) -> Listener:
     sock = socket.SocketType(where.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
-    inode = None
     try:
         if where.family == socket.AF_UNIX:
             _remove_stale(where.address)
@@ -217,9 +197,7 @@ def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool
             # Each family has its own socket, so that neither can be mistaken for the other.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(where.address)
-        if where.family == socket.AF_UNIX:
-            inode = _inode(where.address)
-        listener = Listener(address, sock, inode)
+        listener = Listener(address, sock, _inode(where.address) if where.family == socket.AF_UNIX else None)
         listener.listen(backlog)
         return listener
     except BaseException:
