@@ -24,27 +24,6 @@ class Backend:
     policy: chooses among the backends, or among the spares. eligible: whether the policy may choose this backend.
     """
 
-    __slots__ = (
-        "address",
-        "addresses",
-        "backup",
-        "checked_by",
-        "checker",
-        "config",
-        "down_since",
-        "eligible",
-        "failures",
-        "healthy",
-        "limit",
-        "member",
-        "name",
-        "open",
-        "out_until",
-        "policy",
-        "weight",
-        "why_down",
-    )
-
     policy: Policy[Backend]
 
     def __init__(self, config: BackendConfig, name: str) -> None:

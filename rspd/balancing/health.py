@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 
-from rspd.engine.loop import Loop, news
+from rspd.engine.loop import Loop
 from rspd.engine.side import Side
 from rspd.net.connect import OUR_FAULT
 from rspd.net.waiting import wait
@@ -204,9 +204,7 @@ class Checker:
             except Exception:
                 log.exception("a check of %s failed unexpectedly; this is a bug", self._host)
             due = max(due, loop.now)
-            loop.current.wake_at(due)
-            while loop.now < due:
-                await news()
+            await loop.sleep(due - loop.now)
             due += self._config.interval
 
     async def _check(self) -> None:

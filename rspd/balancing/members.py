@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Coroutine, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -86,22 +87,17 @@ class Backends:
         self.config = config
         for backend in self._out:
             backend.out_until = min(backend.out_until, self._loop.now + config.fail_timeout)
+        interval = config.resolve_interval
         wanted = [backend.address for backend in config.backends if not literal(backend.address)]
         for address in [address for address in self._names if address not in wanted]:
             self._names.pop(address).stop()
         for address in wanted:
             if address not in self._names:
+                part = (len(self._names) + 1) / len(wanted)
                 self._names[address] = Name(
-                    self._loop,
-                    self._resolver,
-                    self._shortage,
-                    address,
-                    config.resolve_interval,
-                    (len(self._names) + 1) / len(wanted),
-                    self._tag,
-                    self._set_members,
+                    self._loop, self._resolver, self._shortage, address, interval, part, self._tag, self._set_members
                 )
-            self._names[address].look_every(config.resolve_interval)
+            self._names[address].look_every(interval)
         self._set_members()
 
     def stop(self) -> None:
@@ -399,12 +395,9 @@ class Backends:
             may_return = ways and ways.may_return(backend.address)
             return self.reach(backend, deadline, None, way if may_return else None)
 
-        def report(healthy: bool, reason: str) -> None:
-            self._checked(backend, healthy, reason)
-
-        backend.checker = Checker(
-            self._loop, config, reach, str(backend.address), preface, config.interval * part, report
-        )
+        report = partial(self._checked, backend)
+        first = config.interval * part
+        backend.checker = Checker(self._loop, config, reach, str(backend.address), preface, first, report)
 
 
 def _first(reasons: Sequence[str]) -> str:
