@@ -21,6 +21,10 @@ SHOWN_MAX = 40
 # The status line as servers send it. RFC 9112 lets clients accept a bare line feed, and no space if no reason follows.
 STATUS_LINE = rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: .*)?\r?"
 
+# How a check connects, by a time of the loop; and who hears of a verdict: whether the backend is up, and if not, why.
+Dial = Callable[[float], Awaitable[Side]]
+Report = Callable[[bool, str], object]
+
 log = logging.getLogger(__name__)
 
 
@@ -31,9 +35,7 @@ class CheckError(Exception):
 # One check
 
 
-async def check(
-    loop: Loop, config: HealthConfig, connect: Callable[[float], Awaitable[Side]], host: str, preface: bytes
-) -> None:
+async def check(loop: Loop, config: HealthConfig, connect: Dial, host: str, preface: bytes) -> None:
     """Check a backend once, within the running task; return if it is well.
 
     connect: gives a connected side, watched by the running task, by a time of the loop. `check` closes the side.
@@ -161,14 +163,7 @@ class Checker:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        config: HealthConfig,
-        connect: Callable[[float], Awaitable[Side]],
-        host: str,
-        preface: bytes,
-        first: float,
-        report: Callable[[bool, str], object],
+        self, loop: Loop, config: HealthConfig, connect: Dial, host: str, preface: bytes, first: float, report: Report
     ) -> None:
         self._loop = loop
         self._config = config

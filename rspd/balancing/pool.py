@@ -23,7 +23,6 @@ RETRY = 0.1
 # The time that is left for a client is divided among so many attempts at most, however many backends there are.
 SHARES_MAX = 3
 
-
 log = logging.getLogger(__name__)
 
 
