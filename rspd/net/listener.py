@@ -42,9 +42,11 @@ ADVICE = {
 
 NOT_SHARED = f"{ADVICE[errno.EADDRINUSE]}; to share it, that one needs reuse_port and the same user too"
 
+SHARED_ADVICE = ADVICE | {errno.EADDRINUSE: NOT_SHARED}
+
 UNWRITABLE = "the folder must be writable; for the service, /run/rspd is, and for rspd@NAME, /run/rspd-NAME"
 
-PATH_ADVICE = {
+PATH_ADVICE = ADVICE | {
     errno.EADDRINUSE: "another process listens there, `ss -lxp` shows which",
     errno.EACCES: UNWRITABLE,
     errno.EROFS: UNWRITABLE,
@@ -56,12 +58,9 @@ class ListenError(Exception):
 
     def __init__(self, address: Address, where: object, error: OSError, reuse_port: bool = False) -> None:
         reason = error.strerror or str(error)
-        advice = ADVICE.get(error.errno or 0)
-        if error.errno == errno.EADDRINUSE and reuse_port:
-            advice = NOT_SHARED
-        if address.path:
-            advice = PATH_ADVICE.get(error.errno or 0, advice)
-        advice = advice and advice.format(port=address.port)
+        port_advice = SHARED_ADVICE if reuse_port else ADVICE
+        known = PATH_ADVICE if address.path else port_advice
+        advice = known.get(error.errno or 0, "").format(port=address.port)
         place = str(address) if str(address) == str(where) else f"{address} ({where})"
         super().__init__(f"cannot listen on {place}: {reason}" + (f"; {advice}" if advice else ""))
         self.errno = error.errno
