@@ -137,23 +137,6 @@ def test_the_examples_are_valid(tmp_path: Path, text: str) -> None:
     assert load_config(str(file), {}) == config
 
 
-PACKAGE = ROOT / "rspd"
-FOLDERS = [PACKAGE, *sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))]
-
-
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_the_map_of_a_folder_is_complete_and_imports_point_down_it(folder: Path) -> None:
-    order = re.findall(r"^(\w+) {2,}", (folder / "__init__.py").read_text(), re.MULTILINE)
-    nouns = [path.stem for path in folder.glob("*.py")] + [path.parent.name for path in folder.glob("*/__init__.py")]
-    assert sorted(order) == sorted({*nouns} - {"__init__", "__main__"})
-    package = ".".join(folder.relative_to(ROOT).parts)
-    for name in order:
-        files = [folder / f"{name}.py"] if (folder / f"{name}.py").exists() else list((folder / name).glob("*.py"))
-        code = "".join(path.read_text() for path in files)
-        imported = set(re.findall(rf"^from {package}\.(\w+)[\w.]* import", code, re.MULTILINE)) - {name}
-        assert imported <= set(order[order.index(name) + 1 :]), f"{name} imports from above it"
-
-
 def test_rspd_8_lists_each_option() -> None:
     items = re.findall(r"^\.It (Fl .*)$", section(RSPD_8, "OPTIONS"), re.MULTILINE)
     assert {f"-{name}" for item in items for name in re.findall(r"Fl (\S+)", item)} == options()
