@@ -10,6 +10,9 @@ from rspd.net.networks import Network
 
 DEFAULT_FILE = "/etc/rspd.yaml"
 
+# The words for the policies in balancing/policies.py.
+BALANCES = ("round-robin", "least-connections", "random", "source")
+
 
 class StatusRange(NamedTuple):
     """HTTP statuses from `first` to `last`."""

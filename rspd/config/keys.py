@@ -15,9 +15,7 @@ from rspd.errors import ConfigError
 from rspd.log import LEVELS
 from rspd.net.address import contradictions, covers, own_listeners
 from rspd.net.networks import parse_network
-from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
-
-BALANCES = ("round-robin", "least-connections", "random", "source")
+from rspd.settings import BALANCES, BackendConfig, Config, HealthConfig, ProxyConfig
 
 CONNECTIONS_MAX = 1_000_000
 
@@ -100,7 +98,7 @@ GENERAL_KEYS: Mapping[str, Scalar] = {
     "log_level": Scalar(values.one_of(LEVELS)),
 }
 
-# Keys that are for all proxies, at the top of the file; and keys that each proxy has of its own, and what each is for.
+# Keys that are for all proxies, at the top of the file. Then keys that each proxy has of its own, and what each is for.
 _ABOVE = dict.fromkeys(GENERAL_KEYS, "belongs to the top of the file, it is for all proxies")
 _OWN = {"listen": "listen on", "backends": "relay to"}
 

@@ -12,14 +12,12 @@ import pytest
 from rspd.balancing.members import REASONS_MAX
 from rspd.balancing.pool import DialError
 from rspd.engine.loop import Loop
-from rspd.settings import HealthConfig
+from rspd.settings import BALANCES, HealthConfig
 from tests.dialled import Scene, configured, full_unix, nobody, switches, unix_listener, where
 from tests.support import FakeClock, reset, run, tasks_of
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
-
-BALANCES = ["round-robin", "least-connections", "random", "source"]
 
 HEALTH = HealthConfig(interval=1.0, timeout=0.5, rise=2, fall=2)
 

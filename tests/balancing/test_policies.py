@@ -17,6 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rspd.balancing.policies import AWAY_MAX, POLICIES, LeastConnections, Policy, Random, RoundRobin, Source
+from rspd.settings import BALANCES
 from tests.counts import count_instructions
 
 
@@ -67,6 +68,10 @@ CLIENTS = [f"10.{n >> 8}.{n & 255}.7" for n in range(5000)] + [f"2001:db8:{n:x}:
 WEIGHTS = st.lists(st.integers(1, 12) | st.integers(1, 1000), min_size=1, max_size=8)
 
 # All
+
+
+def test_each_word_for_a_balance_has_its_policy() -> None:
+    assert tuple(POLICIES) == BALANCES
 
 
 @pytest.mark.parametrize("name", POLICIES)
