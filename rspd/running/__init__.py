@@ -1,7 +1,7 @@
 """One process: start, signals, reload, drain.
 
 service  one run: start, signals, reload, drain
-status   what systemd hears of it
-proxies  the proxies: those configured, and those taken out that still have connections
-sockets  what is listened on: sockets that systemd passed, and our own
+status   what systemd hears of this process
+proxies  which proxies there are: those configured, and those taken out with connections left
+sockets  what is listened on, from systemd or our own; which listeners stay over a reload
 """

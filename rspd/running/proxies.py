@@ -18,7 +18,7 @@ class Proxies:
     """The proxies of this process.
 
     common: what they share.
-    configured: those of the configuration in force, by their names, in its order.
+    configured: those of the configuration in force, by their names, in the order of the configuration.
     """
 
     def __init__(self, common: Common) -> None:
@@ -29,7 +29,7 @@ class Proxies:
         self._last_end = -inf  # when the last connection of these proxies ended
 
     def apply(self, config: Config, listeners: Mapping[str, list[Listener]]) -> None:
-        """Make the proxies what a configuration says. Those that stay have to be paused.
+        """Serve by a configuration from now on. The caller has paused the proxies.
 
         listeners: of each proxy, by its name; the proxies own them from now on.
         """

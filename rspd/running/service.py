@@ -78,7 +78,7 @@ class Service:
         passed: Sequence[PassedSocket],
         notifier: Notifier,
     ) -> None:
-        """config: the first one."""
+        """config: the configuration to start with."""
         self._loop = loop
         self._config = config
         self._load = load
@@ -118,12 +118,12 @@ class Service:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS | {signal.SIGHUP})
 
     async def _listen(self) -> tuple[Plan, dict[str, list[Listener]]]:
-        """Listen for the first time. Raises StartError, maybe after a while."""
+        """Listen for the first time. Raises StartError; under systemd, a port in use is waited for first."""
         until = self._loop.now + (LISTEN_PATIENCE if self._notifier.active else 0.0)
         told = False
         while True:
             try:
-                plan = await self._sockets.plan(self._config)
+                plan = await self._sockets.plan(self._config, patient=True)
                 return plan, self._sockets.open(plan)
             except ConfigError as error:
                 raise StartError(str(error), os.EX_CONFIG) from None
@@ -155,7 +155,7 @@ class Service:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS | {signal.SIGHUP})
 
     def _go_by(self, config: Config, plan: Plan, listeners: dict[str, list[Listener]]) -> None:
-        """Serve by a configuration from now on, and log what it and the sockets from systemd mean for each other."""
+        """Serve by a configuration from now on. Log those of its effects that may surprise."""
         self._proxies.apply(config, listeners)
         self._common.pipes.resize(plan.pipes)
         self._config = config
@@ -176,7 +176,7 @@ class Service:
             return ""
         try:
             config = self._load()
-            plan = await self._sockets.plan(config, lambda: self._ends > 0)
+            plan = await self._sockets.plan(config, patient=False, given_up=lambda: self._ends > 0)
             for proxy in self._proxies.configured.values():
                 proxy.pause()
             listeners = self._sockets.open(plan)

@@ -1,4 +1,4 @@
-"""What this process listens on: sockets that systemd passed, and its own. One way for the start and for a reload."""
+"""What this process listens on: sockets that systemd passed, and its own. The start and a reload both use this."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ class Sockets:
         self.adopted = [adopt_listener(name, sock) for name, sock in passed]
         self._listeners = self.adopted
 
-    async def plan(self, config: Config, given_up: Callable[[], bool] | None = None) -> Plan:
+    async def plan(self, config: Config, patient: bool, given_up: Callable[[], bool] | None = None) -> Plan:
         """How to listen by a configuration. Nothing is bound yet.
 
-        given_up: at a reload, as for `Resolver.look_up`; a name is waited for no longer than its proxy's
-            `connect_timeout`. At the start None: as long as the system's resolver takes.
+        patient: whether to wait for a name as long as the system's resolver takes; else for `connect_timeout` at most.
+        given_up: as for `Resolver.look_up`.
         Raises ConfigError, ListenError, or StartError if there are too few descriptors.
         """
         parts = assign(config, self.adopted)
         bindings: dict[Address, Binding] = {}
         for proxy in config.proxies:
             for address in parts[proxy.name].addresses:
-                deadline = self._loop.now + proxy.connect_timeout if given_up else inf
+                deadline = inf if patient else self._loop.now + proxy.connect_timeout
                 try:
                     where = await self._resolver.look_up(address, deadline, given_up)
                 except OSError as error:

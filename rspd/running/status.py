@@ -18,7 +18,7 @@ STOP_EXTENSION = 30.0
 
 
 class Reporter:
-    """Tells systemd how this process does."""
+    """Tells systemd what this process is doing."""
 
     def __init__(self, proxies: Proxies, notifier: Notifier) -> None:
         self._proxies = proxies
@@ -41,7 +41,7 @@ class Reporter:
             self._task = self._loop.spawn(self._keep_informed())
 
     def ending(self) -> None:
-        """The process is about to end: to be called when that begins, and at the very end."""
+        """The process ends. To be called when draining begins, and again when it is over."""
         self._ending = True
         self._tell_ending()
         if self._task:

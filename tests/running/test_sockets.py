@@ -19,7 +19,7 @@ from rspd.running.sockets import Binding, Part, assign, log_replaced, replace_li
 from rspd.settings import BackendConfig, Config, ProxyConfig
 from tests.manager import tcp_listener, unix_listener
 from tests.net.test_listener import accept, backlog_of, connect, port_of, serves
-from tests.running.test_replacing import wanted
+from tests.running.test_sockets_over_reloads import wanted
 from tests.support import PATIENCE, abstract_name
 
 # One end systemd keeps, so that what we close listens on.
