@@ -1,4 +1,4 @@
-"""Waiting for what comes from outside: until woken, at the latest until a deadline, and not once it is given up."""
+"""A task waits for an answer from outside, until it is woken, the deadline passes, or its caller gives up."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rspd.engine.loop import Loop
 def wait(
     loop: Loop, deadline: float, late: str = "", given_up: Callable[[], bool] | None = None, gone: str = ""
 ) -> Generator[None, None, None]:
-    """Suspend the running task until it has news. To be called again until there is what is waited for.
+    """Suspend the running task until it has news. The caller looks for the answer, and waits again if there is none.
 
-    Raises as `check` does, before it suspends the task.
+    Raises what `check` raises, before it suspends the task.
     """
     check(loop, deadline, late, given_up, gone)
     loop.current.wake_at(deadline)
@@ -25,9 +25,10 @@ def wait(
 def check(
     loop: Loop, deadline: float, late: str = "", given_up: Callable[[], bool] | None = None, gone: str = ""
 ) -> None:
-    """Whether to wait on. Raises TimeoutError with the text `late` if the deadline has passed.
+    """Return if the task may wait on. Raises TimeoutError at the deadline, ConnectionAbortedError if it is given up.
 
-    Raises ConnectionAbortedError with the text `gone` if `given_up` returns True.
+    late, gone: the texts of these errors.
+    given_up: whether nobody needs the answer any more.
     """
     if loop.now >= deadline:
         raise TimeoutError(late)
