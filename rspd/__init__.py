@@ -1,6 +1,6 @@
 """rspd, the Really Simple Proxy daemon: accepts TCP connections and relays each to a backend.
 
-Each folder has a map of its own, and imports only from those below it:
+A folder imports only from folders below it, and not from all of them. Each folder has a map of its own.
 
 cli        the command line: options over the configuration file, --check, exit codes
 running    one process: start, signals, reload, drain

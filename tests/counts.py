@@ -45,7 +45,7 @@ def count_instructions(
 
 
 def count_calls(run: Callable[[], int], noted: CodeType, notes: list[int]) -> tuple[int, int]:
-    """The same of calls: of functions in Python, and of coroutines and generators that go on (sys.setprofile)."""
+    """Count calls in the same way: of functions, and of coroutines and generators that go on (sys.setprofile)."""
     count = 0
 
     def profile(frame: FrameType, event: str, _: Any) -> None:

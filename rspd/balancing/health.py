@@ -21,8 +21,10 @@ SHOWN_MAX = 40
 # The status line as servers send it. RFC 9112 lets clients accept a bare line feed, and no space if no reason follows.
 STATUS_LINE = rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: .*)?\r?"
 
-# How a check connects, by a time of the loop; and who hears of a verdict: whether the backend is up, and if not, why.
+# Connects, up to a deadline.
 Dial = Callable[[float], Awaitable[Side]]
+
+# Hears the verdict: whether the backend is up, and if not, why.
 Report = Callable[[bool, str], object]
 
 log = logging.getLogger(__name__)

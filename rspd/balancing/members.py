@@ -199,7 +199,7 @@ class Backends:
             self.update(backend)
 
     async def reach(self, backend: Backend, deadline: float, client: Side | None, way: Way | None = None) -> Side:
-        """Connect to a backend that may have several addresses, or none yet. Raises OSError (see dialling)."""
+        """Connect to a backend that may have several addresses, or none yet. Raises OSError (see net/connect)."""
         if len(backend.addresses) == 1:
             return await connect(self._loop, self._shortage, backend.addresses[0], deadline, client, way)
         # The wait may outlast the backend's configuration: then nobody sets `backend.addresses`. So use the answer.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rspd.config.values import closest
 from rspd.config.yamlfile import Entry, Value
 
-# The full name of a key by another way to write it; and that way, the usual one, by the full name.
+# SPELLINGS: the full name of a key, by its short spelling. USUAL: the short spelling, by the full name.
 SPELLINGS = {"backend": "backends"}
 USUAL = {full: short for short, full in SPELLINGS.items()}
 

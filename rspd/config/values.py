@@ -28,7 +28,7 @@ UNITS = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}
 
 
 def _seconds(text: str, expected: str = DURATION) -> float:
-    """Seconds of `500ms`, `5s`, `2m`, `1h` or a bare number of seconds, to the nanosecond; not 0."""
+    """Seconds of `500ms`, `5s`, `2m`, `1h` or a bare number of seconds, to the nanosecond. 0 is an error."""
     match = re.fullmatch(r"(\d{1,13}(?:\.\d{1,9})?)(ms|s|m|h|)", text, re.ASCII)
     seconds = round(float(match[1]) * UNITS[match[2]], 9) if match else 0
     if not seconds:
@@ -85,7 +85,7 @@ def unless(words: Sequence[str], meaning: T, parse: Callable[[str], T]) -> Calla
 
 
 def whole_number(low: int, high: int, beside: str = "") -> Callable[[str], int]:
-    """A parser of whole numbers within bounds. beside: a word that `unless` takes, for the error."""
+    """A parser of whole numbers within bounds. beside: a word that is valid too, for the error."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:

@@ -2,9 +2,9 @@
 
 relay    two flows between two sides, until both have ended
 flow     one direction of a connection: copied or spliced
-side     one side of a connection: a socket and its readiness
+side     one side of a connection: a socket and its readiness; all calls on it, splice(2) too
 pipes    pipes for splice(2), shared by the flows
 loop     the epoll loop: tasks, readiness, timers
-wakeups  what signals and threads leave for the loop
+wakeups  how signals and threads reach the loop
 cause    why a connection ended
 """

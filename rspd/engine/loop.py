@@ -102,7 +102,7 @@ class Loop:
     clock: returns monotonic seconds; tests pass their own.
     now, turn: the time of this turn, and its number.
     current: the task that is running.
-    wakeups: by which signals and threads reach the loop.
+    wakeups: how signals and threads reach the loop.
     """
 
     current: Task

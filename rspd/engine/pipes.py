@@ -114,7 +114,7 @@ class Pipes:
         self.made = 0
         self._refrain = 0
         self._idle: list[Pipe] = []
-        self._lent: dict[Pipe, tuple[Borrower, Pace]] = {}  # who has each, and how fast since
+        self._lent: dict[Pipe, tuple[Borrower, Pace]] = {}  # the borrower of each, and its pace
         self.in_memory = 0  # bytes that were in pipes
         self._next_look = 0.0
         self._turn = 0

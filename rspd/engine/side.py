@@ -146,7 +146,7 @@ class Side(Watch):
         return pipe.held
 
     def splice_from(self, pipe: Pipe) -> int:
-        """Write what the pipe holds: the number of bytes, 0 also where the connection broke, or without splice(2)."""
+        """Write what the pipe holds: the number of bytes; 0 also if the connection broke or splice(2) was refused."""
         try:
             count = os.splice(pipe.read_fd, self.fd, pipe.held, flags=SPLICE)
         except BlockingIOError:

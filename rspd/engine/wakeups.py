@@ -1,4 +1,4 @@
-"""Calls that signal handlers and threads leave for the loop, and the socket that wakes the loop for them."""
+"""How signals and threads reach the loop: they leave calls for it, and wake it by a socket."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 
 class Wakeups:
-    """The calls that are left, and whoever leaves them.
+    """Calls left by signals and threads, which the loop has yet to make.
 
-    fd: readable when `run_calls` has something to do, or had.
+    fd: readable once a call has been left.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Wakeups:
         threading.Thread(target=work, daemon=True).start()
 
     def run_calls(self) -> None:
-        """Make the calls that are left."""
+        """Make the pending calls."""
         # Read the socket first, then look for calls: a call that is left later writes a byte of its own. How many bytes
         # there are says nothing, since a full socket takes no more. There may be none (EAGAIN), or no memory to read
         # them (ENOMEM).

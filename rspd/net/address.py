@@ -1,4 +1,4 @@
-"""Addresses: where to listen or what to dial, and as the socket calls take them."""
+"""Addresses: as configured, as the socket calls take them, and as people read them."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def bound_address(sock: socket.SocketType) -> Address:
 
 
 def _unmapped(host: str) -> str:
-    """The numeric host; an IPv4 one as such, if a socket for both families shows it IPv4-mapped (RFC 4291, 2.5.5.2)."""
+    """The numeric host; an IPv4-mapped one (RFC 4291, 2.5.5.2), as a socket for both families shows it, as IPv4."""
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 

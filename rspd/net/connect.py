@@ -75,7 +75,7 @@ async def connect(
             side.watch()
         except OSError as error:
             await shortage.retry(side.watch, error, deadline, partial(_gone, client))
-        # The first wait needs no check: a connection is made in one turn, or soon.
+        # Nothing can be late yet. Most connections are made by the next turn: they save the checks.
         loop.current.wake_at(deadline)
         await news()
         while not side.ready & (OUT | ERR | HUP):

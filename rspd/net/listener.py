@@ -16,11 +16,10 @@ from rspd.engine.loop import Watch
 from rspd.engine.side import Side, UnixSide
 from rspd.net.address import Address, Peer, SocketAddress, bound_address, format_socket_address
 
-# accept(2): errors that concern the one client that was to be accepted, not the listener. The first ones are of the
-# network, on the way to the client.
-NO_WAY = {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENONET, errno.ETIMEDOUT}
-NO_CLIENT = {errno.EAGAIN, errno.ECONNABORTED, errno.EINTR, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EPROTO}
-CLIENT_GONE = frozenset(NO_WAY | NO_CLIENT)
+# accept(2): errors that concern the one client that was to be accepted, not the listener.
+UNREACHABLE = {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENONET, errno.ETIMEDOUT}
+GONE = {errno.EAGAIN, errno.ECONNABORTED, errno.EINTR, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EPROTO}
+CLIENT_GONE = frozenset(UNREACHABLE | GONE)
 
 # The shortest time for SO_RCVTIMEO, as struct timeval: 0 would be for ever (socket(7)).
 MOMENT = struct.pack("ll", 0, 1)

@@ -39,7 +39,7 @@ class Resolver:
         given up.
         """
         if not address.host or literal(address):
-            return resolve(address)  # nobody has to be asked
+            return resolve(address)  # no name server is asked
         when, answer = self._answers.get(address, (0.0, []))
         if answer and self._loop.now - when < ANSWER_LIFE:
             return answer

@@ -1,4 +1,4 @@
 """Bytes understood: no loop, no socket.
 
-proxy_protocol  who the client is, as one proxy tells the next
+proxy_protocol  who the client is, as one proxy tells the next; called by serving/first_bytes
 """

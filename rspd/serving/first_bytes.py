@@ -1,4 +1,4 @@
-"""What a client says first, where that is for rspd: taken before the backend is dialled."""
+"""What a client sends first, read before the backend is dialled: the PROXY header."""
 
 from __future__ import annotations
 

@@ -119,13 +119,13 @@ def test_an_ipv6_client_is_told_as_such(tmp_path: Path, backend: Backend, tellin
 
 @versions
 def test_a_link_local_client_is_told_without_its_interface(version: str, tmp_path: Path) -> None:
-    """Its name says nothing to another host."""
+    """The interface's name means nothing on another host."""
     told = in_namespace(come_link_local, str(tmp_path), version, prepare="ip addr add fe80::7/64 dev lo")
     assert told == ["[fe80::7]", "fe80::7", "fe80::7"]
 
 
 def come_link_local(folder: str, version: str) -> None:
-    """A client comes from a link-local address to the same. Prints its host as the log has it, then both as told."""
+    """A client connects to its own link-local address. Prints its host as the log has it, then both ends as told."""
     telling = Telling()
     with Backend(telling) as backend:
         file = File(Path(folder), listen="[::]:0", backend=backend.address, send_proxy=version)

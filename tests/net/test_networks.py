@@ -29,7 +29,7 @@ def networks(*texts: str) -> Networks:
 
 
 def of(client: IPv4Address | IPv6Address) -> str:
-    """Its host, as it is known of a client that was accepted."""
+    """The host of an accepted client with this address."""
     family = socket.AF_INET if client.version == 4 else socket.AF_INET6
     return host_of((socket.inet_ntop(family, client.packed), 1))
 
