@@ -21,6 +21,7 @@ class Flow:
 
     __slots__ = (
         "_bulk",
+        "_can_splice",
         "_from_pipe",
         "_held_back",
         "_pace",
@@ -46,6 +47,7 @@ class Flow:
         self._pipes = pipes
         self._pipe: Pipe | None = None
         self._bulk = False
+        self._can_splice = source.can_splice and target.can_splice
         self._held_back = False
         self._pace: Pace | None = None  # set when another flow gets the pipe, until the reader reads again
         self._from_pipe = 0  # bytes that were in a pipe, as long as any of them are in `held`
@@ -156,7 +158,7 @@ class Flow:
     def _keep(self, count: int, size: int) -> bool:
         """Note what the target did not take of the buffer, and whether the source has more than fits."""
         self.held = memoryview(bytes(BUFFER[count:size]))
-        self._bulk = size == BUFFER_SIZE and self.source.can_splice and self.target.can_splice
+        self._bulk = size == BUFFER_SIZE and self._can_splice
         return count == size
 
     def _write_held(self) -> bool:
@@ -179,20 +181,27 @@ class Flow:
         source = self.source
         if self.eof or not source.ready & IN:
             return False
-        count = source.splice_into(pipe, max(size, BUFFER_SIZE))
+        try:
+            count = source.splice_into(pipe, max(size, BUFFER_SIZE))
+        except OSError:
+            self._can_splice = False
+            return self._leave_splice()
         if count is None:
             return False
-        if not count:
+        if count < 0:
             return self._leave_splice()
+        self.eof = not count
         self._bulk = count >= BUFFER_SIZE
-        return True
+        return not self.eof
 
     def _empty(self, pipe: Pipe) -> bool:
-        count = self.target.splice_from(pipe)
-        self.total += count
-        if not count and not self.target.can_splice:
+        try:
+            count = self.target.splice_from(pipe)
+        except OSError:
+            self._can_splice = False
             self.held = pipe.take()
             return self._leave_splice()
+        self.total += count
         return count > 0
 
     def _leave_splice(self) -> bool:

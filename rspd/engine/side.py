@@ -36,10 +36,12 @@ RETRY = 0.01
 class Side(Watch):
     """A connected, non-blocking stream socket, and what epoll says of it. Owns the socket.
 
-    can_splice: False once splice(2) has refused this kind of socket.
+    can_splice: whether splice_into and splice_from are to be tried.
     """
 
-    __slots__ = ("can_splice", "events", "loop", "sock")
+    __slots__ = ("events", "loop", "sock")
+
+    can_splice = True
 
     more_to_read = MORE_TO_READ
 
@@ -49,7 +51,6 @@ class Side(Watch):
         self.loop = loop
         self.sock = sock
         self.events = EVENTS  # the events that resume the task
-        self.can_splice = True
 
     def watch(self) -> None:
         """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
@@ -125,9 +126,10 @@ class Side(Watch):
         return count
 
     def splice_into(self, pipe: Pipe, size: int) -> int | None:
-        """Fill an empty pipe with `size` bytes at most: the number of bytes, None for not now.
+        """Fill an empty pipe with `size` bytes at most: the number of bytes, 0 where the connection broke.
 
-        0 where a read has to tell what there is: the end, urgent data, a connection that broke, no splice(2) here.
+        None for not now. Below 0 where only a read can tell: at the end of the stream, and at urgent data.
+        Raises OSError if the kernel refuses to splice from this kind of socket.
         """
         # A pipe with bytes in it may have no free slot: many small segments use up the slots long before the bytes.
         # EAGAIN would not tell such a pipe from an empty socket.
@@ -135,18 +137,20 @@ class Side(Watch):
             pipe.held = os.splice(self.fd, pipe.write_fd, min(pipe.size, size), flags=SPLICE)
         except BlockingIOError:
             if self.ready & PRI:
-                return 0
+                return -1
             self.ready &= ~IN
             return None
         except OSError as error:
             if error.errno == errno.EINVAL:
-                self.can_splice = False
-                return 0
+                raise
             return 0 if self.note_failure(error) else None
-        return pipe.held
+        return pipe.held or -1
 
     def splice_from(self, pipe: Pipe) -> int:
-        """Write what the pipe holds: the number of bytes; 0 also if the connection broke or splice(2) was refused."""
+        """Write what the pipe holds: the number of bytes, 0 also where the connection broke.
+
+        Raises OSError if the kernel refuses to splice to this kind of socket.
+        """
         try:
             count = os.splice(pipe.read_fd, self.fd, pipe.held, flags=SPLICE)
         except BlockingIOError:
@@ -154,9 +158,8 @@ class Side(Watch):
             return 0
         except OSError as error:
             if error.errno == errno.EINVAL:
-                self.can_splice = False
-            else:
-                self.note_failure(error)
+                raise
+            self.note_failure(error)
             return 0
         pipe.held -= count
         return count
