@@ -119,29 +119,23 @@ def bound_address(sock: socket.SocketType) -> Address:
     name = sock.getsockname()
     if not isinstance(name, tuple):
         return Address(path=format_socket_address(name))
-    host, port = name[:2]
-    both = host == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-    return Address("" if both else _unmapped(host), port)
-
-
-def _unmapped(host: str) -> str:
-    """The numeric host; an IPv4-mapped one (RFC 4291, 2.5.5.2), as a socket for both families shows it, as IPv4."""
-    return host[7:] if host.startswith("::ffff:") and "." in host else host
+    both = name[0] == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    return Address("" if both else host_of(name), name[1])
 
 
 def place_of(address: Peer) -> Place:
     """The place that a socket address of accept(2), getsockname(2) or connect(2) stands for."""
     if isinstance(address, tuple):
-        return _unmapped(address[0]), address[1]
+        return host_of(address), address[1]
     return address.decode(errors="surrogateescape") if isinstance(address, bytes) else address
 
 
 def host_of(address: Peer) -> str:
-    """The numeric host of a client, not IPv4-mapped; empty for a client of a unix socket.
-
-    It has no zone (`fe80::1%eth0`): the socket module has the interface as a number of its own.
-    """
-    return _unmapped(address[0]) if isinstance(address, tuple) else ""
+    """The numeric host of a socket's address, an IPv4-mapped one (RFC 4291, 2.5.5.2) as IPv4; empty for a unix one."""
+    if not isinstance(address, tuple):
+        return ""
+    host = address[0]
+    return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
 def format_peer(address: Peer) -> str:
@@ -153,7 +147,7 @@ def format_peer(address: Peer) -> str:
         host, port = address[:2]
         if ":" not in host:
             return f"{host}:{port}"
-        host = _unmapped(host)
+        host = host_of(address)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     path = place_of(address)
     return quote(str(path).replace("\0", "@")) if path else "unix"

@@ -214,8 +214,7 @@ class Connection:
         source = self.client_address
         destination = self.destination or self.client.sock.getsockname()
         if isinstance(source, tuple) and isinstance(destination, tuple):
-            ends = ((host_of(end), end[1]) for end in (source, destination))
-            return encode(self.terms.config.send_proxy, *ends)
+            return encode(self.terms.config.send_proxy, source[:2], destination[:2])
         return encode(self.terms.config.send_proxy, None, None)
 
     def _close(self, cause: Cause | None) -> int:

@@ -5,6 +5,7 @@ These are system calls, calls within Python, and instructions of Python.
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.peers.programs import receive_header
 from tests.support import Backend, can_trace, echo, eventually, free_port, rspd
 
 # What one more of each may take, the line in the log included: in serial mode the listener is registered and
@@ -21,21 +23,34 @@ SYSTEM_CALLS = {"serial connection": 30, "connection": 26, "connection, might re
 INSTRUCTIONS = {"serial connection": 3170, "connection": 2800, "request": 550}
 
 # Calls of functions in Python, and of coroutines and generators that go on: the same from Python 3.10 to 3.13.
-CALLS = {"serial connection": 88, "connection": 75, "request": 10}
+CALLS = {
+    "serial connection": 88,
+    "connection": 75,
+    "request": 10,
+    "connection, send_proxy": 87,
+    "connection, who may come": 88,
+}
+
+# The keys that this work has in the file.
+KEYS = {
+    "connection, send_proxy": "send_proxy: v2",
+    "connection, who may come": "{deny: 192.0.2.0/24, max_connections_per_client: 9, balance: source}",
+}
 
 CONNECTIONS = 100
 MESSAGE = b"x" * 100
 
 
-def cost(work: str, counter: Sequence[str], counts: Callable[[], Sequence[int]]) -> float:
+def cost(work: str, counter: Sequence[str], counts: Callable[[], Sequence[int]], file: Path) -> float:
     """What one more of it costs.
 
     counter: a command that runs rspd and counts.
     counts: the counts at each line of the log, once rspd has ended.
+    file: where its configuration goes.
     """
 
     def connection(requests: int) -> int:
-        serve_connections(work, counter, requests)
+        serve_connections(work, counter, requests, file)
         each = sorted(after - before for before, after in pairwise(counts()))
         assert len(each) >= CONNECTIONS
         # Nearly all take the same. On a busy machine what comes together elsewhere takes several turns.
@@ -44,14 +59,20 @@ def cost(work: str, counter: Sequence[str], counts: Callable[[], Sequence[int]])
     return (connection(3) - connection(1)) / 2 if work == "request" else connection(1)
 
 
-def serve_connections(work: str, launcher: Sequence[str], requests: int) -> None:
+def echo_after_header(sock: socket.socket) -> None:
+    receive_header(sock)
+    echo(sock)
+
+
+def serve_connections(work: str, launcher: Sequence[str], requests: int, file: Path) -> None:
     """Connections with some requests each, one after the other; each has a line in the log."""
     serial = work == "serial connection"
     # So the backend might be rspd itself by another name.
     same_port = work == "connection, might return"
-    with Backend(echo, host="127.0.0.2", port=free_port()) as backend:
+    with Backend(echo_after_header if "send_proxy" in work else echo, host="127.0.0.2", port=free_port()) as backend:
         listen = f"127.0.0.1:{backend.port if same_port else 0}"
-        options = "-b", backend.address, "--max-connections", "1" if serial else "64"
+        file.write_text(KEYS.get(work, ""))
+        options = "-c", str(file), "-b", backend.address, "--max-connections", "1" if serial else "64"
         with rspd(*options, listen=[listen], launcher=launcher) as daemon:
             for number in range(CONNECTIONS):
                 with daemon.connect() as client:
@@ -70,7 +91,7 @@ def test_it_makes_no_more_system_calls_than_its_budget(work: str, tmp_path: Path
         calls = eventually(lambda: text if "+++ exited" in (text := trace.read_text()) else "").splitlines()
         return [number for number, call in enumerate(calls) if " write(2, " in call]
 
-    spent = cost(work, ["strace", "-D", "-f", "-q", "-o", str(trace)], counts)
+    spent = cost(work, ["strace", "-D", "-f", "-q", "-o", str(trace)], counts, tmp_path / "rspd.yaml")
     assert spent <= SYSTEM_CALLS[work], f"one more {work} takes {spent} system calls"
 
 
@@ -92,4 +113,4 @@ def counted(what: str, work: str, file: Path) -> float:
     def counts() -> list[int]:
         return [int(count) for count in file.read_text().split()]
 
-    return cost(work, [sys.executable, "-m", "tests.counts", what, str(file)], counts)
+    return cost(work, [sys.executable, "-m", "tests.counts", what, str(file)], counts, file.with_suffix(".yaml"))
