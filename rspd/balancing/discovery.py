@@ -11,6 +11,7 @@ from rspd.log import quote
 from rspd.net.address import Address, SocketAddress
 from rspd.net.descriptors import SHORT, Shortage
 from rspd.net.resolver import Resolver
+from rspd.net.waiting import GivenUp
 
 # Seconds until a failed lookup is tried again, doubled each time up to `interval`. Also the seconds until the next
 # lookup if the known addresses have proved useless.
@@ -73,7 +74,7 @@ class Name:
         self._pause = min(self._pause, FIRST_RETRY)
         self._task.wake()
 
-    async def first_answer(self, deadline: float, given_up: Callable[[], bool]) -> list[SocketAddress]:
+    async def first_answer(self, deadline: float, given_up: GivenUp) -> list[SocketAddress]:
         """The addresses of the name, for a client or a check that comes before any is known.
 
         given_up: as for `Resolver.look_up`.

@@ -13,7 +13,7 @@ from rspd.engine.loop import ERR, HUP, OUT, Loop, news
 from rspd.engine.side import Side, UnixSide
 from rspd.net.address import SocketAddress
 from rspd.net.descriptors import SHORT, Shortage
-from rspd.net.waiting import check, wait
+from rspd.net.waiting import wait
 from rspd.net.ways import LoopError, Way
 
 # Seconds between two attempts at a unix socket whose backlog is full, doubled each time up to the second figure:
@@ -64,8 +64,7 @@ async def connect(
             way.begin(near)
         retry = FIRST_RETRY
         while (code := sock.connect_ex(address)) == errno.EAGAIN:
-            check(loop, deadline, LATE, partial(_gone, client), GONE)
-            await loop.sleep(min(retry, deadline - loop.now))
+            await wait(loop, deadline, LATE, partial(_gone, client), GONE, retry)
             retry = min(2 * retry, LAST_RETRY)
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))

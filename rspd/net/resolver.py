@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from rspd.engine.loop import Loop, Task
 from rspd.net.address import Address, SocketAddress, literal, resolve
-from rspd.net.waiting import wait
+from rspd.net.waiting import GivenUp, wait
 
 # Seconds for which an answer is used again. Short enough that nobody waits for a change, long enough that a busy
 # proxy does not ask for every connection.
@@ -17,7 +15,7 @@ class Lookup:
     """A lookup under way: who waits for it, and then what came of it."""
 
     def __init__(self) -> None:
-        self.waiting: set[Task] = set()
+        self.waiting: dict[Task, None] = {}  # in the order in which they came
         self.outcome: list[SocketAddress] | Exception | None = None
 
 
@@ -29,9 +27,7 @@ class Resolver:
         self._answers: dict[Address, tuple[float, list[SocketAddress]]] = {}
         self._under_way: dict[Address, Lookup] = {}
 
-    async def look_up(
-        self, address: Address, deadline: float, given_up: Callable[[], bool] | None = None
-    ) -> list[SocketAddress]:
+    async def look_up(self, address: Address, deadline: float, given_up: GivenUp | None = None) -> list[SocketAddress]:
         """The socket addresses of an address; at once if it names no host, or was looked up just now.
 
         given_up: called whenever the task is woken; if it returns True, the wait for the answer ends.
@@ -45,13 +41,13 @@ class Resolver:
             return answer
         lookup = self._under_way.get(address) or self._start(address)
         task = self._loop.current
-        lookup.waiting.add(task)
+        lookup.waiting[task] = None
         try:
             while lookup.outcome is None:
                 late = f"no answer to the lookup of {address.host}"
                 await wait(self._loop, deadline, late, given_up, "nobody waits for the name any more")
         finally:
-            lookup.waiting.discard(task)
+            lookup.waiting.pop(task, None)
         if isinstance(lookup.outcome, Exception):
             raise lookup.outcome
         return lookup.outcome

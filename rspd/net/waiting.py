@@ -5,32 +5,26 @@ from __future__ import annotations
 import errno
 import types
 from collections.abc import Callable, Generator
+from math import inf
 
 from rspd.engine.loop import Loop
+
+GivenUp = Callable[[], bool]  # whether nobody needs the answer any more
 
 
 @types.coroutine
 def wait(
-    loop: Loop, deadline: float, late: str = "", given_up: Callable[[], bool] | None = None, gone: str = ""
+    loop: Loop, deadline: float, late: str = "", given_up: GivenUp | None = None, gone: str = "", pause: float = inf
 ) -> Generator[None, None, None]:
     """Suspend the running task until it has news. The caller looks for the answer, and waits again if there is none.
 
-    Raises what `check` raises, before it suspends the task.
-    """
-    check(loop, deadline, late, given_up, gone)
-    loop.current.wake_at(deadline)
-    yield
-
-
-def check(
-    loop: Loop, deadline: float, late: str = "", given_up: Callable[[], bool] | None = None, gone: str = ""
-) -> None:
-    """Return if the task may wait on. Raises TimeoutError at the deadline, ConnectionAbortedError if it is given up.
-
+    Raises TimeoutError at the deadline, ConnectionAbortedError if it is given up, before it suspends the task.
     late, gone: the texts of these errors.
-    given_up: whether nobody needs the answer any more.
+    pause: seconds after which the task looks again, if no news is to be expected.
     """
     if loop.now >= deadline:
         raise TimeoutError(late)
     if given_up and given_up():
         raise ConnectionAbortedError(errno.ECONNABORTED, gone)
+    loop.current.wake_at(min(deadline, loop.now + pause))
+    yield
