@@ -28,8 +28,8 @@ RETRY = 0.1
 # one more in before the next failure; that is one shortage.
 QUIET = 1.0
 
-# Descriptors besides those that are counted: standard ones, loop, log, systemd, pid file, a file at a reload, some to
-# spare.
+# Descriptors besides those that are counted: standard ones, loop, log, systemd, pid file, name lookups, the file at a
+# reload, some to spare.
 OWN = 24
 
 T = TypeVar("T")
@@ -38,13 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class TooFewError(Exception):
-    """This process may not have as many descriptors as are needed. fitting: how many connections would fit."""
-
-    def __init__(self, needed: int, limit: int, fitting: int) -> None:
-        super().__init__(f"{needed} needed, {limit} allowed")
-        self.needed = needed
-        self.limit = limit
-        self.fitting = fitting
+    """Too few descriptors. args: how many are needed, how many are allowed, how many connections would fit."""
 
 
 def reserve(connections: int, others: int) -> int:

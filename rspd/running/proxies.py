@@ -28,13 +28,18 @@ class Proxies:
         self._served_before = 0  # clients served by proxies that are gone
         self._last_end = -inf  # when the last connection of these proxies ended
 
+    @property
+    def listeners(self) -> list[Listener]:
+        """The listeners of all proxies that are configured."""
+        return [listener for proxy in self.configured.values() for listener in proxy.listeners]
+
     def apply(self, config: Config, listeners: Mapping[str, list[Listener]]) -> None:
         """Serve by a configuration from now on. The caller has paused the proxies.
 
         listeners: of each proxy, by its name; the proxies own them from now on.
         """
+        before = self.listeners
         old, self.configured = self.configured, {}
-        before = [listener for proxy in old.values() for listener in proxy.listeners]
         backends = (backend.address for wanted in config.proxies for backend in wanted.backends)
         self.common.ways.listen(listeners, backends)
         for wanted in config.proxies:

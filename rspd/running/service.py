@@ -20,7 +20,7 @@ from rspd.net.listener import Listener, ListenError
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.running.proxies import Proxies
-from rspd.running.sockets import Plan, Sockets, log_replaced
+from rspd.running.sockets import Plan, Sockets, log_replaced, make_room
 from rspd.running.status import Reporter
 from rspd.serving.places import who_waits
 from rspd.serving.proxy import Common
@@ -63,7 +63,12 @@ def run(
     passed: the sockets that systemd passed, ours from now on.
     on_ready: called once, when clients can connect.
     """
-    with Loop() as loop:
+    try:
+        loop = Loop()
+    except OSError:
+        make_room(config, max(len(passed), 1))  # too few descriptors even for the loop
+        loop = Loop()
+    with loop:
         loop.run(Service(loop, config, load, passed, notifier).run(on_ready))
 
 
@@ -105,7 +110,7 @@ class Service:
         while not self._ends and not self._idle_for_long():
             if self._reload_asked:
                 self._reload_asked = False
-                self._notifier.reloading()
+                self._reporter.reloading()
                 self._reporter.ready(await self._reload())
             else:
                 await news()
@@ -124,7 +129,7 @@ class Service:
         while True:
             try:
                 plan = await self._sockets.plan(self._config, patient=True)
-                return plan, self._sockets.open(plan)
+                return plan, self._sockets.open(plan, self._sockets.adopted)
             except ConfigError as error:
                 raise StartError(str(error), os.EX_CONFIG) from None
             except ListenError as error:
@@ -164,10 +169,9 @@ class Service:
         if config.exit_idle_time < SHORTEST_IDLE_TIME and self._sockets.adopted:
             log.warning("exit_idle_time is below %g s: systemd gives up what it starts so often", SHORTEST_IDLE_TIME)
         if config.exit_idle_time != inf:
-            for own in listeners.values():
-                for listener in own:
-                    if listener.passed is None:
-                        log.warning("exit_idle_time ends rspd, and nobody starts it again for %s", listener.name)
+            for listener in self._proxies.listeners:
+                if listener.passed is None:
+                    log.warning("exit_idle_time ends rspd, and nobody starts it again for %s", listener.name)
 
     async def _reload(self) -> str:
         """Read the configuration again and change what it changes. If that fails, change nothing, and return why."""
@@ -179,7 +183,7 @@ class Service:
             plan = await self._sockets.plan(config, patient=False, given_up=lambda: self._ends > 0)
             for proxy in self._proxies.configured.values():
                 proxy.pause()
-            listeners = self._sockets.open(plan)
+            listeners = self._sockets.open(plan, self._proxies.listeners)
         except (ConfigError, ListenError, StartError, OSError) as error:
             if self._ends:
                 return ""
@@ -190,8 +194,7 @@ class Service:
                 log.error("reload failed, nothing has changed: %s", line)
             return what
         self._go_by(config, plan, listeners)
-        names = (listener.name for own in listeners.values() for listener in own)
-        log.info("reloaded listen=%s", ",".join(names))
+        log.info("reloaded listen=%s", ",".join(listener.name for listener in self._proxies.listeners))
         return ""
 
     def _idle_for_long(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from rspd.net.address import Address, SocketAddress, literal, own_listeners
 from rspd.net.descriptors import TooFewError, reserve
 from rspd.net.listener import Listener, ListenError, adopt_listener, open_listeners
 from rspd.net.resolver import Resolver
+from rspd.net.waiting import GivenUp
 from rspd.settings import Config
 
 log = logging.getLogger(__name__)
@@ -45,16 +46,17 @@ class Plan(NamedTuple):
 
 
 class Sockets:
-    """The listeners of this process."""
+    """Opens the listeners of this process; the proxies own them.
+
+    adopted: those that systemd passed. They stay to the end.
+    """
 
     def __init__(self, loop: Loop, resolver: Resolver, passed: Sequence[PassedSocket]) -> None:
-        """passed: what systemd passed; `Sockets` owns them, and listens on them to the end."""
         self._loop = loop
         self._resolver = resolver
         self.adopted = [adopt_listener(name, sock) for name, sock in passed]
-        self._listeners = self.adopted
 
-    async def plan(self, config: Config, patient: bool, given_up: Callable[[], bool] | None = None) -> Plan:
+    async def plan(self, config: Config, patient: bool, given_up: GivenUp | None = None) -> Plan:
         """How to listen by a configuration. Nothing is bound yet.
 
         patient: whether to wait for a name as long as the system's resolver takes; else for `connect_timeout` at most.
@@ -72,23 +74,23 @@ class Sockets:
                     raise ListenError(address, address, error) from None
                 bindings[address] = Binding(where, proxy.backlog, proxy.reuse_port)
         listeners = len(self.adopted) + sum(len(binding.where) for binding in bindings.values())
-        return Plan(parts, bindings, _make_room(config, listeners))
+        return Plan(parts, bindings, make_room(config, listeners))
 
-    def open(self, plan: Plan) -> dict[str, list[Listener]]:
-        """Listen by a plan; the listeners of each proxy, by its name. Those that are no longer wanted are closed.
+    def open(self, plan: Plan, old: Sequence[Listener]) -> dict[str, list[Listener]]:
+        """Listen by a plan; the listeners of each proxy, by its name.
 
-        No old listener may be watched meanwhile. Raises ListenError; then nothing has changed.
+        old: those that are open. Those no longer wanted are closed. None may be watched meanwhile.
+        Raises ListenError; then nothing has changed.
         """
-        self._listeners = replace_listeners(self._listeners, plan.bindings)
-        bound = [listener for listener in self._listeners if listener.passed is None]
+        bound = [listener for listener in replace_listeners(old, plan.bindings) if listener.passed is None]
         return {
             name: part.adopted + [listener for listener in bound if listener.address in part.addresses]
             for name, part in plan.parts.items()
         }
 
 
-def _make_room(config: Config, listeners: int) -> int:
-    """Make room for the descriptors that a configuration needs. Returns how many pipes there is room for."""
+def make_room(config: Config, listeners: int) -> int:
+    """Make room for the descriptors that a configuration needs, and for pipes: returns how many. Raises StartError."""
     connections = sum(proxy.max_connections for proxy in config.proxies)
     # Each check of a backend has a socket; each lookup has a socket or a file.
     checks = sum(len(proxy.backends) for proxy in config.proxies if proxy.health)
@@ -96,10 +98,11 @@ def _make_room(config: Config, listeners: int) -> int:
     try:
         return reserve(connections, listeners + checks + names)
     except TooFewError as error:
-        advice = f"lower it to {error.fitting} or raise" if error.fitting > 0 else "raise"
+        needed, limit, fitting = error.args
+        advice = f"lower it to {fitting} or raise" if fitting > 0 else "raise"
         several = "" if len(config.proxies) == 1 else " (of all proxies together)"
         raise StartError(
-            f"max_connections {connections}{several} needs {error.needed} descriptors, and the limit is {error.limit}: "
+            f"max_connections {connections}{several} needs {needed} descriptors, and the limit is {limit}: "
             f"{advice} the limit (LimitNOFILE= in the unit, ulimit -Hn in a shell)",
             os.EX_OSERR,
             errno.EMFILE,

@@ -40,6 +40,11 @@ class Reporter:
         else:
             self._task = self._loop.spawn(self._keep_informed())
 
+    def reloading(self) -> None:
+        """A reload begins: what the last one said is over. Call `ready` at its end."""
+        self._failure = ""
+        self._notifier.reloading()
+
     def ending(self) -> None:
         """The process ends. To be called when draining begins, and again when it is over."""
         self._ending = True

@@ -23,6 +23,7 @@ from tests.support import (
     drop_capabilities,
     eventually,
     free_port,
+    receive_all,
     rspd,
     skip_for_kernel,
 )
@@ -438,6 +439,21 @@ def test_a_limit_too_low_for_any_connection_is_71_and_only_the_limit_is_to_chang
         r"\(LimitNOFILE= in the unit, ulimit -Hn in a shell\)",
         line,
     )
+
+
+@pytest.mark.parametrize("limit", [5, 6, 7])
+def test_a_limit_too_low_for_rspd_itself_is_71_too(stale: Path, limit: int) -> None:
+    code, (line,) = refused("-l", str(stale), "-b", "127.0.0.1:1", limit=limit)
+    assert code == 71
+    assert line.startswith(f"max_connections 1 needs 27 descriptors, and the limit is {limit}: raise the limit ")
+
+
+@pytest.mark.parametrize("soft", [5, 6, 7])
+def test_a_soft_limit_too_low_for_rspd_itself_is_raised(soft: int) -> None:
+    with Backend(answer) as backend, rspd("-b", backend.address, limit=(soft, 100)) as daemon:
+        with daemon.connect() as client:
+            client.sendall(b"?")
+            assert receive_all(client) == b"ok"
 
 
 def test_the_soft_limit_is_raised_as_far_as_needed() -> None:
