@@ -122,14 +122,19 @@ def test_two_listeners_take_turns_when_both_are_busy() -> None:
         with daemon.connect():
             # While it is served, both backlogs fill, that of the first listener before the other's.
             eventually(lambda: backend.accepted)
-            clients = [socket.create_connection((host, int(port)), PATIENCE) for host, port in places for _ in range(5)]
+            clients = [
+                # From the address that it goes to: two clients of different listeners may have one port.
+                socket.create_connection((host, int(port)), PATIENCE, source_address=(host, 0))
+                for host, port in places
+                for _ in range(5)
+            ]
             for client in clients:
                 client.sendall(b"?")
-        arrived_at = {client.getsockname()[1]: client.getpeername()[1] for client in clients}
+        arrived_at = {"{}:{}".format(*client.getsockname()): client.getpeername() for client in clients}
         for client in clients:
             threading.Thread(target=lambda client=client: (receive_all(client), client.close()), daemon=True).start()
         ends = daemon.wait_for_ends(11)[1:]
-        served = [arrived_at[int(end["client"].rpartition(":")[2])] for end in ends]
+        served = [arrived_at[end["client"]] for end in ends]
         assert all(one != other for one, other in pairwise(served)), served
 
 
