@@ -335,6 +335,20 @@ def test_an_address_goes_from_one_proxy_to_another_and_who_waits_there_is_served
         assert who(daemon, NEWS) == b"one"
 
 
+def test_an_address_that_has_gone_to_another_proxy_is_told_of_after_those_it_had(
+    tmp_path: Path, one: Backend, two: Backend
+) -> None:
+    a, b, c = (f"{WEB}:{free_port()}" for _ in range(3))
+    proxies = {"web": {**proxy(WEB, one), "listen": a}, "mail": {**proxy(WEB, two), "listen": b}}
+    file = File(tmp_path, proxies=proxies)
+    with file.rspd() as daemon:
+        file.reload(daemon, proxies={**proxies, "web": {**proxies["web"], "listen": [a, c]}})
+        file.reload(daemon, proxies={"web": {**proxies["web"], "listen": [a, c, b]}})
+        file.reload(daemon)
+        told = [line.partition("listen=")[2] for line in daemon.find("reloaded")]
+        assert told == [f"{a},{c},{b}"] * 3
+
+
 def test_addresses_that_are_exchanged_again_and_again_refuse_nobody(tmp_path: Path) -> None:
     def answer(name: bytes) -> Backend:
         return Backend(lambda sock: sock.sendall(name) if sock.recv(100) else None)

@@ -1322,6 +1322,56 @@ def test_a_socket_that_cannot_be_spliced_is_copied_from_then_on(refusing: str) -
         os.close(fd)
 
 
+@pytest.mark.large_pipes(1)
+def test_a_socket_that_cannot_be_spliced_from_is_still_spliced_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    splice = os.splice
+
+    async def main(loop: Loop) -> None:
+        near, source = tcp_pair()
+        target, far = tcp_pair()
+        pipes = Pipes(4)
+        client, backend = side_of(loop, source), side_of(loop, target)
+        client.watch()
+        backend.watch()
+        upload, download = Flow(client, backend, pipes), Flow(backend, client, pipes)
+
+        def refuse(fd: int, *arguments: Any, **flags: Any) -> int:
+            if fd == backend.fd:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return splice(fd, *arguments, **flags)
+
+        monkeypatch.setattr(os, "splice", refuse)
+        for end in (near, far):
+            end.setblocking(False)
+        # The backend's socket reads nothing, and sends much: the upload waits in its pipe meanwhile.
+        sent = 0
+        until = loop.now + PATIENCE
+        while not (upload.waiting and download.total > 2 * BUFFER_SIZE) or sent < 8 * BUFFER_SIZE:
+            assert loop.now < until
+            with suppress(BlockingIOError):
+                near.send(SAMPLE[: 4 * BUFFER_SIZE])
+            with suppress(BlockingIOError):
+                sent += far.send(SAMPLE[: 4 * BUFFER_SIZE])
+            with suppress(BlockingIOError):
+                near.recv(1 << 20)
+            await loop.sleep(0.001)
+            upload.pump()
+            download.pump()
+        upload.pump()
+        assert upload.held_back > 0
+        assert not upload.held
+        upload.drop()
+        download.drop()
+        for side in (client, backend):
+            side.close()
+        for end in (near, far):
+            end.close()
+        pipes.close()
+        assert pipes.made == 0
+
+    run(main)
+
+
 @pipes_or_none
 @pytest.mark.parametrize("size", [3, BUFFER_SIZE + 1])
 def test_bytes_behind_a_passed_descriptor_are_relayed_without_waiting_for_more(size: int, pipes: int) -> None:
