@@ -171,22 +171,7 @@ def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]
     leaving = [listener for listener in bound if listener.address not in wanted]
     known = {listener.address for listener in bound}
     coming = {address: binding for address, binding in wanted.items() if address not in known}
-    try:
-        opened = _open_all(coming)
-    except ListenError as error:
-        ports = {address.port for address in coming}
-        in_the_way = [listener for listener in leaving if listener.address.port in ports - {0}]
-        if error.errno != errno.EADDRINUSE or not in_the_way:
-            raise
-        # An old listener may be in the way: 8080 is in the way of 127.0.0.1:8080. A client that comes now is refused.
-        for listener in in_the_way:
-            listener.rest()
-        try:
-            opened = _open_all(coming)
-        except ListenError:
-            for listener in in_the_way:
-                listener.listen(listener.backlog)
-            raise
+    opened = _open_in_place_of(leaving, coming)
     for listener in leaving:
         listener.close()
     for listener in staying:
@@ -195,6 +180,26 @@ def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]
         if binding.reuse_port:
             listener.share_port()
     return adopted + staying + opened
+
+
+def _open_in_place_of(leaving: Sequence[Listener], coming: Mapping[Address, Binding]) -> list[Listener]:
+    """New listeners. Old ones in their way stop listening. Raises ListenError; then the old ones listen again."""
+    try:
+        return _open_all(coming)
+    except ListenError as error:
+        ports = {address.port for address in coming} - {0}
+        in_the_way = [listener for listener in leaving if listener.address.port in ports]
+        if error.errno != errno.EADDRINUSE or not in_the_way:
+            raise
+        # An old listener may be in the way: 8080 is in the way of 127.0.0.1:8080. A client that comes now is refused.
+        for listener in in_the_way:
+            listener.rest()
+        try:
+            return _open_all(coming)
+        except ListenError:
+            for listener in in_the_way:
+                listener.listen(listener.backlog)
+            raise
 
 
 def _open_all(bindings: Mapping[Address, Binding]) -> list[Listener]:
