@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from rspd.net.descriptors import TooFewError, reserve
 from rspd.net.listener import Listener, ListenError, adopt_listener, open_listeners
 from rspd.net.resolver import Resolver
 from rspd.net.waiting import GivenUp
-from rspd.settings import Config
+from rspd.settings import Config, ProxyConfig
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +101,9 @@ def make_room(config: Config, listeners: int) -> int:
         needed, limit, fitting = error.args
         advice = f"lower it to {fitting} or raise" if fitting > 0 else "raise"
         several = "" if len(config.proxies) == 1 else " (of all proxies together)"
-        raise StartError(
-            f"max_connections {connections}{several} needs {needed} descriptors, and the limit is {limit}: "
-            f"{advice} the limit (LimitNOFILE= in the unit, ulimit -Hn in a shell)",
-            os.EX_OSERR,
-            errno.EMFILE,
-        ) from None
+        needs = f"max_connections {connections}{several} needs {needed} descriptors, and the limit is {limit}"
+        where = "(LimitNOFILE= in the unit, ulimit -Hn in a shell)"
+        raise StartError(f"{needs}: {advice} the limit {where}", os.EX_OSERR, errno.EMFILE) from None
 
 
 def assign(config: Config, adopted: Sequence[Listener]) -> dict[str, Part]:
@@ -116,47 +113,48 @@ def assign(config: Config, adopted: Sequence[Listener]) -> dict[str, Part]:
     that have its own name, in place of the addresses in `listen`; a lone proxy takes all sockets.
     Raises ConfigError if no proxy takes some socket, or if some proxy has nothing to listen on.
     """
-    passed = _names(adopted)
-    what = f"passed are {', '.join(passed)}" if passed else "none was passed; is its socket unit active?"
-    errors: list[str] = []
-    parts: dict[str, Part] = {}
-    named_somewhere = {address.passed for proxy in config.proxies for address in proxy.listen}
-    for proxy in config.proxies:
-        named = [address.passed for address in proxy.listen if address.passed]
-        place = f"proxies.{proxy.name}.listen" if proxy.name else "listen"
-        errors += [f"{place} fd://{name}: no such socket from systemd, {what}" for name in named if name not in passed]
-        taken = named or (passed if len(config.proxies) == 1 else {proxy.name} - named_somewhere)
-        own = [listener for listener in adopted if listener.passed in taken]
-        bound = [] if own and not named else [address for address in proxy.listen if not address.passed]
-        if not own and not bound and not named:
-            errors.append(f"{place}: missing, expected an address, or a socket from systemd named {proxy.name}")
-        addresses = [listener.address for listener in own]
-        errors += own_listeners(addresses, [backend.address for backend in proxy.backends])
-        parts[proxy.name] = Part(own, bound)
-    for name in passed:
-        if not any(listener.passed == name for part in parts.values() for listener in part.adopted):
-            several = "" if len(config.proxies) == 1 else ", or call it as a proxy (FileDescriptorName=)"
-            errors.append(f"socket {name!r} from systemd: not in listen; add fd://{name}{several}, or stop it")
+    alone = len(config.proxies) == 1
+    passed = dict.fromkeys(listener.passed or "" for listener in adopted)
+    named = {address.passed for proxy in config.proxies for address in proxy.listen}
+    parts = {proxy.name: _part(proxy, adopted, passed if alone else {proxy.name} - named) for proxy in config.proxies}
+    errors = [fault for proxy in config.proxies for fault in _faults(proxy, parts[proxy.name], passed)]
+    taken = {listener.passed for part in parts.values() for listener in part.adopted}
+    several = "" if alone else ", or call it as a proxy (FileDescriptorName=)"
+    nobodys = [name for name in passed if name not in taken]
+    errors += [f"socket {name!r} from systemd: not in listen; add fd://{name}{several}, or stop it" for name in nobodys]
     if errors:
         raise ConfigError(errors)
     return parts
 
 
+def _part(proxy: ProxyConfig, adopted: Sequence[Listener], default: Collection[str | None]) -> Part:
+    """What a proxy listens on. default: the names of the sockets that it takes if its `listen` names none."""
+    named = [address.passed for address in proxy.listen if address.passed]
+    own = [listener for listener in adopted if listener.passed in (named or default)]
+    return Part(own, [] if own and not named else [address for address in proxy.listen if not address.passed])
+
+
+def _faults(proxy: ProxyConfig, part: Part, passed: Collection[str]) -> Iterator[str]:
+    """An error for each thing that is wrong with what a proxy listens on. passed: the names of all sockets."""
+    place = f"proxies.{proxy.name}.listen" if proxy.name else "listen"
+    what = f"passed are {', '.join(passed)}" if passed else "none was passed; is its socket unit active?"
+    for address in proxy.listen:
+        if address.passed and address.passed not in passed:
+            yield f"{place} {address}: no such socket from systemd, {what}"
+    if not proxy.listen and not part.adopted:
+        yield f"{place}: missing, expected an address, or a socket from systemd named {proxy.name}"
+    yield from own_listeners([one.address for one in part.adopted], [one.address for one in proxy.backends])
+
+
 def log_replaced(config: Config, parts: Mapping[str, Part]) -> None:
     """Log the addresses in `listen` that are not listened on, because sockets from systemd took their place."""
     for proxy in config.proxies:
-        part = parts[proxy.name]
-        if not part.adopted or any(address.passed for address in proxy.listen):
-            continue
-        covered = {listener.address for listener in part.adopted}
-        names = ", ".join(_names(part.adopted))
+        adopted, bound = parts[proxy.name]
+        listening = {*bound, *(listener.address for listener in adopted)}
+        names = ", ".join(dict.fromkeys(listener.passed or "" for listener in adopted))
         for address in proxy.listen:
-            if address not in covered:
+            if not address.passed and address not in listening:
                 log.info("not listening on %s, systemd passed sockets in place of listen: %s", address, names)
-
-
-def _names(adopted: Sequence[Listener]) -> list[str]:
-    return list(dict.fromkeys(listener.passed or "" for listener in adopted))
 
 
 def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]) -> list[Listener]:
