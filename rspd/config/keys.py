@@ -32,8 +32,7 @@ def _parse_health(text: str) -> HealthConfig | None:
 def _check_health(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("send", "expect") if "http" in settings else ("host", "status"):
         if key in settings:
-            with_http = "cannot stand beside http" if "http" in settings else "needs http beside it"
-            yield key, with_http
+            yield key, "cannot stand beside http" if "http" in settings else "needs http beside it"
 
 
 BACKEND_KEYS: Mapping[str, Scalar] = {
@@ -111,9 +110,7 @@ class _Draft:
         self.line = line
         self.settings = settings
         self.key = f"proxies.{name}" if name else ""
-
-    def path(self, key: str) -> str:
-        return f"{self.key}.{key}" if self.name else key
+        self.prefix = f"proxies.{name}." if name else ""
 
 
 class _Proxies(Scalar):
@@ -131,8 +128,7 @@ class _Proxies(Scalar):
         drafts: dict[str, _Draft] = {}
         for line, name, proxy in value.entries:
             if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
-                what = "expected a name of up to 64 letters, digits, _, . and -"
-                report.add(line, key, f"{what}, found {name!r}")
+                report.add(line, key, f"expected a name of up to 64 letters, digits, _, . and -, found {name!r}")
             elif name in drafts:
                 report.add(line, f"{key}.{name}", f"given a second time, first in line {drafts[name].line}")
             elif proxy.entries is None:
@@ -157,28 +153,13 @@ def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool |
     Raises ConfigError with all that is wrong, or OSError if the file cannot be read.
     """
     report = Report(path or "command line")
-    top = Settings({}, {}, set())
-    if path is not None:
-        top = read_keys(_TOP_KEYS, read_entries(path), "", report)
+    top = read_keys(_TOP_KEYS, [] if path is None else read_entries(path), "", report)
     given = {name: value for name, value in options.items() if name in PROXY_KEYS}
     general = {name: value for name, value in {**top.values, **options}.items() if name in GENERAL_KEYS}
     defaults = {name: value for name, value in {"listen": (), **top.values}.items() if name in PROXY_KEYS}
-    drafts = [_Draft("", None, Settings({}, top.seen, top.meant))]
-    if proxies := top.seen.get("proxies"):
-        drafts = top.values["proxies"] or []
-        for entry in (top.seen[name] for name in _OWN if name in top.seen):
-            report.add(entry.line, entry.key, "belongs to one proxy, move it into each below proxies")
-        if any(name in given for name in _OWN):
-            what = "each has its addresses here; leave out those on the command line, or change the file"
-            report.add(proxies.line, proxies.key, what)
+    drafts = _drafts(top, given, report)
     for draft in drafts:
-        said = {*draft.settings.seen, *draft.settings.meant, *given}
-        missing = [name for name in _OWN if name not in said]
-        if sockets or (sockets is None and "backends" not in missing):
-            missing = [name for name in missing if name != "listen"]
-        for name in missing:
-            usual = USUAL.get(name, name)
-            report.add(draft.line, draft.path(usual), f"missing, expected an address to {_OWN[name]}")
+        _check_complete(draft, given, sockets, report)
     if not report:
         made = [ProxyConfig(**{**defaults, **draft.settings.values, **given, "name": draft.name}) for draft in drafts]
         for draft, proxy in zip(drafts, made, strict=True):
@@ -189,10 +170,31 @@ def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool |
     return Config(tuple(made), **general)
 
 
+def _drafts(top: Settings, given: Mapping[str, Any], report: Report) -> list[_Draft]:
+    """The proxies of the file, or the one that its top and the command line describe."""
+    if not (proxies := top.seen.get("proxies")):
+        return [_Draft("", None, Settings({}, top.seen, top.meant))]
+    for entry in (top.seen[name] for name in _OWN if name in top.seen):
+        report.add(entry.line, entry.key, "belongs to one proxy, move it into each below proxies")
+    if any(name in given for name in _OWN):
+        what = "each has its addresses here; leave out those on the command line, or change the file"
+        report.add(proxies.line, proxies.key, what)
+    return top.values["proxies"] or []
+
+
+def _check_complete(draft: _Draft, given: Mapping[str, Any], sockets: bool | None, report: Report) -> None:
+    """Report what a proxy has to have, and has not. sockets: as for `load_config`."""
+    said = {*draft.settings.seen, *draft.settings.meant, *given}
+    if sockets or (sockets is None and "backends" in said):
+        said.add("listen")
+    for name in (name for name in _OWN if name not in said):
+        report.add(draft.line, draft.prefix + USUAL.get(name, name), f"missing, expected an address to {_OWN[name]}")
+
+
 def _check_proxy(draft: _Draft, proxy: ProxyConfig, given: Mapping[str, Any], report: Report) -> None:
     if all(backend.backup for backend in proxy.backends):
         entry = draft.settings.seen["backends"]
-        report.add(entry.line, draft.path(entry.key), "expected one that is no backup, found none")
+        report.add(entry.line, draft.prefix + entry.key, "expected one that is no backup, found none")
     lines = {name: draft.settings.seen[name].line for name in _OWN if name in draft.settings.seen and name not in given}
     for what in contradictions(proxy.listen):
         report.add(lines.get("listen", draft.line), draft.key, what)
@@ -209,5 +211,5 @@ def _check_together(drafts: Sequence[_Draft], proxies: Sequence[ProxyConfig], re
                 if covers(taken, address) or covers(address, taken):
                     entry = draft.settings.seen["listen"]
                     what = f"{address} cannot be bound twice, {other.name} listens on {taken}"
-                    report.add(entry.line, draft.path(entry.key), what)
+                    report.add(entry.line, draft.prefix + entry.key, what)
                     break
