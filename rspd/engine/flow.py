@@ -30,6 +30,7 @@ class Flow:
         "eof",
         "finished",
         "held",
+        "moved_at",
         "source",
         "target",
         "total",
@@ -40,6 +41,7 @@ class Flow:
         self.source = source
         self.target = target
         self.total = 0  # bytes the target has taken
+        self.moved_at = 0.0  # the loop's time when bytes last came or went
         self.eof = False  # nothing more comes from the source
         self.waiting = False  # the target has yet to take something that was read
         self.finished = False  # nothing more comes, and nothing is waiting
@@ -69,12 +71,14 @@ class Flow:
                 return False
             count = target.write(BUFFER[:size])
             self.total += count
+            self.moved_at = source.loop.now
             if count == size < BUFFER_SIZE and not source.ready & IN:
                 return False
             more = self._keep(count, size)
         else:
             more = True
-        end = self.total + self._pipes.allowance(source.loop.turn)
+        begin = self.total
+        end = begin + self._pipes.allowance(source.loop.turn)
         while more and self.total < end:
             # What was read before comes first: a pipe must not overtake it.
             if self.held:
@@ -83,6 +87,8 @@ class Flow:
                 more = self._empty(pipe) if pipe.held else self._fill(pipe, end - self.total)
             else:
                 more = self._copy()
+        if self.total > begin:
+            self.moved_at = source.loop.now
         if self._pipe and not self._pipe.held:
             self._give_back()
         self.waiting = bool(self.held or self._pipe)
@@ -149,7 +155,7 @@ class Flow:
             return False
         size = source.read_into(BUFFER)
         if not size:
-            self.eof = size == 0
+            self.eof |= size == 0
             return False
         count = self.target.write(BUFFER[:size])
         self.total += count

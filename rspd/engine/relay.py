@@ -48,20 +48,15 @@ class Relay:
         loop, client, backend, upload, download = self.loop, self.client, self.backend, self.upload, self.download
         task = loop.current
         first: Cause | None = None
-        timeout = self.idle_timeout
-        task.wake_at(loop.now + timeout)
-        moved = 0  # bytes in both directions when the deadline was set
-        last = loop.now  # when the task ran last
+        cause: Cause | None
+        task.wake_at(loop.now + self.idle_timeout)
         while True:
-            now = loop.now
-            late = now >= task.deadline
-            before = upload.total + download.total if late else 0
             more = upload.pump() if client.ready & IN or upload.waiting else False
             if (backend.ready & IN or download.waiting) and download.pump():
                 more = True
             if (client.ready | backend.ready) & ERR:
                 # Named, since `yield from` a coroutine has no type of its own for mypy.
-                cause: Cause = yield from self._deliver_before_abort()
+                cause = yield from self._deliver_before_abort()
                 return cause
             if upload.finished or download.finished:
                 if first is None:
@@ -69,27 +64,14 @@ class Relay:
                     if not (upload.finished and download.finished):
                         flow = upload if upload.finished else download
                         flow.end()
-                        timeout = self._half_closed_timeout
-                        task.wake_at(now + timeout)
-                        late = False
-                        moved = upload.total + download.total
+                        task.wake_at(loop.now + self._half_closed_timeout)
                         if flow.target.aborted:
                             continue
                 if upload.finished and download.finished:
                     # Both sides are closed next: this tells a peer the same as passing the end on.
                     return first
-            if late:
-                total = upload.total + download.total
-                if total != before:
-                    task.wake_at(now + timeout)
-                elif total != moved and last + timeout > now:
-                    task.wake_at(last + timeout)
-                elif self._acknowledged():
-                    task.wake_at(now + timeout)
-                else:
-                    return "half-close-timeout" if timeout < self.idle_timeout else "idle-timeout"
-                moved = total
-            last = now
+            if loop.now >= task.deadline and (cause := self._silence()):
+                return cause
             if more:
                 task.wake()
             yield  # as `news` does, without an object each time
@@ -106,6 +88,19 @@ class Relay:
             client.close()
             return 0
         return cut(upload, download) + cut(download, upload)
+
+    def _silence(self) -> Cause | None:
+        """The cause of the end, if no byte has moved for too long; else None, and the deadline is put off."""
+        loop = self.loop
+        half_closed = self.upload.finished or self.download.finished
+        timeout = self._half_closed_timeout if half_closed else self.idle_timeout
+        deadline = max(self.upload.moved_at, self.download.moved_at) + timeout
+        if deadline <= loop.now:
+            if not self._acknowledged():
+                return "half-close-timeout" if timeout < self.idle_timeout else "idle-timeout"
+            deadline = loop.now + timeout
+        loop.current.wake_at(deadline)
+        return None
 
     def _acknowledged(self) -> bool:
         """Whether a peer has taken bytes from the kernel's buffers since the last call: slow is not idle."""

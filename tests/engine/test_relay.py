@@ -12,7 +12,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from math import inf
 from typing import Any, NamedTuple
@@ -548,6 +548,125 @@ def test_a_byte_that_comes_together_with_the_deadline_counts() -> None:
         return ended[0] - sent
 
     assert run(main) > 0.35
+
+
+def end_of(
+    story: dict[float, str], seconds: Iterable[float] = range(1, 100), pair: Pair = unix_pair
+) -> tuple[Cause, float]:
+    """How a relay ended, and after how many seconds.
+
+    story: what happens at which second; the relay hears of it in the same turn as of the time.
+    seconds: when the loop has a turn.
+    The idle_timeout is 10 seconds, the half_close_timeout 5. The backend reads at once, the client when it is told to.
+    """
+    clock = FakeClock()
+    began = clock.now
+    ends: list[tuple[Cause, float]] = []
+
+    async def main(loop: Loop) -> tuple[Cause, float]:
+        client, near = pair()
+        backend, far = pair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)  # so much may wait for the client
+        sides = side_of(loop, near), side_of(loop, far)
+
+        async def relay() -> None:
+            for side in sides:
+                side.watch()
+            relay = Relay(loop, *sides, Pipes(1), 10, 5)
+            ends.append((await relay.run(), loop.now - began))
+            relay.close()
+
+        def both_end() -> None:
+            client.shutdown(socket.SHUT_WR)
+            backend.shutdown(socket.SHUT_WR)
+
+        def empty_event() -> None:
+            for side in sides:
+                side.ready |= OUT
+            task.wake()
+
+        task = loop.spawn(relay())
+        happen: dict[str, Callable[[], object]] = {
+            "the client sends": lambda: client.send(b"x"),
+            "the client reads": lambda: client.recv(1 << 20),
+            "the client ends": lambda: client.shutdown(socket.SHUT_WR),
+            "the client resets": lambda: reset(client),
+            "the backend sends": lambda: backend.send(b"x"),
+            "the backend sends much": lambda: backend.send(bytes(30_000)),
+            "both end": both_end,
+            "an event brings nothing": empty_event,
+        }
+        backend.setblocking(False)
+        with client, backend:
+            for second in seconds:
+                clock.now = began + second
+                if second in story:
+                    happen[story[second]]()
+                for _ in range(3):
+                    await loop.yield_turn()
+                if ends:
+                    return ends[0]
+                with suppress(BlockingIOError):
+                    backend.recv(1)
+        raise AssertionError("the relay did not end")
+
+    return run(main, clock)
+
+
+def test_a_relay_without_a_byte_ends_after_the_idle_timeout() -> None:
+    assert end_of({}) == ("idle-timeout", 10)
+
+
+@pytest.mark.parametrize("second", [3, 9, 10])
+@pytest.mark.parametrize("who", ["the client", "the backend"])
+def test_silence_counts_from_the_last_byte_in_either_direction(who: str, second: int) -> None:
+    # The client reads before the deadline: what waits for it in the kernel is not to be taken for a sign of life.
+    read = {second + 0.5: "the client reads"} if who == "the backend" else {}
+    seconds = [half / 2 for half in range(2, 200)]
+    assert end_of({second: f"{who} sends", **read}, seconds) == ("idle-timeout", second + 10)
+
+
+@pytest.mark.parametrize("story", [{}, {3: "the client sends"}, {3: "the backend sends much"}])
+def test_a_wake_up_without_bytes_does_not_prolong_a_silence(story: dict[float, str]) -> None:
+    assert end_of({**story, 7: "an event brings nothing"}) == end_of(story)
+
+
+def test_silence_counts_from_when_a_reader_takes_what_was_held_back() -> None:
+    # At 13 and at 17, the kernel has more for the client than at first; ten seconds later it has as much as before.
+    story: dict[float, str] = {3: "the backend sends much"}
+    assert end_of(story) == ("idle-timeout", 23)
+    assert end_of({**story, 7: "the client reads"}) == ("idle-timeout", 27)
+
+
+def test_a_silence_that_lasted_too_long_while_the_process_was_frozen_ends_the_relay_at_once() -> None:
+    frozen = [1, 2, 3, *range(40, 100)]
+    assert end_of({3: "the client sends"}, frozen) == ("idle-timeout", 40)
+    assert end_of({3: "the client sends", 40: "the client sends"}, frozen) == ("idle-timeout", 50)
+
+
+def test_what_a_peer_takes_from_the_kernel_prolongs_a_silence_when_the_deadline_has_passed() -> None:
+    # At 13 the kernel has more for the client than at first, at 23 it has as much as before.
+    assert end_of({3: "the backend sends"}) == ("idle-timeout", 23)
+    assert end_of({3: "the backend sends", 15: "the client reads"}) == ("idle-timeout", 33)
+
+
+@pytest.mark.parametrize("second", [3, 9, 10])
+def test_the_half_close_timeout_counts_from_the_end_of_the_first_flow(second: int) -> None:
+    assert end_of({second: "the client ends"}) == ("half-close-timeout", second + 5)
+
+
+def test_after_a_half_close_silence_counts_from_the_last_byte_of_the_other_flow() -> None:
+    story: dict[float, str] = {1: "the client ends", 4: "the backend sends", 5: "the client reads"}
+    assert end_of(story) == ("half-close-timeout", 9)
+    assert end_of({**story, 7: "an event brings nothing"}) == ("half-close-timeout", 9)
+
+
+def test_streams_that_have_ended_when_the_deadline_passes_are_no_silence() -> None:
+    assert end_of({10: "both end"}) == ("client-closed", 10)
+
+
+def test_an_abort_that_comes_together_with_the_deadline_is_the_cause() -> None:
+    assert end_of({10: "the client resets"}, pair=tcp_pair) == ("client-aborted", 10)
 
 
 def test_what_comes_after_a_full_target_had_room_again_at_once_is_relayed() -> None:
