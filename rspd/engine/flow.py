@@ -109,10 +109,6 @@ class Flow:
         self.waiting = True
         self.total = -len(data)
 
-    def end(self) -> None:
-        """Pass the end of the stream on. Only for a finished flow: it must not overtake data."""
-        self.target.end()
-
     @property
     def held_back(self) -> int:
         """How many bytes of the source have been read, but not taken by the target."""

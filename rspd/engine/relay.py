@@ -51,7 +51,7 @@ class Relay:
         cause: Cause | None
         task.wake_at(loop.now + self.idle_timeout)
         while True:
-            more = upload.pump() if client.ready & IN or upload.waiting else False
+            more = (client.ready & IN or upload.waiting) and upload.pump()
             if (backend.ready & IN or download.waiting) and download.pump():
                 more = True
             if (client.ready | backend.ready) & ERR:
@@ -59,17 +59,11 @@ class Relay:
                 cause = yield from self._deliver_before_abort()
                 return cause
             if upload.finished or download.finished:
-                if first is None:
-                    first = "client-closed" if upload.finished else "backend-closed"
-                    if not (upload.finished and download.finished):
-                        flow = upload if upload.finished else download
-                        flow.end()
-                        task.wake_at(loop.now + self._half_closed_timeout)
-                        if flow.target.aborted:
-                            continue
                 if upload.finished and download.finished:
                     # Both sides are closed next: this tells a peer the same as passing the end on.
-                    return first
+                    return first or "client-closed"
+                if not first:
+                    first = self._half_close()
             if loop.now >= task.deadline and (cause := self._silence()):
                 return cause
             if more:
@@ -88,6 +82,16 @@ class Relay:
             client.close()
             return 0
         return cut(upload, download) + cut(download, upload)
+
+    def _half_close(self) -> Cause:
+        """Pass the end of the first flow on; return whose end it is. The other flow may be silent for less long."""
+        loop = self.loop
+        flow = self.upload if self.upload.finished else self.download
+        flow.target.end()
+        loop.current.wake_at(loop.now + self._half_closed_timeout)
+        if flow.target.ready & ERR:
+            loop.current.wake()  # to see the abort
+        return "client-closed" if flow is self.upload else "backend-closed"
 
     def _silence(self) -> Cause | None:
         """The cause of the end, if no byte has moved for too long; else None, and the deadline is put off."""

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import rspd.engine.pipes
 from rspd.engine.cause import Cause
 from rspd.engine.flow import BUFFER_SIZE, Flow
-from rspd.engine.loop import IN, OUT, Loop, news
+from rspd.engine.loop import ERR, IN, OUT, Loop, news
 from rspd.engine.pipes import LOOK, PIPE_SIZE, PROVEN, SLOW, Borrower, Pace, Pipe, Pipes
 from rspd.engine.relay import Relay
 from rspd.engine.side import Side, UnixSide
@@ -669,6 +669,17 @@ def test_an_abort_that_comes_together_with_the_deadline_is_the_cause() -> None:
     assert end_of({10: "the client resets"}, pair=tcp_pair) == ("client-aborted", 10)
 
 
+def test_an_end_that_cannot_be_passed_on_is_an_abort_though_no_event_tells_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(side: Side) -> None:
+        side.ready |= ERR
+
+    monkeypatch.setattr(Side, "end", fail)
+    # What the backend sent before might still come: it is waited for as long as after a half-close.
+    assert end_of({3: "the client ends"}) == ("backend-aborted", 8)
+
+
 def test_what_comes_after_a_full_target_had_room_again_at_once_is_relayed() -> None:
     def narrow_pair() -> tuple[socket.socket, socket.socket]:
         near, far = tcp_pair()
@@ -1283,7 +1294,7 @@ def test_a_pipe_that_comes_free_does_not_overtake_bytes_held_back() -> None:
         while not flow.finished:
             if not flow.pump() and not flow.finished:
                 await news()
-        flow.end()
+        flow.target.end()
         reader.join(PATIENCE)
         sender.join(PATIENCE)
         assert got[0] == data
