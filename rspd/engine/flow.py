@@ -66,8 +66,8 @@ class Flow:
             # Most often there is one small message, and nothing before it; the steps below would take twice as long.
             size = source.read_into(BUFFER)
             if not size:
-                if size == 0:
-                    self.eof = self.finished = True
+                self.eof |= size == 0
+                self.finished = self.eof
                 return False
             count = target.write(BUFFER[:size])
             self.total += count
@@ -93,14 +93,9 @@ class Flow:
             self._give_back()
         self.waiting = bool(self.held or self._pipe)
         self.finished = self.eof and not self.waiting
-        hold_back = self.waiting and not target.ready & OUT
-        if hold_back is not self._held_back:
-            self._held_back = hold_back
-            # More bytes from the source have to wait until the target has room: only this resumes the task.
-            if hold_back:
-                source.ignore(IN | PRI)
-            else:
-                source.heed(IN | PRI)
+        hold = self.waiting and not target.ready & OUT
+        if hold is not self._held_back:
+            self._hold_back(hold)
         return more
 
     def put_first(self, data: bytes) -> None:
@@ -131,6 +126,14 @@ class Flow:
         self._pace = pace
         self._from_pipe = len(self.held)
         return self._from_pipe
+
+    def _hold_back(self, hold: bool) -> None:
+        self._held_back = hold
+        # More bytes from the source have to wait until the target has room: only this resumes the task.
+        if hold:
+            self.source.ignore(IN | PRI)
+        else:
+            self.source.heed(IN | PRI)
 
     def _keep_rest(self, rest: memoryview | bytes) -> None:
         self.held = rest or b""  # an empty view would keep the whole memory behind it
