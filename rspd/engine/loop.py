@@ -140,10 +140,8 @@ class Loop:
         self.current = task
         try:
             task._send(None)
-        except (StopIteration, Cancelled):
-            self._end(task)
-        except Exception:
-            self._end(task, failed=True)
+        except (Exception, Cancelled) as end:
+            self._end(task, end)
         finally:
             self.current = caller
         return task
@@ -262,14 +260,12 @@ class Loop:
                     self.current = task
                     try:
                         task._send(None)
-                    except (StopIteration, Cancelled):
-                        self._end(task)
-                    except Exception:
-                        self._end(task, failed=True)
+                    except (Exception, Cancelled) as end:
+                        self._end(task, end)
 
-    def _end(self, task: Task, failed: bool = False) -> None:
-        if failed:
-            log.exception("a task failed; this is a bug")
+    def _end(self, task: Task, end: BaseException) -> None:
+        if not isinstance(end, (StopIteration, Cancelled)):
+            log.exception("a task failed; this is a bug", exc_info=end)
         task.done = True
         self._tasks.discard(task)
         if task._on_done:

@@ -151,7 +151,9 @@ def test_tasks_are_counted_until_they_end() -> None:
 
 @pytest.mark.parametrize("error", [None, ValueError("x"), Cancelled()])
 @pytest.mark.parametrize("waits", [0, 1])
-def test_the_end_of_a_task_is_told_once_however_it_ends(error: BaseException | None, waits: int) -> None:
+def test_the_end_of_a_task_is_told_once_and_logged_if_it_is_a_failure(
+    error: BaseException | None, waits: int, caplog: pytest.LogCaptureFixture
+) -> None:
     ended: list[Task] = []
 
     async def child(loop: Loop) -> None:
@@ -169,6 +171,9 @@ def test_the_end_of_a_task_is_told_once_however_it_ends(error: BaseException | N
         assert ended == [task]
 
     run(main)
+    assert [record.exc_info and record.exc_info[1] for record in caplog.records] == (
+        [error] if isinstance(error, ValueError) else []
+    )
 
 
 def test_an_exception_of_a_task_is_logged_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
