@@ -225,10 +225,8 @@ class Loop:
     def _run_turns(self) -> None:
         """Wait for events and resume the tasks that they concern, again and again, until the main task is done."""
         poll, clock, watches, timers = self._epoll.poll, self._clock, self._watches, self._timers
-        turns = count(self.turn + 1)
-        for self.turn in turns:
-            if self._stopped:
-                break
+        while not self._stopped:
+            self.turn += 1
             queue = self._queue
             due = timers[0][0]
             wait = 0.0 if queue else due - clock()
