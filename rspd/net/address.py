@@ -106,11 +106,9 @@ def own_listeners(listen: Sequence[Address], backends: Sequence[Address]) -> Ite
     # A proxy that dials itself would open connections without end.
     ports = {address.port for address in listen}
     for backend in [backend for backend in backends if backend.path or backend.port in ports]:
-        v4 = backend.host in ("localhost", "0.0.0.0") or backend.host.startswith("127.")
-        v6 = backend.host in ("localhost", "::1", "::")
+        here = backend.host in ("localhost", "0.0.0.0", "::1", "::") or backend.host.startswith("127.")
         for address in listen:
-            everywhere = {"": v4 or v6, "0.0.0.0": v4, "::": v6}.get(address.host, False)
-            if backend == address or (everywhere and backend.port == address.port):
+            if backend == address or (here and covers(address, backend)):
                 yield f"backend {backend} is this proxy's own listener {address}"
 
 

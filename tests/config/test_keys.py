@@ -634,6 +634,7 @@ def test_a_proxy_that_relays_to_itself_is_refused(errors: Errors, listen: str, b
         ("8080", "example.com:8080"),
         ("127.0.0.1:8080", "127.0.0.2:8080"),
         ("0.0.0.0:8080", "'[::1]:8080'"),
+        ("0.0.0.0:8080", "127.example.com:8080"),
         ("'[::]:8080'", "127.0.0.1:8080"),
         ("/run/a", "/run/b"),
         ("8080", "/run/a"),
