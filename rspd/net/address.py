@@ -86,7 +86,7 @@ def covers(address: Address, other: Address) -> bool:
     """Whether a listener on an address takes the other address too."""
     if address == other:
         return True
-    if address.path or address.passed or address.port != other.port or not address.port or other.path or other.passed:
+    if not address.port or address.port != other.port:
         return False
     v4 = other.host == "localhost" or other.host.replace(".", "").isdigit()
     v6 = other.host == "localhost" or ":" in other.host
@@ -156,6 +156,6 @@ def format_socket_address(address: Peer) -> str:
     if isinstance(address, tuple):
         return format_peer(address)
     if isinstance(address, bytes):
-        address = address.decode(errors="backslashreplace").replace("\0", "@")
+        address = address.decode(errors="backslashreplace")
     text = str(address).replace("\0", "@")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) or "unix"
