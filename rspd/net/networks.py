@@ -45,9 +45,8 @@ def parse_network(text: str) -> Network:
     if text == UNIX_CLIENT:
         return Network(AF_UNIX, 0, 0)
     host, slash, prefix = text.partition("/")
-    family = AF_INET6 if ":" in host else AF_INET
     try:
-        value = int.from_bytes(inet_pton(family, host), "big")
+        family, value = _read(host)
     except (OSError, ValueError):
         raise ValueError(f"expected a network ({FORMS}), found {text!r}") from None
     bits = length = BITS[family]
@@ -80,10 +79,9 @@ class Networks:
 
         host: the client's, as `host_of` gives it. Raises OSError for a host that is no address.
         """
-        family, value = _read(host)
+        family, value = _read(host) if host else (AF_UNIX, 0)
         for shift, networks in self._tables[family]:
-            network = networks.get(value >> shift)
-            if network:
+            if network := networks.get(value >> shift):
                 return network
         return None
 
@@ -103,8 +101,6 @@ def client_key(host: str) -> str:
 
 
 def _read(host: str) -> tuple[int, int]:
-    """A client's family, and its address as a number."""
-    if not host:
-        return AF_UNIX, 0
+    """The family of a numeric address, and the address as a number. Raises OSError or ValueError."""
     family = AF_INET6 if ":" in host else AF_INET
     return family, int.from_bytes(inet_pton(family, host), "big")
