@@ -14,9 +14,8 @@ from rspd.net.listener import Listener
 # proxy accepts it only after the connection that dialled it has ended.
 GONE_FOR = 1.0
 
-# What connect(2) dials in place of a wildcard address; and the wildcard address of IPv4 (False) and of IPv6 (True).
+# What connect(2) dials in place of a wildcard address.
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-EVERYWHERE = {False: "0.0.0.0", True: "::"}
 
 
 class LoopError(OSError):
@@ -75,7 +74,7 @@ class Ways:
         if isinstance(far, tuple) and far not in self._proxies:
             host, port = far
             if host.startswith("127.") or host == "::1" or (near and near[0] == host):
-                return self._proxies.get((EVERYWHERE[":" in host], port))
+                return self._proxies.get(("::" if ":" in host else "0.0.0.0", port))
         return self._proxies.get(far)
 
     def may_be_at(self, far: Place) -> bool:
