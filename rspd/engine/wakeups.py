@@ -24,9 +24,7 @@ class Wakeups:
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}  # the handlers before ours
         self._calls: deque[Callable[[], object]] = deque()
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
+        self._read, self._write = socket.socketpair(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self.fd = self._read.fileno()
 
     def close(self) -> None:
