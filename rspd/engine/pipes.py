@@ -162,15 +162,14 @@ class Pipes:
             return None
         try:
             pipe = Pipe()
-        except OSError:
-            self._refrain = REFRAIN
-            return None
-        if pipe.size < USEFUL_SIZE:
+            if pipe.size >= USEFUL_SIZE:
+                self.made += 1
+                return pipe
             pipe.close()
-            self._refrain = REFRAIN
-            return None
-        self.made += 1
-        return pipe
+        except OSError:
+            pass
+        self._refrain = REFRAIN
+        return None
 
     def _take(self, now: float) -> Pipe | None:
         """The pipe of a slow borrower, the one with the fewest bytes. These bytes are in memory then."""
