@@ -34,7 +34,7 @@ class Places:
     tag: names the proxy in a line of the log: ` proxy=NAME`, or nothing.
     taken: the connections of the proxy.
     newest: says when the newest of them was accepted; called only while all places are taken.
-    looking: whether the task is at work.
+    looking: the task, while it is at work.
     changed: called when `waiting` has changed.
     """
 
@@ -48,8 +48,7 @@ class Places:
         self._changed = changed
         self._limit = 0
         self._listeners: Sequence[Listener] = ()
-        self.looking = False
-        self._task: Task | None = None
+        self.looking: Task | None = None
         self._looked_at = -inf
         self._waiting = ""
         self._found = False  # whether the last look found somebody at these listeners
@@ -74,14 +73,13 @@ class Places:
 
     def look(self) -> None:
         """Look each second, since the last place is taken. Not to be called while `looking`."""
-        self.looking = True
-        self._task = self._loop.spawn(self._watch())
+        self.looking = self._loop.spawn(self._watch())
 
     def close(self) -> None:
         """Look no more: nobody will be accepted any more. The task that looks is done a turn later."""
         self._waiting = ""
-        if self._task:
-            self._task.cancel()
+        if self.looking:
+            self.looking.cancel()
 
     def _full(self) -> bool:
         return len(self._taken) >= self._limit
@@ -94,8 +92,7 @@ class Places:
                 if not self._full() and self._last is None:
                     break
         finally:
-            self.looking = False
-            self._task = None
+            self.looking = None
 
     def _look(self) -> None:
         now = self._loop.now
