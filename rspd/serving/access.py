@@ -93,8 +93,7 @@ class Refusals:
         self._untold += 1
         self.count += 1
         if not self._task:
-            self._tell()
-            self._task = self._loop.spawn(self._tell_later())
+            self._task = self._loop.spawn(self._keep_telling())
 
     def close(self) -> None:
         """Log what is held back, since the proxy ends. The task that would have logged it ends a turn later."""
@@ -109,9 +108,8 @@ class Refusals:
             self._untold = 0
             log.warning("client refused client=%s%s reason=%s%s", client, self._tag, quote(reason), more)
 
-    async def _tell_later(self) -> None:
+    async def _keep_telling(self) -> None:
         try:
-            await self._loop.sleep(INTERVAL)
             while self._untold:
                 self._tell()
                 await self._loop.sleep(INTERVAL)
