@@ -85,6 +85,9 @@ class Listener(Watch):
         self.side = UnixSide if sock.family == socket.AF_UNIX else Side
         self._sock = sock
         self._inode = inode
+        if sock.family != socket.AF_UNIX:
+            # Accepted sockets inherit it: a relayed message must not wait until the one before is acknowledged.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @property
     def reached_at(self) -> list[Any]:
@@ -150,8 +153,6 @@ def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
     # All processes on this socket share the flag by which accept(2) does not wait, and systemd clears the flag when it
     # starts one more of them (NonBlocking=, systemd.service(5)). With this timeout, accept(2) never waits long.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, MOMENT)
-    if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as for those of our own, see _open
     return Listener(bound_address(sock), sock, passed=name)
 
 
@@ -189,8 +190,6 @@ def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if reuse_port:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # Accepted sockets inherit it: a relayed message must not wait until the one before is acknowledged.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if where.family == socket.AF_INET6:
             # Each family has its own socket, so that neither can be mistaken for the other.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
