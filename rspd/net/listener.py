@@ -213,12 +213,10 @@ def _inode(path: str) -> tuple[int, int] | None:
 
 def _remove_stale(path: str) -> None:
     """Remove a socket file that nobody listens on. Raises OSError if somebody does, or if it is another file."""
-    if path.startswith("\0"):
-        return
     try:
         mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
+    except (FileNotFoundError, ValueError):
+        return  # there is none; an abstract name, with its null byte, is no path
     if not stat.S_ISSOCK(mode):
         raise OSError(errno.EEXIST, "a file that is not a socket stands there")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
