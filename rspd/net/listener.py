@@ -39,9 +39,9 @@ ADVICE = {
     errno.EMFILE: "raise LimitNOFILE or `ulimit -n`",
 }
 
-NOT_SHARED = f"{ADVICE[errno.EADDRINUSE]}; to share it, that one needs reuse_port and the same user too"
-
-SHARED_ADVICE = ADVICE | {errno.EADDRINUSE: NOT_SHARED}
+SHARED_ADVICE = ADVICE | {
+    errno.EADDRINUSE: f"{ADVICE[errno.EADDRINUSE]}; to share it, that one needs reuse_port and the same user too",
+}
 
 UNWRITABLE = "the folder must be writable; for the service, /run/rspd is, and for rspd@NAME, /run/rspd-NAME"
 
