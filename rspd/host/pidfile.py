@@ -24,8 +24,7 @@ class PidFile:
         """Write the file. Raises StartError if it belongs to another process or user, or cannot be written."""
         number = f"{os.getpid()}\n".encode()
         try:
-            while self._fd < 0:
-                self._fd = self._open()
+            self._fd = self._open()
             if os.fstat(self._fd).st_uid == os.geteuid():
                 os.fchmod(self._fd, 0o644)  # everybody may read the process's number
             os.pwrite(self._fd, number, 0)
@@ -52,18 +51,18 @@ class PidFile:
         self._fd = -1
 
     def _open(self) -> int:
-        """The file, locked and ours to overwrite; -1 if it has vanished meanwhile."""
-        # If the file is a FIFO, do not wait for a writer.
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-        try:
-            self._check(fd)
-            if self._is_in_place(fd):
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-        return -1
+        """The file, locked and ours to overwrite."""
+        while True:
+            # If the file is a FIFO, do not wait for a writer.
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+            try:
+                self._check(fd)
+                if self._is_in_place(fd):
+                    return fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)  # another process has removed the file meanwhile
 
     def _check(self, fd: int) -> None:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -88,10 +87,9 @@ class PidFile:
 
     def _is_in_place(self, fd: int) -> bool:
         try:
-            there = os.stat(self._path, follow_symlinks=False)
+            return os.path.samestat(os.lstat(self._path), os.fstat(fd))
         except FileNotFoundError:
             return False
-        return os.path.samestat(there, os.fstat(fd))
 
 
 def _runs(pid: int) -> bool:
