@@ -11,12 +11,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NoReturn
 
 from rspd import __version__
 from rspd.config.addresses import parse_address, parse_backend, parse_pair
 from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
-from rspd.config.values import closest, listed
+from rspd.config.values import closest, listed, matching
 from rspd.errors import ConfigError, StartError
 from rspd.host.detach import Starter, detach, started_by_systemd
 from rspd.host.pidfile import PidFile
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop handles SIGINT: end without a traceback
     _open_standard_descriptors()
     notifier = Notifier()
-    starter: Starter | None = None
+    starter = Starter(-1)  # nobody waits
     try:
         parser = _parser()
         options = parser.parse_args(arguments)
@@ -62,25 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         sockets = take_sockets()
         config = _load_first(path, overrides, sockets=bool(sockets))
-        full_path = path and os.path.abspath(path)  # a daemon works in another folder
-
-        def load() -> Config:
-            return load_config(full_path, overrides, sockets=bool(sockets))
-
-        def on_ready() -> None:
-            if starter:
-                starter.release(0)
-
+        # A daemon works in another folder.
+        full_path = path and os.path.abspath(path)
+        pid_file = options.pid_file and os.path.abspath(options.pid_file)
+        load = partial(load_config, full_path, overrides, sockets=bool(sockets)) if path else None
         if not options.foreground and not started_by_systemd():
             connections = sum(proxy.max_connections for proxy in config.proxies)
             starter = detach([sock.fileno() for _, sock in sockets], 2 * connections)
         set_up(config.log_level)
-        with PidFile(options.pid_file) if options.pid_file else nullcontext():
-            run(config, load if path else None, sockets, notifier, on_ready)
+        with PidFile(pid_file) if pid_file else nullcontext():
+            run(config, load, sockets, notifier, lambda: starter.release(0))
         return 0
     except StartError as error:
         notifier.failed(str(error), error.errno)
-        if not (starter and starter.release(error.exit_code, str(error))):
+        if not starter.release(error.exit_code, str(error)):
             complain(str(error))
         return error.exit_code
     except Exception:
@@ -177,18 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     add_value("--log-level", "LEVEL", GENERAL_KEYS["log_level"].parse, "debug, info, warning or error")
     add_value("--exit-idle-time", "DURATION", GENERAL_KEYS["exit_idle_time"].parse, "end when idle for so long")
     add("--foreground", action="store_true", help="stay in the foreground")
-    add_value("--pid-file", "FILE", _parse_path, "write the process's number there")
+    add_value("--pid-file", "FILE", matching("(?s).+", "a file"), "write the process's number there")
     add("--check", action="store_true", help="check the configuration and exit")
     add("--all", action="store_true", help="with --check: print each value in force")
     add("-h", "--help", action="help", help="print this and exit")
     add("-V", "--version", action="version", version=f"rspd {__version__}", help="print the version and exit")
     return parser
-
-
-def _parse_path(text: str) -> str:
-    if not text:
-        raise ValueError("expected a file, found ''")
-    return os.path.abspath(text)
 
 
 def _checked(parse: Callable[[str], object]) -> Callable[[str], object]:
