@@ -4,8 +4,8 @@ dump        all values in force, defaults included, as a configuration file
 summary     what rspd does by a configuration, in words
 keys        the keys of the file, what each takes; file and command line become settings
 schema      a file's entries, read by tables of keys; all errors in them
-values      single values: durations, numbers, switches, words
 addresses   addresses as people write them: in the file, after an option, in two or three words
+values      single values: durations, numbers, switches, words
 yamlfile    a YAML file as keys and values with their lines
 yamlfaults  what is wrong with a file that is no YAML
 """

@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Sequence
 
+from rspd.config.values import accepts
 from rspd.net.address import PASSED, Address
 
 # What can be dialled, and what can be listened on.
@@ -70,11 +71,7 @@ def parse_pair(words: Sequence[str]) -> tuple[Address, Address]:
     port, host, backend_port = words
     if host.startswith(("/", "@")):
         raise ValueError(f"expected a host, found {host!r}; a unix socket has no port")
-    try:
-        parse_backend(host)
-    except ValueError:
-        pass  # it has no port
-    else:
+    if accepts(parse_backend, host):
         raise ValueError(f"expected a host without a port, found {host!r}; several backends are -b {host} -b ...")
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     return parse_address(port), parse_backend(f"{host}:{backend_port}")
@@ -101,14 +98,13 @@ def _advise(text: str, dialled: bool) -> str:
         if dialled:
             return f"; port {match[1]} of this host is 127.0.0.1:{match[1]}"
         return f"; a port alone is every address: {match[1]}"
-    if re.fullmatch(r"localhost|\d+(\.\d+){3}|[\w-]+(\.[\w-]+)*\.[a-z]{2,}\.?", text, re.ASCII | re.IGNORECASE):
-        return f"; the port is missing, as in {text}:80"
-    if dialled and re.fullmatch(r"(?![\d.]+$)\w[\w.-]*", text, re.ASCII):
+    host = re.fullmatch(r"localhost|\d+(\.\d+){3}|[\w-]+(\.[\w-]+)*\.[a-z]{2,}\.?", text, re.ASCII | re.IGNORECASE)
+    if host or (dialled and re.fullmatch(r"(?![\d.]+$)\w[\w.-]*", text, re.ASCII)):
         return f"; the port is missing, as in {text}:80"
     if text.startswith("-"):
         return "; a space belongs after the dash"
-    host = text.rpartition(":")[0]
-    return f"; {host} is no host" if host.isdigit() else ""
+    number = text.rpartition(":")[0]
+    return f"; {number} is no host" if number.isdigit() else ""
 
 
 def _parse_host(host: str, text: str, dialled: bool) -> str:
