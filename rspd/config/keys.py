@@ -24,9 +24,8 @@ _parse_limit = values.unless(values.OFF, inf, values.whole_number(1, CONNECTIONS
 
 def _parse_health(text: str) -> HealthConfig | None:
     """What `health` means if its value is no mapping."""
-    if text.lower() not in values.ON + values.OFF:
-        raise ValueError(f"expected a mapping, as {{http: /health}}, or on or off, found {text!r}")
-    return HealthConfig() if text.lower() in values.ON else None
+    on = values.parse_switch(text, "a mapping, as {http: /health}, or on or off")
+    return HealthConfig() if on else None
 
 
 def _check_health(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

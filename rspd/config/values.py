@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from math import inf
 from typing import TypeVar
 
@@ -72,10 +72,10 @@ def parse_wait(text: str) -> float:
     return _seconds(text, "expected a duration, as 500ms, 5s, 2m or 1h, or off")
 
 
-def parse_switch(text: str) -> bool:
+def parse_switch(text: str, expected: str = "true or false") -> bool:
     """True or False."""
     if text.lower() not in ON + OFF:
-        raise ValueError(f"expected true or false, found {text!r}")
+        raise ValueError(f"expected {expected}, found {text!r}")
     return text.lower() in ON
 
 
@@ -96,15 +96,14 @@ def whole_number(low: int, high: int, beside: str = "") -> Callable[[str], int]:
     return parse
 
 
-def one_of(words: Iterable[str]) -> Callable[[str], str]:
+def one_of(words: Collection[str]) -> Callable[[str], str]:
     """A parser of certain words."""
-    known = tuple(words)
 
     def parse(text: str) -> str:
-        if text not in known:
-            meant = closest(text, known)
+        if text not in words:
+            meant = closest(text, words)
             advice = f"; did you mean {meant}?" if meant else ""
-            raise ValueError(f"expected one of {', '.join(known)}, found {text!r}{advice}")
+            raise ValueError(f"expected one of {', '.join(words)}, found {text!r}{advice}")
         return text
 
     return parse
@@ -114,11 +113,10 @@ def closest(word: str, words: Iterable[str]) -> str:
     """Which of the known words was probably meant by an unknown word; empty if none is near."""
     import difflib  # slow to import, and for messages only
 
-    word, known = word.lower(), list(words)
-    begun = [other for other in known if other.lower().startswith(word)] if len(word) > 2 else []
+    word, by_lower = word.lower(), {other.lower(): other for other in words}
+    begun = [other for other in by_lower if other.startswith(word)] if len(word) > 2 else []
     if len(begun) == 1:
-        return begun[0]
-    by_lower = {other.lower(): other for other in known}
+        return by_lower[begun[0]]
     # Of the words that are near, prefer one with the same beginning: `proxy` more likely means proxies than send_proxy.
     near = difflib.get_close_matches(word, by_lower, 3, cutoff=0.65)
     alike = [other for other in near if other[:3] == word[:3]]
