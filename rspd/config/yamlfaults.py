@@ -76,8 +76,6 @@ class _Fault:
 
     def _special(self, match: re.Match[str]) -> Told:
         """A value that begins with a character that means something else to YAML."""
-        if match[1] == "@":
-            return self._address(match)
         return self.line, f"a value that starts with {match[1]} needs quotes"
 
     def _alias(self, _: re.Match[str]) -> Told:
@@ -155,7 +153,8 @@ class _Fault:
 
     RULES: tuple[tuple[str, Callable[[_Fault, re.Match[str]], Told]], ...] = (
         (r"found character '\\t' .*", _tab),
-        (r"found character '(.)' that cannot start any token", _special),
+        (r"found character '@' that cannot start any token", _address),
+        (r"found character '([^@])' that cannot start any token", _special),
         (r"(?s)(?:expected alphabetic or numeric character, but found|found undefined alias) .*", _alias),
         (r"expected the node content, but found '<stream end>'", _no_bracket),
         (r"expected the node content, but found .*", _address),
@@ -182,11 +181,9 @@ class _Fault:
         column, nearest = self._column(line, dash), self._above(line)
         if re.search(r":\s+\S", self.lines[nearest]) and column > self._column(nearest):
             return self._indentation(line, nearest, "below a key that has a value, nothing is indented", dash)
+        begins = r" *- " if dash else r"(?!\s*#).*:(\s|$)"
         open_blocks: list[tuple[int, int]] = []
-        for above in range(line - 1, -1, -1):
-            upper = self.lines[above]
-            if upper.lstrip().startswith("#") or not re.search(r"^ *- " if dash else r":(\s|$)", upper):
-                continue
+        for above in (number for number in range(line - 1, -1, -1) if re.match(begins, self.lines[number])):
             if not open_blocks or self._column(above, dash) < open_blocks[-1][0]:
                 open_blocks.append((self._column(above, dash), above))
         if not open_blocks:
@@ -203,11 +200,8 @@ class _Fault:
 
     def _above(self, line: int) -> int:
         """The next line above that is neither blank nor a comment; the first of all if there is none."""
-        while line > 0:
-            line -= 1
-            if self.lines[line].strip() and not self.lines[line].lstrip().startswith("#"):
-                break
-        return line
+        above = range(line - 1, 0, -1)
+        return next((number for number in above if re.match(r"\s*[^\s#]", self.lines[number])), 0)
 
     def _column(self, line: int, dash: bool = False) -> int:
         """The column where a line begins: at its dash, or at what comes after the dash."""

@@ -62,27 +62,24 @@ def read_entries(path: str) -> list[Entry]:
     """The keys of a YAML file, in its order. Raises ConfigError for another kind of file, OSError if unreadable."""
     with open(path, "rb") as file:
         text = file.read()
-    loader = None
     try:
         loader = yaml.BaseLoader(text)
-        root = loader.get_single_node()
+        node = loader.get_single_node()
     except yaml.YAMLError as error:
         line, fault = describe_fault(text, error)
         raise ConfigError([f"{path}:{line}: not valid YAML: {fault}"]) from None
     except (ValueError, OverflowError) as error:  # such as \U beyond Unicode, or a %YAML version of thousands of digits
-        raise ConfigError([f"{path}:{loader.line + 1 if loader else 1}: not valid YAML: {error}"]) from None
+        raise ConfigError([f"{path}:{loader.line + 1}: not valid YAML: {error}"]) from None
     except RecursionError:
         raise ConfigError([f"{path}: not valid YAML: nested too deeply"]) from None
-    if root is None or (isinstance(root, yaml.ScalarNode) and not root.value and not root.style):
+    if node is None or (isinstance(node, yaml.ScalarNode) and not node.value and not node.style):
         return []
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError([f"{path}:{Value(root).line}: expected lines of KEY: VALUE, found {_advise(Value(root))}"])
-    return Value(root).entries or []
-
-
-def _advise(root: Value) -> str:
-    """What a file has in place of keys, and how to correct it, if that is known."""
-    return root.kind + ("; leave out the dashes" if root.dashed else advise_pair(root.text or ""))
+    root = Value(node)
+    entries = root.entries
+    if entries is None:
+        advice = "; leave out the dashes" if root.dashed else advise_pair(root.text or "")
+        raise ConfigError([f"{path}:{root.line}: expected lines of KEY: VALUE, found {root.kind}{advice}"])
+    return entries
 
 
 def _name(key: Value) -> str:
