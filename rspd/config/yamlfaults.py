@@ -16,8 +16,6 @@ SHOWN = 80
 
 TOGETHER = "what belongs together begins in the same column"
 
-CLOSING = {"]": "list", "}": "mapping"}
-
 # A line, counted from 0, and what is wrong with it; None where a rule does not know.
 Told = tuple[int, str] | None
 
@@ -64,8 +62,11 @@ class _Fault:
     def describe(self) -> tuple[int, str]:
         """The line at fault, and what is wrong: for a mistake that people make, else what the reader says."""
         for pattern, rule in self.RULES:
-            match = re.fullmatch(pattern, self.problem)
-            if match and (told := rule(self, match)):
+            if not (match := re.fullmatch(pattern, self.problem)):
+                continue
+            if isinstance(rule, str):
+                return self.line, match.expand(rule)
+            if told := rule(self, match):
                 return told
         return self.line, self.problem
 
@@ -73,10 +74,6 @@ class _Fault:
         indents = not self.lines[self.line][: self.column].strip()
         advice = "; YAML indents by spaces" if indents else ""
         return self.line, f"found a tab in column {self.column + 1}, expected spaces{advice}"
-
-    def _special(self, match: re.Match[str]) -> Told:
-        """A value that begins with a character that means something else to YAML."""
-        return self.line, f"a value that starts with {match[1]} needs quotes"
 
     def _alias(self, _: re.Match[str]) -> Told:
         if not re.search("alias|anchor", self.context + self.problem):
@@ -92,9 +89,6 @@ class _Fault:
             return None
         return self.line, f"{self.problem}; an address that starts with [, @ or : needs quotes"
 
-    def _no_bracket(self, _: re.Match[str]) -> Told:
-        return self.line, "the list or mapping in brackets has no end"
-
     def _no_colon(self, _: re.Match[str]) -> Told:
         return self.begin, self._no_pair(self.begin)
 
@@ -106,7 +100,8 @@ class _Fault:
         closing = match[1]
         within = self.lines[self.begin].lstrip().startswith(("[", "{"))
         if match[2] == "<stream end>" or (self.line > self.begin and not self._column(self.line) and not within):
-            return self.begin, f"the {CLOSING[closing]} that begins here has no {closing}"
+            kind = "list" if closing == "]" else "mapping"
+            return self.begin, f"the {kind} that begins here has no {closing}"
         return self.line, f"a comma or {closing} is missing here, or in the line before"
 
     def _second_colon(self, _: re.Match[str]) -> Told:
@@ -125,15 +120,9 @@ class _Fault:
         advice = f"; with further keys, it is - address: {item}" if address else advise_pair(item)
         return above, f"expected - KEY: VALUE, found {_quote(upper)}{advice}"
 
-    def _dash(self, _: re.Match[str]) -> Told:
-        return self.line, "a list in lines of its own begins in the line after its key"
-
     def _no_end(self, match: re.Match[str]) -> Told:
         """Something that cannot stand in the block."""
-        found = match[1]
-        if found in ("]", "}"):
-            return self.line, f"found {found}, and nothing that it closes"
-        if found in ("<scalar>", ","):
+        if match[1] in ("<scalar>", ","):
             if "]:" in self.lines[self.line]:
                 return self._address(match)
             above = self._above(self.line)
@@ -142,29 +131,29 @@ class _Fault:
             return self.line, "found text after a closed quote or bracket"
         return self._misplaced(self.line)
 
-    def _no_start(self, match: re.Match[str]) -> Told:
-        """Something after the first block: a block with another indentation, or no block."""
+    def _no_start(self, _: re.Match[str]) -> Told:
+        """A block after the first one, with another indentation."""
         above = self._above(self.line)
-        if match[1] != "<block mapping start>":
-            return self.line, self._no_pair(self.line)
         if self._column(above) == self._column(self.line):
             return above, self._no_pair(above)
         return self._indentation(above, self.line)
 
-    RULES: tuple[tuple[str, Callable[[_Fault, re.Match[str]], Told]], ...] = (
+    # What the reader says, and what that means for the line where it says it, or the method that finds it out.
+    RULES: tuple[tuple[str, str | Callable[[_Fault, re.Match[str]], Told]], ...] = (
         (r"found character '\\t' .*", _tab),
         (r"found character '@' that cannot start any token", _address),
-        (r"found character '([^@])' that cannot start any token", _special),
+        (r"found character '([^@])' that cannot start any token", r"a value that starts with \1 needs quotes"),
         (r"(?s)(?:expected alphabetic or numeric character, but found|found undefined alias) .*", _alias),
-        (r"expected the node content, but found '<stream end>'", _no_bracket),
+        (r"expected the node content, but found '<stream end>'", "the list or mapping in brackets has no end"),
         (r"expected the node content, but found .*", _address),
-        (r"could not find expected ':'", _no_colon),
+        (r"could not find expected ':'|expected '<document start>', but found '<scalar>'", _no_colon),
         (r"found unexpected end of stream", _no_quote),
         (r"expected ',' or '([]}])', but got '(.*)'", _unclosed),
         (r"mapping values are not allowed here", _second_colon),
-        (r"sequence entries are not allowed here", _dash),
+        (r"sequence entries are not allowed here", "a list in lines of its own begins in the line after its key"),
+        (r"expected <block end>, but found '([]}])'", r"found \1, and nothing that it closes"),
         (r"expected <block end>, but found '(.*)'", _no_end),
-        (r"expected '<document start>', but found '(<block mapping start>|<scalar>)'", _no_start),
+        (r"expected '<document start>', but found '<block mapping start>'", _no_start),
     )
 
     def _no_pair(self, line: int) -> str:
