@@ -85,9 +85,6 @@ class Networks:
                 return network
         return None
 
-    def __contains__(self, host: str) -> bool:
-        return self.find(host) is not None
-
 
 def client_key(host: str) -> str:
     """The key of a client: its IPv4 address, the /64 network of its IPv6 address, or `unix`.

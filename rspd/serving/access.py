@@ -42,11 +42,14 @@ class Access:
         self._open: dict[str, int] = Counter(map(client_key, present)) if per_client < inf else {}
         self.needed = bool(allow or deny or per_client < inf)
 
-    def refusal(self, host: str) -> str:
-        """Why a client is refused, in words for the log; empty if it is not. Raises OSError if host is no address."""
+    def admit(self, host: str) -> str:
+        """Why a client is refused, in words for the log. Empty if it is not: then its connection counts until `leave`.
+
+        Raises OSError if host is no address.
+        """
         if self._deny and (network := self._deny.find(host)):
             return f"in deny {network}"
-        if self._allow and host not in self._allow:
+        if self._allow and not self._allow.find(host):
             return "not in allow"
         if self._per_client < inf:
             client = client_key(host)
@@ -55,16 +58,11 @@ class Access:
                 whole = f"{client} " if "/" in client else ""
                 connections = "connection" if count == 1 else "connections"
                 return f"{whole}has {count} {connections}, max_connections_per_client is {self._per_client:.0f}"
+            self._open[client] = count + 1
         return ""
 
-    def enter(self, host: str) -> None:
-        """A client was not refused: count its connection until `leave`."""
-        if self._per_client < inf:
-            client = client_key(host)
-            self._open[client] = self._open.get(client, 0) + 1
-
     def leave(self, host: str) -> None:
-        """A connection that was counted by `enter`, or was among those `present`, has ended."""
+        """A connection that was admitted, or was among those `present`, has ended."""
         if self._per_client < inf:
             client = client_key(host)
             count = self._open.pop(client, 0)

@@ -171,7 +171,7 @@ class Connection:
         """Find out who the client is, and whether it may come. Raises RefusedError."""
         terms = self.terms
         host = host_of(self.client_address)
-        if host in terms.trusted:
+        if terms.trusted.find(host):
             try:
                 deadline = terms.loop.now + terms.config.accept_proxy_timeout
                 header = await take_header(terms.loop, self.client, deadline)
@@ -187,10 +187,9 @@ class Connection:
             if header.source:
                 self.peer, self.client_address = self.client_address, header.source
                 host = header.source[0]
-        if reason := terms.access.refusal(host):
+        if reason := terms.access.admit(host):
             terms.refusals.note(format_peer(self.client_address) + self._via(), reason)
             raise RefusedError(None, reason)
-        terms.access.enter(host)
         self.admitted = host
 
     def _open(self, backend: Side) -> Relay:

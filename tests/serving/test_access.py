@@ -38,7 +38,7 @@ def test_nothing_needs_to_be_asked_where_nothing_is_set() -> None:
 
 @pytest.mark.parametrize("host", ["", "10.1.2.3", "::1"])
 def test_everybody_may_come_where_nothing_is_set(host: str) -> None:
-    assert access().refusal(host) == ""
+    assert access().admit(host) == ""
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_everybody_may_come_where_nothing_is_set(host: str) -> None:
 )
 def test_deny_wins_over_allow_and_allow_refuses_everybody_else(host: str, reason: str) -> None:
     settings = access(["10.0.0.0/8", "2001:db8::/32", "10.9.0.1"], ["10.9.0.0/16", "10.9.0.1", "192.0.2.0/24"])
-    assert settings.refusal(host) == reason
+    assert settings.admit(host) == reason
 
 
 def test_deny_alone_refuses_nobody_else() -> None:
     settings = access(deny=["unix", "10.0.0.0/8"])
-    assert [settings.refusal(host) for host in ("", "10.0.0.1", "11.0.0.1", "::1")] == [
+    assert [settings.admit(host) for host in ("", "10.0.0.1", "11.0.0.1", "::1")] == [
         "in deny unix",
         "in deny 10.0.0.0/8",
         "",
@@ -71,10 +71,10 @@ def test_deny_alone_refuses_nobody_else() -> None:
 def test_other_networks_count_from_a_reload_on() -> None:
     settings = access(deny=["10.0.0.0/8"])
     settings.apply([parse_network("10.0.0.1")], [], inf, ())
-    assert [settings.refusal(host) for host in ("10.0.0.1", "11.0.0.1")] == ["", "not in allow"]
+    assert [settings.admit(host) for host in ("10.0.0.1", "11.0.0.1")] == ["", "not in allow"]
     limit(settings, inf)
     assert not settings.needed
-    assert settings.refusal("11.0.0.1") == ""
+    assert settings.admit("11.0.0.1") == ""
 
 
 # Connections of a client
@@ -96,24 +96,23 @@ def test_other_networks_count_from_a_reload_on() -> None:
 def test_a_client_has_no_more_connections_than_its_limit(hosts: list[str], other: str, reason: str) -> None:
     settings = access(per_client=len(hosts))
     for host in hosts:
-        assert settings.refusal(host) == ""
-        settings.enter(host)
-    assert settings.refusal(hosts[0]) == reason
-    assert settings.refusal(other) == ""
+        assert settings.admit(host) == ""
+    assert settings.admit(hosts[0]) == reason
+    assert settings.admit(other) == ""
     settings.leave(hosts[-1])
-    assert settings.refusal(hosts[0]) == ""
+    assert settings.admit(hosts[0]) == ""
 
 
 def test_a_network_that_is_refused_is_so_whatever_its_connections() -> None:
     settings = access(deny=["10.0.0.0/8"], per_client=1)
-    settings.enter("10.0.0.1")
-    assert settings.refusal("10.0.0.1") == "in deny 10.0.0.0/8"
+    for _ in range(2):
+        assert settings.admit("10.0.0.1") == "in deny 10.0.0.0/8"
 
 
 def test_nothing_stays_of_a_client_that_has_left() -> None:
     settings = access(per_client=10)
     for number in range(1000):
-        settings.enter(f"10.0.{number % 256}.1")
+        settings.admit(f"10.0.{number % 256}.1")
     assert len(settings._open) == 256
     for number in range(1000):
         settings.leave(f"10.0.{number % 256}.1")
@@ -122,7 +121,7 @@ def test_nothing_stays_of_a_client_that_has_left() -> None:
 
 def test_nobody_is_counted_without_a_limit() -> None:
     settings = access(deny=["unix"])
-    settings.enter("10.0.0.1")
+    settings.admit("10.0.0.1")
     assert not settings._open
     settings.leave("10.0.0.1")
 
@@ -130,13 +129,13 @@ def test_nobody_is_counted_without_a_limit() -> None:
 def test_a_new_limit_counts_those_who_came_before_it() -> None:
     settings = access()
     for _ in range(3):
-        settings.enter("10.0.0.1")
+        settings.admit("10.0.0.1")
     limit(settings, 2, ["10.0.0.1"] * 3)
-    assert settings.refusal("10.0.0.1") == "has 3 connections, max_connections_per_client is 2"
+    assert settings.admit("10.0.0.1") == "has 3 connections, max_connections_per_client is 2"
     settings.leave("10.0.0.1")
-    assert settings.refusal("10.0.0.1") == "has 2 connections, max_connections_per_client is 2"
+    assert settings.admit("10.0.0.1") == "has 2 connections, max_connections_per_client is 2"
     settings.leave("10.0.0.1")
-    assert settings.refusal("10.0.0.1") == ""
+    assert settings.admit("10.0.0.1") == ""
 
 
 HOSTS = ["", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2", "2001:db8:1::1"]
@@ -152,10 +151,9 @@ def test_the_limit_holds_over_any_reloads(steps: list[tuple[str, int]]) -> None:
         if step == "come":
             host = HOSTS[number % len(HOSTS)]
             count = Counter(map(client_key, present))[client_key(host)]
-            refusal = settings.refusal(host)
+            refusal = settings.admit(host)
             assert bool(refusal) == (count >= per_client)
             if not refusal:
-                settings.enter(host)
                 present.append(host)
         elif step == "go" and present:
             settings.leave(present.pop(number % len(present)))
