@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from rspd.engine.loop import Loop
 from rspd.engine.side import Side
-from rspd.net.connect import OUR_FAULT
+from rspd.net.connect import OUR_FAULT, send_all
 from rspd.net.waiting import wait
 from rspd.settings import HealthConfig
 
@@ -55,7 +55,7 @@ async def check(loop: Loop, config: HealthConfig, connect: Dial, host: str, pref
             # It was connected in time, but seen late, as after a freeze: the backend has not been asked yet.
             deadline = loop.now + config.timeout
         try:
-            await _send(side, preface + _request(config, host), deadline)
+            await send_all(side, preface + _request(config, host), deadline)
             if config.http or config.expect:
                 awaited = "status line" if config.http else f"'{_shown(config.expect)}'"
                 await _receive(side, config, buffer, deadline, awaited)
@@ -96,18 +96,6 @@ def _host(address: str) -> str:
     # A zone (fe80::1%eth0) has a meaning on this machine only, and is no part of the header (RFC 6874).
     name = re.sub(r"%[^]]*", "", address)
     return f"[{name}]" if name.count(":") > 1 and not name.startswith("[") else name
-
-
-async def _send(side: Side, data: bytes, deadline: float) -> None:
-    """Send all of it, or until the connection breaks. Raises TimeoutError."""
-    left = memoryview(data)
-    while left:
-        left = left[side.write(left) :]
-        if side.aborted:
-            # What the backend said before is still to be read, and may be all that is needed.
-            return
-        if left:
-            await wait(side.loop, deadline)
 
 
 async def _receive(side: Side, config: HealthConfig, buffer: memoryview, deadline: float, awaited: str) -> None:

@@ -94,6 +94,21 @@ async def connect(
         raise
 
 
+async def send_all(side: Side, data: bytes, deadline: float, late: str = "", client: Side | None = None) -> None:
+    """Send all of it, or until the connection breaks. The running task watches the side.
+
+    late, client: as for `wait` and `connect`. Raises TimeoutError, ConnectionAbortedError if the client is gone.
+    """
+    left = memoryview(data)
+    while left:
+        left = left[side.write(left) :]
+        if side.aborted:
+            # What the peer said before is still to be read, and may be all that is needed.
+            return
+        if left:
+            await wait(side.loop, deadline, late, partial(_gone, client), GONE)
+
+
 class UnreachableError(OSError):
     """No address of a backend was reached. `reasons` has each address with its reason; `last` is the last error."""
 
