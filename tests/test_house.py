@@ -38,7 +38,7 @@ FILES_MAX = 8
 LINES_MAX = 310
 
 # Files that are longer, and are still to be taken apart. They may only become shorter.
-LONG = {"balancing.members": 412}
+LONG = {"balancing.members": 402}
 
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 FOLDERS = sorted({path.parent for path in FILES.values()})

@@ -5,5 +5,5 @@ members    which backends a proxy has, which is next, and all changes of their s
 backend    the state of one backend
 policies   which of several backends gets the next connection
 health     whether a backend is well
-discovery  the addresses of a host name, looked up again and again
+discovery  sources: where the addresses of backends come from
 """

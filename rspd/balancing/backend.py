@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from rspd.balancing.discovery import Source
 from rspd.balancing.health import Checker
 from rspd.balancing.policies import Policy
 from rspd.net.address import SocketAddress
@@ -15,6 +16,7 @@ class Backend:
 
     address, weight, backup, limit: as configured; `limit` is the most connections at once.
     name: its address, for people. With `resolve: each`, the one address of the name that this backend is.
+    source: where `addresses` are from.
     addresses: its socket addresses, the first to be tried at the front; empty as long as its name is unknown.
     open: how many connections it has, those that are being dialled included.
     healthy: what the health checks say; True if there are none.
@@ -25,6 +27,7 @@ class Backend:
     """
 
     policy: Policy[Backend]
+    source: Source
 
     def __init__(self, config: BackendConfig, name: str) -> None:
         self.configure(config)

@@ -1,4 +1,4 @@
-"""Host names of backends, looked up again and again off the loop."""
+"""Sources: what the configured addresses of a pool's backends stand for. A host name is looked up again and again."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from math import inf
 
-from rspd.engine.loop import Loop, news
+from rspd.engine.loop import Loop, Task, news
 from rspd.log import quote
-from rspd.net.address import Address, SocketAddress
+from rspd.net.address import Address, SocketAddress, literal
 from rspd.net.descriptors import SHORT, Shortage
 from rspd.net.resolver import Resolver
 from rspd.net.waiting import GivenUp
@@ -23,12 +23,19 @@ LOOKUP_TIMEOUT = 30.0
 log = logging.getLogger(__name__)
 
 
-class Name:
-    """A host name and what it stands for, looked up every `interval` seconds until `stop`.
+class Source:
+    """What one configured address stands for. This kind is for an address that stands for itself.
 
-    addresses: the known addresses, those known longest first; empty until a lookup succeeds. A lookup that fails
-        removes none.
+    addresses: the known socket addresses, those known longest first.
+    asks: whether it asks somebody for them.
     """
+
+    asks = False
+
+    @classmethod
+    def takes(cls, address: Address) -> bool:
+        """Whether this kind is for an address."""
+        return literal(address) is not None
 
     def __init__(
         self,
@@ -36,50 +43,83 @@ class Name:
         resolver: Resolver,
         shortage: Shortage,
         address: Address,
-        interval: float,
         part: float,
         tag: str,
         changed: Callable[[], object],
     ) -> None:
-        """part: of `interval`, above 0 and up to 1, until the second lookup, so that not all lookups come at once.
+        """part: of the interval, above 0 and up to 1, until it asks again, so that not all sources ask at once.
 
         tag: names the proxy in the log, with a space before it, or is empty.
         changed: called whenever `addresses` has become another list.
         """
-        self.address = address
-        self.addresses: list[SocketAddress] = []
         self._loop = loop
         self._resolver = resolver
         self._shortage = shortage
+        self.address = address
         self._part = part
         self._tag = tag
         self._changed = changed
-        self._interval = interval
-        self._failing = False
-        self._looked = 0.0  # when the last lookup ended
-        self._pause = inf  # seconds from then to the next lookup, if fewer than `interval`
-        self._task = loop.spawn(self._keep_looking())
+        known = literal(address)
+        self.addresses = [known] if known else []
 
-    def stop(self) -> None:
-        """Look up no more."""
-        self._task.cancel()
+    def backends(self, each: bool) -> list[tuple[str, list[SocketAddress]]]:
+        """The name and the addresses of each backend that it stands for. each: whether each address is one."""
+        return [(str(self.address), self.addresses)]
 
-    def look_every(self, interval: float) -> None:
-        """Look up this often from now on."""
-        self._interval = interval
-        self._task.wake()
+    def ask_every(self, interval: float) -> None:
+        """Ask this often from now on, in seconds; the first time at once."""
 
     def refresh(self) -> None:
-        """Look up soon: the known addresses have proved useless."""
-        self._pause = min(self._pause, FIRST_RETRY)
-        self._task.wake()
+        """Ask soon: the known addresses have proved useless."""
+
+    def stop(self) -> None:
+        """Ask no more."""
 
     async def first_answer(self, deadline: float, given_up: GivenUp) -> list[SocketAddress]:
-        """The addresses of the name, for a client or a check that comes before any is known.
+        """The addresses, for a client or a check that comes before any is known.
 
         given_up: as for `Resolver.look_up`.
-        Raises TimeoutError at the deadline, another OSError if the name has no address, or it is given up.
+        Raises TimeoutError at the deadline, another OSError if there is no address, or it is given up.
         """
+        return self.addresses
+
+
+class HostName(Source):
+    """A host name, looked up again and again until `stop`. A lookup that fails removes no address."""
+
+    asks = True
+    _interval = inf
+    _failing = False
+    _looked = 0.0  # when the last lookup ended
+    _pause = inf  # seconds from then to the next lookup, if fewer than the interval
+    _task: Task | None = None
+
+    @classmethod
+    def takes(cls, address: Address) -> bool:
+        return literal(address) is None
+
+    def backends(self, each: bool) -> list[tuple[str, list[SocketAddress]]]:
+        if each:
+            return [(str(where), [where]) for where in self.addresses]
+        return [(str(self.address), self.addresses)]
+
+    def ask_every(self, interval: float) -> None:
+        self._interval = interval
+        if self._task:
+            self._task.wake()
+        else:
+            self._task = self._loop.spawn(self._keep_looking())
+
+    def refresh(self) -> None:
+        self._pause = min(self._pause, FIRST_RETRY)
+        if self._task:
+            self._task.wake()
+
+    def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+
+    async def first_answer(self, deadline: float, given_up: GivenUp) -> list[SocketAddress]:
         while True:
             try:
                 found = await self._resolver.look_up(self.address, deadline, given_up)
@@ -98,7 +138,7 @@ class Name:
         loop = self._loop
         retry = FIRST_RETRY
         first = self._interval * self._part
-        await loop.yield_turn()  # the owner must have this `Name` before `changed` is called
+        await loop.yield_turn()  # the owner must have this source before `changed` is called
         while True:
             try:
                 found = await self._resolver.look_up(self.address, loop.now + LOOKUP_TIMEOUT)
@@ -135,3 +175,7 @@ class Name:
         keeping = " keeping=" + ",".join(map(str, self.addresses)) if self.addresses else ""
         reason = quote(error.strerror or str(error))
         log.warning("name not found%s name=%s reason=%s%s", self._tag, self.address.host, reason, keeping)
+
+
+# The kinds of sources. The first that takes an address has it.
+KINDS: tuple[type[Source], ...] = (Source, HostName)

@@ -9,20 +9,20 @@ from math import inf
 from typing import Any
 
 from rspd.balancing.backend import Backend
-from rspd.balancing.discovery import Name
+from rspd.balancing.discovery import KINDS, Source
 from rspd.balancing.health import Checker
 from rspd.balancing.policies import POLICIES, Policy
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
 from rspd.log import quote
-from rspd.net.address import Address, Peer, SocketAddress, host_of, literal
+from rspd.net.address import Address, Peer, host_of
 from rspd.net.connect import connect, connect_to_one_of, why
 from rspd.net.descriptors import Shortage
 from rspd.net.networks import client_key
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Way, Ways
 from rspd.protocols.proxy_protocol import encode
-from rspd.settings import BackendConfig, ProxyConfig
+from rspd.settings import ProxyConfig
 
 # How many backends that are down are tried for one client.
 LAST_RESORTS = 10
@@ -63,7 +63,7 @@ class Backends:
         self._on_down = on_down
         self._on_change = on_change
         self._tag = f" proxy={config.name}" if config.name else ""
-        self._names: dict[Address, Name] = {}
+        self._sources: dict[Address, Source] = {}
         self.members: dict[str, Backend] = {}
         self._left: dict[str, Backend] = {}  # no members any more; their connections count if they return
         self.config = config
@@ -87,24 +87,24 @@ class Backends:
         self.config = config
         for backend in self._out:
             backend.out_until = min(backend.out_until, self._loop.now + config.fail_timeout)
-        interval = config.resolve_interval
-        wanted = [backend.address for backend in config.backends if not literal(backend.address)]
-        for address in [address for address in self._names if address not in wanted]:
-            self._names.pop(address).stop()
-        for address in wanted:
-            if address not in self._names:
-                part = (len(self._names) + 1) / len(wanted)
-                self._names[address] = Name(
-                    self._loop, self._resolver, self._shortage, address, interval, part, self._tag, self._set_members
+        kinds = {one.address: next(kind for kind in KINDS if kind.takes(one.address)) for one in config.backends}
+        asking = max(1, sum(kind.asks for kind in kinds.values()))
+        for address in self._sources.keys() - kinds:
+            self._sources.pop(address).stop()
+        for address, kind in kinds.items():
+            if address not in self._sources:
+                part = (sum(source.asks for source in self._sources.values()) + 1) / asking
+                self._sources[address] = kind(
+                    self._loop, self._resolver, self._shortage, address, part, self._tag, self._set_members
                 )
-            self._names[address].look_every(interval)
+            self._sources[address].ask_every(config.resolve_interval)
         self._set_members()
 
     def stop(self) -> None:
         """End all health checks and lookups. Connections go on, and may still be released."""
         self._stopped = True
-        for name in self._names.values():
-            name.stop()
+        for source in self._sources.values():
+            source.stop()
         for backend in self.members.values():
             backend.stop_checking()
 
@@ -203,7 +203,7 @@ class Backends:
         if len(backend.addresses) == 1:
             return await connect(self._loop, self._shortage, backend.addresses[0], deadline, client, way)
         # The wait may outlast the backend's configuration: then nobody sets `backend.addresses`. So use the answer.
-        addresses = backend.addresses or await self._names[backend.address].first_answer(
+        addresses = backend.addresses or await backend.source.first_answer(
             deadline, lambda: client is not None and client.aborted
         )
         return await connect_to_one_of(self._loop, self._shortage, addresses, deadline, client, way)
@@ -212,8 +212,7 @@ class Backends:
         """Connecting to a backend failed."""
         if not backend.member:
             return
-        if name := self._names.get(backend.address):
-            name.refresh()
+        backend.source.refresh()
         was_up = backend.up
         if not backend.out_until:
             now = self._loop.now
@@ -263,11 +262,11 @@ class Backends:
         task = self._loop.current
         self._learning.add(task)
         try:
-            for name in list(self._names.values()):
+            for source in list(self._sources.values()):
                 try:
-                    await name.first_answer(deadline, lambda: client.aborted or bool(self.members))
+                    await source.first_answer(deadline, lambda: client.aborted or bool(self.members))
                 except OSError as error:
-                    reasons.append(f"{name.address}: {why(error)}")
+                    reasons.append(f"{source.address}: {why(error)}")
                 if self.members:
                     return []
                 if client.aborted:
@@ -323,11 +322,12 @@ class Backends:
         members: dict[str, Backend] = {}
         self._left = {name: backend for name, backend in self._left.items() if backend.open}
         for config in self.config.backends:
-            for name, addresses in self._resolved(config):
+            source = self._sources[config.address]
+            for name, addresses in source.backends(self.config.resolve == "each"):
                 if name in members:
                     continue  # two names have this address
                 backend = self.members.pop(name, None) or self._left.pop(name, None) or Backend(config, name)
-                backend.addresses = addresses
+                backend.source, backend.addresses = source, addresses
                 if backend.config != config and backend.eligible:
                     backend.policy.remove(backend)
                     backend.eligible = False
@@ -346,16 +346,6 @@ class Backends:
             self.update(backend)
         for task in self._learning:
             task.wake()
-
-    def _resolved(self, config: BackendConfig) -> list[tuple[str, list[SocketAddress]]]:
-        """The backends that one configured backend stands for: the name and the addresses of each."""
-        known = literal(config.address)
-        if known:
-            return [(str(config.address), [known])]
-        found = self._names[config.address].addresses
-        if self.config.resolve == "each":
-            return [(str(where), [where]) for where in found]
-        return [(str(config.address), found)]
 
     def _leave(self, backend: Backend) -> None:
         backend.member = False
