@@ -14,14 +14,15 @@ from typing import Any, TypeVar
 import pytest
 
 from rspd.balancing.backend import Backend
-from rspd.balancing.members import Backends
-from rspd.balancing.pool import DialError, Dialler
+from rspd.balancing.pool import DialError, Pool
 from rspd.config.addresses import parse_backend
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
-from rspd.net.address import Address, SocketAddress, literal
+from rspd.net.address import Address, Peer, SocketAddress, literal
 from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Lookup, Resolver
+from rspd.net.ways import Ways
+from rspd.serving.proxy import preface
 from rspd.settings import BackendConfig, ProxyConfig
 from tests.support import PATIENCE, FakeClock, tcp_pair
 
@@ -92,37 +93,37 @@ class Client:
 
     def __init__(self, scene: Scene, host: str) -> None:
         self.scene = scene
-        self.host = host
+        self.client_address: Peer = (host, 1)
         self.peer, sock = tcp_pair()
         sock.setblocking(False)
-        self.side = Side(scene.loop, sock)
+        self.client = Side(scene.loop, sock)
         self.backend: Backend | None = None
         self.far: Side | None = None
         self.outcome: str | DialError | None = None
         self.task: Task | None = None
 
     async def dial(self) -> None:
-        self.side.watch()
+        self.client.watch()
         try:
-            self.backend, self.far = await self.scene.dialler.dial(self.side, (self.host, 1))
+            self.backend, self.far = await self.scene.pool.dial(self.client, self.client_address)
             self.outcome = self.backend.name
         except DialError as error:
             self.outcome = error
         finally:
-            self.scene.loop.unwatch(self.side)
+            self.scene.loop.unwatch(self.client)
 
     def close(self) -> None:
         """Give back the connection, if there is one."""
         if self.backend and self.far:
             self.far.close()
-            self.scene.backends.release(self.backend)
+            self.scene.pool.release(self.backend)
             self.backend = self.far = None
 
     def give_up(self) -> None:
         """Close all that is the client's."""
         self.close()
         self.peer.close()
-        self.side.sock.close()
+        self.client.sock.close()
 
 
 class Scene:
@@ -145,21 +146,24 @@ class Scene:
         self.names = Names(loop, names or {})
         self.down: list[str] = []
         self.settings: dict[str, Any] = {"connect_timeout": PATIENCE, **settings}
-        self.backends = Backends(
+        config = self.config(*backends)
+        self.pool = Pool(
             loop,
-            self.config(*backends),
-            Resolver(loop) if names is None else self.names,
             self.shortage,
-            lambda backend: self.down.append(backend.name),
+            Resolver(loop) if names is None else self.names,
+            Ways(loop),
+            config,
+            preface(config),
+            on_down=lambda backend: self.down.append(backend.name),
+            on_change=lambda: None,
         )
-        self.dialler = Dialler(loop, self.backends, self.shortage)
         self.clients: list[Client] = []
 
     async def __aenter__(self) -> Scene:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.backends.stop()
+        self.pool.stop()
         for client in self.clients:
             if client.task:
                 client.task.cancel()
@@ -174,12 +178,17 @@ class Scene:
     def apply(self, *backends: str | BackendConfig, **settings: Any) -> None:
         """Reload with these backends, and what else is to change."""
         self.settings.update(settings)
-        self.backends.apply(self.config(*backends))
+        config = self.config(*backends)
+        self.pool.apply(config, preface(config))
 
     def __getitem__(self, name: str) -> Backend:
         """The member of that name."""
-        [found] = [backend for backend in self.backends.members.values() if backend.name == name]
-        return found
+        return self.pool.members.by_name[name]
+
+    @property
+    def members(self) -> list[Backend]:
+        """The members, in the order of the configuration."""
+        return list(self.pool.members.by_name.values())
 
     def client(self, host: str = "127.0.0.1") -> Client:
         """A client that has not begun to dial."""

@@ -1,66 +1,137 @@
-"""What is known of one backend."""
+"""How a backend is: its state, its connections, and all that changes them.
+
+    up     it gets connections
+    full   it is in service too, and has its max_connections
+    down   it gets none; from `retry_at` on, a client tries it
+    trial  a client tries it; the others leave it alone until `retry_at`
+    gone   it is no longer configured; its connections go on
+
+    event           from         to          rule
+    join            gone         up, full    whatever was known of it before
+    enter           up           full        with this connection it has its max_connections
+    leave           full         up          with this connection gone it has room
+    failed          up, full     down        once it has failed max_fails times within fail_timeout
+                    down, trial  down        at once; after a bad check it stays as it is
+    try_out         down         trial       its time is over, or nothing else is left to try
+    no_verdict      trial        down        due at once, unless another client has tried it since
+    reached         down, trial  up, full    not after a bad check: then only a good check brings it back
+    found_well      down, trial  up, full
+    found_unwell    all          down        until a good check: `retry_at` is inf
+    retire          all          gone
+
+Each time it fails, is tried or put off, it is due again `fail_timeout` later.
+"""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from math import inf
+from typing import Literal
 
 from rspd.balancing.discovery import Source
 from rspd.balancing.health import Checker
-from rspd.balancing.policies import Policy
-from rspd.net.address import SocketAddress
-from rspd.settings import BackendConfig, HealthConfig
+from rspd.balancing.policies import POLICIES, Policy
+from rspd.net.address import Address, SocketAddress
+from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
+
+State = Literal["up", "full", "down", "trial", "gone"]
+
+IN_SERVICE = frozenset({"up", "full"})
+
+
+class Tier:
+    """The regular backends of a pool, or its spares.
+
+    policy: chooses among those that are up.
+    serving: how many are in service.
+    """
+
+    def __init__(self, balance: str) -> None:
+        self.policy: Policy[Backend] = POLICIES[balance]()
+        self.serving = 0
+
+    def note(self, backend: Backend, before: State, after: State) -> None:
+        """The state of a backend has changed. One that comes, or goes to the other tier, was or is `gone` here."""
+        self.serving += (after in IN_SERVICE) - (before in IN_SERVICE)
+        if "up" in (before, after) and before != after:
+            (self.policy.add if after == "up" else self.policy.remove)(backend)
 
 
 class Backend:
-    """A backend of a proxy, and its state; changed by `Backends` only.
+    """One backend of a pool. All times are the loop's.
 
-    address, weight, backup, limit: as configured; `limit` is the most connections at once.
     name: its address, for people. With `resolve: each`, the one address of the name that this backend is.
+    address, weight, limit: as configured; `limit` is the most connections at once.
     source: where `addresses` are from.
     addresses: its socket addresses, the first to be tried at the front; empty as long as its name is unknown.
     open: how many connections it has, those that are being dialled included.
-    healthy: what the health checks say; True if there are none.
-    out_until: until when it is out of service because connecting failed, by the loop's time; 0 if it is not.
-    failures: when connecting failed, within fail_timeout.
-    member: whether it is still configured. If not, its open connections go on.
-    policy: chooses among the backends, or among the spares. eligible: whether the policy may choose this backend.
+    retry_at: when a client may try it again; inf if it is in service, or its last check was bad.
+    down_since, why_down: of the last time that it went down.
+    checker: makes its health checks, if it has any. checked_by: its settings and preface.
     """
 
-    policy: Policy[Backend]
+    tier: Tier
     source: Source
+    addresses: list[SocketAddress]
+    config: BackendConfig
+    address: Address
+    weight: int
+    limit: float
 
-    def __init__(self, config: BackendConfig, name: str) -> None:
-        self.configure(config)
-        self.address = config.address
+    def __init__(self, name: str, changed: Callable[[Backend, State], object]) -> None:
+        """changed: called after each change of state or `retry_at`, with the state before."""
         self.name = name
-        self.addresses: list[SocketAddress] = []
+        self.state: State = "gone"
         self.open = 0
-        self.healthy = True
-        self.out_until = 0.0
-        self.failures: deque[float] = deque()
+        self.retry_at = inf
         self.down_since = 0.0
         self.why_down = ""
-        self.member = False
-        self.eligible = False
         self.checker: Checker | None = None
         self.checked_by: tuple[HealthConfig | None, bytes] = (None, b"")
-
-    def configure(self, config: BackendConfig) -> None:
-        """Go by another configuration of the same address."""
-        self.config = config
-        self.weight = config.weight
-        self.backup = config.backup
-        self.limit = config.max_connections
+        self._changed = changed
+        self._moves = False  # to another tier, or within its own: it is in none until `join`
+        self.failures: deque[float] = deque()  # when connecting failed, within fail_timeout
 
     @property
-    def up(self) -> bool:
+    def serving(self) -> bool:
         """Whether it is in service."""
-        return self.healthy and not self.out_until
+        return self.state in IN_SERVICE
 
     @property
-    def full(self) -> bool:
-        """Whether it has as many connections as it may have."""
-        return self.open >= self.limit
+    def unwell(self) -> bool:
+        """Whether a check has found it so: only a good check brings it back."""
+        return self.state == "down" and self.retry_at == inf
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may have one more connection."""
+        return self.open < self.limit
+
+    # Whether it is configured, and how
+
+    def configure(self, config: BackendConfig, proxy: ProxyConfig, tier: Tier, now: float) -> None:
+        """It is configured so from now on. Call `join` when all backends of the pool have been configured."""
+        self._proxy = proxy
+        if self.retry_at < inf:
+            self.retry_at = min(self.retry_at, now + proxy.fail_timeout)
+        self._moves = self.state != "gone" and (tier is not self.tier or config != self.config)
+        if self._moves:
+            # Before the weight changes: see `Candidate`.
+            self.tier.note(self, self.state, "gone")
+        self.config = config
+        self.address, self.weight, _, self.limit = config
+        self.tier = tier
+
+    def join(self) -> None:
+        """Take its place among the others, in the order of the configuration."""
+        if self._moves or self.state == "gone":
+            self._go(self.state if self.state in ("down", "trial") else self._by_room(), self.retry_at)
+
+    def retire(self) -> None:
+        """It is configured no longer."""
+        self.failures.clear()
+        self._go("gone")
 
     def stop_checking(self) -> None:
         """End its health checks. The last verdict stays."""
@@ -68,3 +139,81 @@ class Backend:
             self.checker.stop()
             self.checker = None
         self.checked_by = (None, b"")
+
+    # Its connections
+
+    def enter(self) -> None:
+        """A connection to it is dialled. It counts until `leave`."""
+        self.open += 1
+        if self.open == self.limit and self.state == "up":
+            self._go("full")
+
+    def leave(self) -> None:
+        """A connection to it has ended, or was not made."""
+        self.open -= 1
+        policy = self.tier.policy
+        if policy.counting:
+            policy.ended(self)
+        if self.state == "full" and self.open < self.limit:
+            self._go("up")
+
+    # Whether it is in service
+
+    def failed(self, now: float, reason: str) -> None:
+        """Connecting to it failed."""
+        if self.state == "gone":
+            return
+        self.source.refresh()
+        if self.retry_at == inf:
+            self.failures.append(now)
+            while self.failures[0] < now - self._proxy.fail_timeout:
+                self.failures.popleft()
+            if len(self.failures) < self._proxy.max_fails:
+                return
+        if self.checker:
+            self.checker.doubt()  # good checks bring it back, maybe sooner than `fail_timeout`
+        if not self.unwell:
+            self._go_down(now, now + self._proxy.fail_timeout, reason)
+
+    def try_out(self, now: float) -> None:
+        """A client tries it next, though it is down."""
+        self._go("trial", now + self._proxy.fail_timeout)
+
+    def put_off(self, now: float) -> None:
+        """Its time is over, and nobody tries it for now."""
+        self._go("down", now + self._proxy.fail_timeout)
+
+    def no_verdict(self, now: float, retry_at: float) -> None:
+        """An attempt says nothing of it. retry_at: as it was when the attempt began, so that a later trial goes on."""
+        if self.state == "trial" and self.retry_at == retry_at:
+            self._go("down", now)
+
+    def reached(self) -> None:
+        """Connecting to it succeeded."""
+        if self.retry_at < inf:
+            self.found_well()
+
+    def found_well(self) -> None:
+        """A check was good."""
+        if self.state in ("down", "trial"):
+            self.failures.clear()
+            self._go(self._by_room())
+
+    def found_unwell(self, now: float, reason: str) -> None:
+        """The checks were bad."""
+        self._go_down(now, inf, reason)
+
+    def _go_down(self, now: float, retry_at: float, reason: str) -> None:
+        if self.serving:
+            self.down_since, self.why_down = now, reason
+        self._go("down", retry_at)
+
+    def _by_room(self) -> State:
+        return "up" if self.has_room else "full"
+
+    def _go(self, state: State, retry_at: float = inf) -> None:
+        before, self.state = self.state, state
+        self.retry_at = retry_at
+        self.tier.note(self, "gone" if self._moves else before, state)
+        self._moves = False
+        self._changed(self, before)

@@ -81,9 +81,9 @@ class Reporter:
             if self._ending:
                 count = self._proxies.open
                 doing = f"ending, {count} open" if count else "ended"
-            backends = f", {proxies[0].backends.describe()}" if len(proxies) == 1 else ""
+            backends = f", {proxies[0].pool.describe()}" if len(proxies) == 1 else ""
             return f"{doing}, {served}{backends}{failure}"
-        each = (f"{proxy.config.name} {_doing(proxy)}, {proxy.backends.describe()}" for proxy in proxies)
+        each = (f"{proxy.config.name} {_doing(proxy)}, {proxy.pool.describe()}" for proxy in proxies)
         return f"{served}; {'; '.join(each)}{failure}"
 
 

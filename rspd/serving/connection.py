@@ -6,8 +6,7 @@ import logging
 from typing import NamedTuple
 
 from rspd.balancing.backend import Backend
-from rspd.balancing.members import Backends
-from rspd.balancing.pool import DialError, Dialler
+from rspd.balancing.pool import DialError, Pool
 from rspd.engine.cause import Cause
 from rspd.engine.loop import Cancelled, Loop, Task
 from rspd.engine.pipes import Pipes
@@ -40,8 +39,7 @@ class Terms(NamedTuple):
 
     loop: Loop
     config: ProxyConfig
-    backends: Backends
-    dialler: Dialler
+    pool: Pool
     pipes: Pipes
     shortage: Shortage
     keep_alive: bool
@@ -116,7 +114,7 @@ class Connection:
             if terms.guarded:
                 await self._admit()
             # A client that says nothing is served too: the backend may be the one to speak first.
-            self.backend, side = await terms.dialler.dial(self.client, self.client_address, self.way)
+            self.backend, side = await terms.pool.dial(self.client, self.client_address, self.way)
             cause = await self._open(side).run()
         except (DialError, RefusedError) as error:
             cause, reason = error.cause, str(error)
@@ -226,7 +224,7 @@ class Connection:
                 try:
                     lost = self.relay.close()
                 finally:
-                    self.terms.backends.release(self.backend)
+                    self.terms.pool.release(self.backend)
             elif cause in UNSERVED:
                 self.client.abort()
             else:

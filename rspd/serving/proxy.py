@@ -9,8 +9,7 @@ from math import inf
 from typing import NamedTuple
 
 from rspd.balancing.backend import Backend
-from rspd.balancing.members import Backends
-from rspd.balancing.pool import Dialler
+from rspd.balancing.pool import Pool
 from rspd.engine.loop import EXCLUSIVE, IN, Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.net.descriptors import Shortage
@@ -18,6 +17,7 @@ from rspd.net.listener import CLIENT_GONE, Listener
 from rspd.net.networks import Networks
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
+from rspd.protocols.proxy_protocol import encode
 from rspd.serving.access import Access, Refusals
 from rspd.serving.connection import Connection, Terms
 from rspd.serving.places import Places
@@ -63,10 +63,16 @@ class Proxy:
         self.pipes = common.pipes
         self.watchers = common.watchers
         self.tag = f" proxy={config.name}" if config.name else ""
-        self.backends = Backends(
-            common.loop, config, common.resolver, common.shortage, self._backend_down, self._changed, common.ways
+        self.pool = Pool(
+            common.loop,
+            common.shortage,
+            common.resolver,
+            common.ways,
+            config,
+            preface(config),
+            self._backend_down,
+            self._changed,
         )
-        self._dialler = Dialler(common.loop, self.backends, common.shortage)
         self._access = Access((), (), inf)
         self._refusals = Refusals(common.loop, self.tag)
         self._connections: dict[Task, Connection] = {}
@@ -91,8 +97,7 @@ class Proxy:
         self._terms = Terms(
             loop=self.loop,
             config=config,
-            backends=self.backends,
-            dialler=self._dialler,
+            pool=self.pool,
             pipes=self.pipes,
             shortage=self.shortage,
             keep_alive=inf in (config.idle_timeout, config.half_close_timeout),
@@ -126,7 +131,7 @@ class Proxy:
 
     def apply(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
         """Serve by a new configuration, after `pause`. Open connections keep the one they began with."""
-        self.backends.apply(config)
+        self.pool.apply(config, preface(config))
         self._set(config, listeners)
 
     def stop_listening(self) -> None:
@@ -141,7 +146,7 @@ class Proxy:
         self._refusals.close()
         self._leaving = True
         if not self._connections:
-            self.backends.stop()
+            self.pool.stop()
 
     async def drain(self, hurry: Callable[[], bool]) -> None:
         """Wait for the open connections to end; abort those still open after `drain_timeout`, or when in a hurry.
@@ -235,7 +240,7 @@ class Proxy:
             self._acceptor.wake()
         self._last_end = self.loop.now
         if self._leaving and not self._connections:
-            self.backends.stop()  # not before: clients may have waited for a backend
+            self.pool.stop()  # not before: clients may have waited for a backend
         self._changed()
 
     def _changed(self) -> None:
@@ -267,3 +272,8 @@ class Proxy:
         if self._shared:
             self._look_again = self.loop.now + LOOK_AGAIN
             self.loop.current.wake_at(self._look_again)
+
+
+def preface(config: ProxyConfig) -> bytes:
+    """What a check of a backend says first: a PROXY header, where the backends expect one."""
+    return encode(config.send_proxy, None, None) if config.send_proxy else b""

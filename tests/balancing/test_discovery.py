@@ -64,7 +64,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def members(scene: Scene) -> list[str]:
-    return [backend.name for backend in scene.backends.members.values()]
+    return [backend.name for backend in scene.members]
 
 
 def test_with_resolve_one_a_name_is_one_backend_whatever_it_stands_for() -> None:
@@ -87,7 +87,7 @@ def test_with_resolve_each_every_address_is_a_backend_and_has_its_share() -> Non
             names = {"name": [where(one), where(two)]}
             async with Scene(loop, "name:80", names=names, clock=clock, resolve="each") as scene:
                 assert Counter([await scene.dial() for _ in range(8)]) == {one: 4, two: 4}
-                assert scene.backends.describe() == "2 of 2 backends up"
+                assert scene.pool.describe() == "2 of 2 backends up"
 
     run(main, clock)
 

@@ -45,7 +45,7 @@ def test_a_backend_is_down_when_connecting_failed_max_fails_times_within_fail_ti
             async with Scene(loop, *backends, clock=clock, max_fails=3, fail_timeout=10.0) as scene:
                 for number in range(1, 7):
                     assert await scene.dial() == on.address
-                    if not scene[off.address].up:
+                    if not scene[off.address].serving:
                         return number
                     await scene.advance(pause)
                 return None
@@ -99,7 +99,7 @@ def test_while_one_connection_tries_a_backend_the_others_go_elsewhere() -> None:
                     scene.start()
                 await scene.advance(3.1)
                 assert {client.outcome for client in scene.clients} == {live}
-                assert not scene[full].up
+                assert not scene[full].serving
                 await scene.advance(20)
                 trial, *others = [scene.start() for _ in range(5)]
                 await scene.settle()
@@ -107,7 +107,7 @@ def test_while_one_connection_tries_a_backend_the_others_go_elsewhere() -> None:
                 assert (trial.outcome, scene[full].open) == (None, 1)
                 listener.accept()[0].close()
                 await scene.advance(0.2)
-                assert (trial.outcome, scene[full].up) == (full, True)
+                assert (trial.outcome, scene[full].serving) == (full, True)
 
     run(main, clock)
 
@@ -132,7 +132,7 @@ def test_a_trial_that_came_to_no_verdict_is_the_next_client_s(how: str) -> None:
                 assert scene[full].open == 0
                 listener.accept()[0].close()
                 assert await scene.dial() == full
-                assert scene[full].up
+                assert scene[full].serving
 
     run(main, clock)
 
@@ -148,7 +148,7 @@ def test_a_client_that_aborts_makes_no_trial_of_what_another_has_found_out_meanw
                 await scene.advance(1)
                 late = scene.start()
                 await scene.advance(2.1)
-                assert not scene[full].up
+                assert not scene[full].serving
                 reset(late.peer)
                 await scene.advance(0.1)
                 assert isinstance(late.outcome, DialError)
@@ -168,13 +168,13 @@ def test_a_backend_that_nobody_may_try_or_that_nobody_needs_is_not_looked_for_by
                 assert {await scene.dial() for _ in range(2)} == {second.address}
                 second.off()
                 assert await scene.fail()
-                assert not any(backend.up for backend in scene.backends.members.values())
+                assert not any(backend.serving for backend in scene.members)
                 second.on()
                 await scene.advance(10.1)
                 # The spare is due as well; it is left alone as long as another is up.
                 spare.on()
                 assert {await scene.dial() for _ in range(3)} == {second.address}
-                assert scene.backends.next_trial > clock.now
+                assert scene.pool.members.next_trial > clock.now
 
     run(main, clock)
 
@@ -211,10 +211,10 @@ def test_with_a_single_backend_a_client_always_tries_it() -> None:
             async with Scene(loop, only.address) as scene:
                 for _ in range(3):
                     assert await scene.fail() == ("backend-refused", f"{only.address}: Connection refused")
-                assert scene.backends.describe() == f"backend {only.address} down: Connection refused"
+                assert scene.pool.describe() == f"backend {only.address} down: Connection refused"
                 only.on()
                 assert await scene.dial() == only.address
-                assert scene.backends.describe() == f"backend {only.address}"
+                assert scene.pool.describe() == f"backend {only.address}"
 
     run(main)
 
@@ -235,7 +235,7 @@ def test_of_many_that_are_down_a_client_tries_ten_and_the_next_client_the_others
         with switches("-" * 15) as fifteen:
             async with Scene(loop, *[switch.address for switch in fifteen]) as scene:
                 await scene.fail()
-                assert not scene.backends.any_up
+                assert not scene.pool.members.any_serving
                 first, second, third = [
                     [reason.partition(": ")[0] for reason in (await scene.fail())[1].split("; ")] for _ in range(3)
                 ]
@@ -256,7 +256,7 @@ def test_of_many_that_are_down_three_are_named(count: int, more: str) -> None:
             async with Scene(loop, *addresses, clock=clock, health=HEALTH) as scene:
                 await scene.advance(0.1)
                 down = "; ".join(f"{address} down: Connection refused" for address in addresses[:3])
-                assert scene.backends.describe() == f"0 of {count} backends up ({down}{more})"
+                assert scene.pool.describe() == f"0 of {count} backends up ({down}{more})"
                 is_down = down.replace(" down: ", " is down: ")
                 assert await scene.fail() == ("backend-down", f"{is_down}{more}")
 
@@ -316,7 +316,7 @@ def test_spares_get_connections_only_while_no_other_is_up() -> None:
                 two.off()
                 assert {await scene.dial() for _ in range(6)} == {spare.address}
                 down = "; ".join(f"{switch.address} down: Connection refused" for switch in (one, two))
-                assert scene.backends.describe() == f"1 of 3 backends up ({down})"
+                assert scene.pool.describe() == f"1 of 3 backends up ({down})"
                 one.on()
                 await scene.advance(10.1)
                 assert {await scene.dial() for _ in range(6)} == {one.address}
@@ -352,10 +352,10 @@ def test_backends_that_stay_over_a_reload_keep_their_state_and_take_on_the_rest(
             async with Scene(loop, one.address, dead.address, clock=clock, fail_timeout=10.0) as scene:
                 clients = await scene.come(*[""] * 4)
                 members = scene[one.address], scene[dead.address]
-                assert (members[0].open, members[1].up) == (4, False)
+                assert (members[0].open, members[1].serving) == (4, False)
                 scene.apply(configured(one.address, weight=3, max_connections=4), dead.address, comes.address)
                 assert (scene[one.address], scene[dead.address]) == members
-                assert (members[0].open, members[0].weight, members[1].up) == (4, 3, False)
+                assert (members[0].open, members[0].weight, members[1].serving) == (4, 3, False)
                 # It is full by the new limit.
                 assert {await scene.dial() for _ in range(3)} == {comes.address}
                 for client in clients:
@@ -457,7 +457,7 @@ def test_a_reload_that_has_nothing_to_do_with_a_backend_does_not_bring_it_back()
                 assert await scene.dial() == spare.address
                 for send_proxy in ("v1", "v2", ""):
                     scene.apply(*backends, send_proxy=send_proxy)
-                    assert not scene[first.address].up
+                    assert not scene[first.address].serving
 
     run(main, clock)
 
@@ -480,7 +480,7 @@ def test_a_backend_that_leaves_while_it_is_dialled_is_no_loss_whatever_comes_of_
                 await scene.advance(6.0)
                 assert Counter(client.outcome for client in clients) == {one: 2, live: 2}
                 assert [backend.open for backend in old] == [2, 0]
-                assert scene.backends.next_trial > 1e9
+                assert scene.pool.members.next_trial > 1e9
                 for client in clients:
                     client.close()
                 assert [backend.open for backend in old] == [0, 0]
@@ -553,7 +553,7 @@ def test_a_backend_that_is_not_well_is_no_last_resort_and_nobody_tries_it() -> N
                 await scene.advance(3)
                 only.on()
                 assert await scene.fail() == ("backend-down", why)
-                assert scene.backends.next_trial > clock.now
+                assert scene.pool.members.next_trial > clock.now
                 await scene.advance(2.1)
                 assert await scene.dial() == only.address
 
@@ -589,9 +589,9 @@ def test_with_checks_who_wants_to_know_hears_when_they_say_down_though_it_is_out
                 await scene.advance(0.1)
                 one.off()
                 assert await scene.dial() == two.address
-                assert (scene[one.address].up, scene[one.address].healthy, scene.down) == (False, True, [])
+                assert (scene[one.address].serving, scene[one.address].unwell, scene.down) == (False, False, [])
                 await scene.advance(3)
-                assert (scene[one.address].healthy, scene.down) == (False, [one.address])
+                assert (scene[one.address].unwell, scene.down) == (True, [one.address])
                 await scene.advance(9)
                 assert scene.down == [one.address]
 
@@ -612,7 +612,7 @@ def test_checks_bring_back_what_a_client_put_out_though_they_never_said_down(cap
                     assert await scene.dial() == two.address
                     one.on()
                     await scene.advance(1.9)
-                    assert not scene[one.address].up
+                    assert not scene[one.address].serving
                     await scene.advance(1.2)
                     assert await scene.dial() == one.address
                 assert scene.down == []
@@ -630,16 +630,16 @@ def test_checks_that_are_configured_or_changed_or_taken_away_by_a_reload_are_so_
             async with Scene(loop, one.address, dead.address, clock=clock) as scene:
                 scene.apply(one.address, dead.address, health=HEALTH)
                 await scene.advance(0.1)
-                assert (scene[one.address].up, scene[dead.address].up) == (True, False)
+                assert (scene[one.address].serving, scene[dead.address].serving) == (True, False)
                 checker = scene[one.address].checker
                 scene.apply(one.address, dead.address)
                 assert scene[one.address].checker is checker
                 scene.apply(one.address, dead.address, health=HEALTH._replace(fall=1))
                 assert scene[one.address].checker not in (checker, None)
-                assert not scene[dead.address].up
+                assert not scene[dead.address].serving
                 tasks = tasks_of(loop)
                 scene.apply(one.address, dead.address, health=None)
-                assert scene[dead.address].up
+                assert scene[dead.address].serving
                 await scene.settle()
                 assert tasks_of(loop) < tasks
                 assert scene[one.address].checker is None
@@ -656,7 +656,7 @@ def test_a_backend_that_comes_by_a_reload_is_checked_at_once_and_one_that_leaves
                 await scene.advance(0.1)
                 scene.apply(one.address, dead.address)
                 await scene.advance(0.1)
-                assert not scene[dead.address].up
+                assert not scene[dead.address].serving
                 tasks = tasks_of(loop)
                 scene.apply(one.address)
                 await scene.settle()
@@ -672,11 +672,10 @@ def test_once_stopped_nobody_is_checked_again_whatever_is_learned_of_a_name() ->
 
     async def main(loop: Loop) -> None:
         with unix_listener() as (_, live):
-            settings = {"health": HEALTH, "resolve": "each"}
-            async with Scene(loop, "name:80", names={}, clock=clock, **settings) as scene:
+            async with Scene(loop, "name:80", names={}, clock=clock, health=HEALTH, resolve="each") as scene:
                 client = scene.start()
                 await scene.settle()
-                scene.backends.stop()
+                scene.pool.stop()
                 scene.names.answer("name", [where(live)])
                 await scene.settle()
                 assert client.outcome == live
@@ -698,14 +697,14 @@ def test_a_backend_that_is_not_well_stays_out_though_a_connection_got_through(
                 await scene.come("")
                 await scene.advance(3.1)
                 [trial] = await scene.come("")
-                assert (trial.outcome, scene[full].up, scene[full].healthy) == (None, False, True)
+                assert (trial.outcome, scene[full].state) == (None, "trial")
                 # As a check would say.
-                scene.backends._checked(scene[full], False, "status 503")
+                scene[full].found_unwell(clock.now, "status 503")
                 listener.accept()[0].close()
                 await scene.advance(0.2)
-                assert (trial.outcome, scene[full].up) == (full, False)
-                scene.backends._checked(scene[full], True, "")
-                assert scene[full].up
+                assert (trial.outcome, scene[full].serving) == (full, False)
+                scene[full].found_well()
+                assert scene[full].serving
 
     with caplog.at_level(logging.INFO, "rspd"):
         run(main, clock)
@@ -733,12 +732,12 @@ def test_a_backend_that_leaves_while_it_is_out_is_tried_no_more() -> None:
     async def main(loop: Loop) -> None:
         with switches("-+") as (dead, live):
             async with Scene(loop, dead.address, live.address, clock=clock) as scene:
-                while scene[dead.address].up:
+                while scene[dead.address].serving:
                     await scene.dial()
-                assert scene.backends.next_trial < inf
+                assert scene.pool.members.next_trial < inf
                 scene.apply(live.address)
-                assert scene.backends.next_trial == inf
-                assert scene.backends.only is scene[live.address]
+                assert scene.pool.members.next_trial == inf
+                assert scene.pool.members.only is scene[live.address]
                 dead.on()
                 await scene.advance(11)
                 assert {await scene.dial() for _ in range(3)} == {live.address}
@@ -773,6 +772,6 @@ def test_a_client_whose_backend_failed_waits_for_another_that_is_full_rather_tha
 def test_the_only_backend_of_all_that_are_left_is_described_by_its_name() -> None:
     async def main(loop: Loop) -> None:
         async with Scene(loop, nobody(), nobody()) as scene:
-            assert scene.backends.describe() == "2 of 2 backends up"
+            assert scene.pool.describe() == "2 of 2 backends up"
 
     run(main)

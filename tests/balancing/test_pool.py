@@ -67,7 +67,7 @@ def test_a_backend_that_fails_is_passed_over_and_out_from_then_on_and_the_others
                 # All of them have had their turn once, and those that fail are known by then.
                 for _ in addresses:
                     await scene.dial()
-                assert {backend.name for backend in scene.backends.members.values() if backend.up} == set(living)
+                assert {backend.name for backend in scene.members if backend.serving} == set(living)
                 assert sorted([str(await scene.dial()) for _ in range(2 * len(living))]) == sorted(2 * living)
 
     run(main)
@@ -268,7 +268,7 @@ def test_without_a_timeout_dialling_goes_on_until_it_is_cancelled_and_nothing_is
             await scene.settle()
             assert client.task.done
             assert (open_descriptors(), scene[address].open) == (before, 0)
-            assert scene[address].up
+            assert scene[address].serving
 
     with full(kind) as address:
         run(lambda loop: main(loop, address), clock)
@@ -290,7 +290,7 @@ def test_when_the_client_aborts_dialling_ends_and_no_other_backend_is_tried(kind
                 reset(client.peer)
                 clock.advance(0.01001)
                 assert await scene.failure(client) == ("client-aborted", f"{address}: the client is gone")
-                assert scene[address].up
+                assert scene[address].serving
                 with pytest.raises(BlockingIOError):
                     next_one.accept()
 
@@ -345,14 +345,14 @@ def test_a_client_that_aborted_before_any_backend_was_reached_is_not_led_to_the_
             async with Scene(loop, nobody(), configured(live, backup=True)) as scene:
                 listener.setblocking(False)
                 client = scene.client()
-                client.side.watch()
+                client.client.watch()
                 reset(client.peer)
-                while not client.side.aborted:
+                while not client.client.aborted:
                     await loop.yield_turn()
                 with pytest.raises(DialError) as caught:
-                    await scene.dialler.dial(client.side, "")
+                    await scene.pool.dial(client.client, client.client_address)
                 assert caught.value.cause == "client-aborted"
-                loop.unwatch(client.side)
+                loop.unwatch(client.client)
                 with pytest.raises(BlockingIOError):
                     listener.accept()
 
@@ -370,7 +370,7 @@ def test_no_more_further_backends_are_tried_than_retries(retries: float, tried: 
             backends = [*map(configured, dead), configured(live, backup=True)]
             async with Scene(loop, *backends, retries=retries) as scene:
                 outcome = await scene.dial()
-                assert sum(not backend.up for backend in scene.backends.members.values()) == min(tried, 3)
+                assert sum(not backend.serving for backend in scene.members) == min(tried, 3)
                 if tried > 3:
                     assert outcome == live
                     return "; " * 3
@@ -387,13 +387,13 @@ def test_without_retries_the_trial_of_one_that_is_out_does_not_use_up_the_attemp
     async def main(loop: Loop) -> None:
         with switches("-+") as (dead, live):
             async with Scene(loop, dead.address, live.address, clock=clock, retries=0, fail_timeout=10.0) as scene:
-                while scene[dead.address].up:
+                while scene[dead.address].serving:
                     await scene.dial()
                 for _ in range(3):
                     await scene.advance(10.1)
-                    assert scene.backends.next_trial <= clock.now
+                    assert scene.pool.members.next_trial <= clock.now
                     assert [await scene.dial() for _ in range(3)] == [live.address] * 3
-                    assert scene.backends.next_trial > clock.now
+                    assert scene.pool.members.next_trial > clock.now
 
     run(main, clock)
 
@@ -407,7 +407,7 @@ def test_the_attempts_that_a_client_has_get_all_of_the_timeout(retries: int) -> 
             addresses = [stack.enter_context(full_tcp()) for _ in range(4)]
             async with Scene(loop, *addresses, connect_timeout=12, retries=retries) as scene:
                 taken = await seconds_to_answer(scene, clock)
-                assert sum(not backend.up for backend in scene.backends.members.values()) == retries + 1
+                assert sum(not backend.serving for backend in scene.members) == retries + 1
                 return taken
 
     assert run(main, clock) == pytest.approx(12, abs=0.11 * (retries + 1))
@@ -520,7 +520,7 @@ def test_a_backend_that_does_not_answer_keeps_nobody_who_waits_from_another_that
             ) as scene:
                 await scene.come("")
                 await scene.advance(7)
-                assert not scene.backends.any_up
+                assert not scene.pool.members.any_serving
                 dead.on()
                 others = await scene.come("", "", "")
                 await scene.advance(0.5)
@@ -571,6 +571,25 @@ def test_while_clients_wait_one_attempt_is_made_each_tenth_of_a_second(monkeypat
     assert all(later - earlier >= 0.099 for earlier, later in itertools.pairwise(times[1:]))
 
 
+def test_an_attempt_at_a_backend_that_is_down_lasts_no_longer_than_the_client_may_wait() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with full_unix() as (_, silent):
+            async with Scene(
+                loop, silent, clock=clock, connect_timeout=6.0, queue_timeout=1.0, fail_timeout=60.0
+            ) as scene:
+                scene[silent].failed(clock.now, "refused")
+                [client] = await scene.come("")
+                await scene.advance(1.1)
+                assert await scene.failure(client) == (
+                    "queue-timeout",
+                    f"{silent}: no answer within the connect timeout",
+                )
+
+    run(main, clock)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_clients_that_waited_in_vain_are_told_so_at_queue_timeout(count: int) -> None:
     clock = FakeClock()
@@ -601,7 +620,7 @@ def test_a_client_that_waits_for_one_that_is_full_tries_another_when_its_time_ha
         with switches("+-") as (small, other):
             backends = [configured(small.address, max_connections=1), configured(other.address)]
             async with Scene(loop, *backends, clock=clock, fail_timeout=5.0, connect_timeout=20.0) as scene:
-                while scene[other.address].up:
+                while scene[other.address].serving:
                     await scene.dial()
                 other.on()
                 await scene.come("")
@@ -698,7 +717,7 @@ def test_the_reason_has_the_address_that_was_tried_whatever_the_name_stands_for_
                 client = scene.start()
                 scene.names.names["name"] = [where(nobody())]
                 await scene.advance(8.1)
-                assert scene.backends.members["name:80"].addresses == scene.names.names["name"]
+                assert scene["name:80"].addresses == scene.names.names["name"]
                 assert full in str(client.outcome)
                 return (await scene.failure(client))[1]
 
@@ -731,15 +750,15 @@ def dial_without_a_port_for_the_near_end() -> None:
                 held = socket.create_connection(where)
                 await first.dial()
                 print(*await alone.failure(first), sep="\n")
-                print(alone[address].up)
+                print(alone[address].serving)
                 checked = Scene(loop, address, clock=clock, health=HealthConfig(interval=1.0, rise=1, fall=1))
                 async with checked:
                     await scene.advance(3)
-                    print(checked[address].up)
+                    print(checked[address].serving)
                 await scene.advance(7.1)
                 await trial.dial()
                 assert trial.outcome == spare
-                print(scene.backends.next_trial <= clock.now)
+                print(scene.pool.members.next_trial <= clock.now)
                 reset(held)  # a port in TIME_WAIT would not be picked again
                 await last.dial()
                 assert last.outcome == address

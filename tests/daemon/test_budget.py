@@ -24,11 +24,11 @@ INSTRUCTIONS = {"serial connection": 3150, "connection": 2780, "request": 545}
 
 # Calls of functions in Python, and of coroutines and generators that go on: the same from Python 3.10 to 3.13.
 CALLS = {
-    "serial connection": 87,
-    "connection": 74,
+    "serial connection": 88,
+    "connection": 75,
     "request": 10,
-    "connection, send_proxy": 86,
-    "connection, who may come": 87,
+    "connection, send_proxy": 87,
+    "connection, who may come": 85,
 }
 
 # The keys that this work has in the file.

@@ -13,14 +13,14 @@ INFO, WARNING, ERROR = "6", "4", "3"
 # The first connection meets an error that nobody expects.
 FAULT = """
 import rspd.balancing.pool
-dial = rspd.balancing.pool.Dialler.dial
+dial = rspd.balancing.pool.Pool.dial
 connections = []
 def fail_once(*arguments):
     connections.append(arguments)
     if len(connections) == 1:
         raise RuntimeError("provoked\\nin two lines")
     return dial(*arguments)
-rspd.balancing.pool.Dialler.dial = fail_once
+rspd.balancing.pool.Pool.dial = fail_once
 """
 
 # rspd fails before it has begun.
