@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
+from rspd.engine.loop import Loop
 from rspd.log import quote
 from rspd.net.listener import Listener
-from rspd.serving.proxy import Common, Proxy
-from rspd.settings import Config
+from rspd.net.ways import Ways
+from rspd.serving.proxy import Proxy
+from rspd.settings import Config, ProxyConfig
 
 log = logging.getLogger(__name__)
 
@@ -17,12 +19,14 @@ log = logging.getLogger(__name__)
 class Proxies:
     """The proxies of this process.
 
-    common: what they share.
     configured: those of the configuration in force, by their names, in the order of the configuration.
     """
 
-    def __init__(self, common: Common) -> None:
-        self.common = common
+    def __init__(self, loop: Loop, ways: Ways, make: Callable[[ProxyConfig, Sequence[Listener]], Proxy]) -> None:
+        """make: makes a proxy, with what all proxies of this process share."""
+        self._loop = loop
+        self._ways = ways
+        self._make = make
         self.configured: dict[str, Proxy] = {}
         self._retired: list[Proxy] = []  # taken out, with connections that are still open
         self._served_before = 0  # clients served by proxies that are gone
@@ -41,14 +45,14 @@ class Proxies:
         before = self.listeners
         old, self.configured = self.configured, {}
         backends = (backend.address for wanted in config.proxies for backend in wanted.backends)
-        self.common.ways.listen(listeners, backends)
+        self._ways.listen(listeners, backends)
         for wanted in config.proxies:
             own = listeners[wanted.name]
             proxy = old.pop(wanted.name, None)
             if proxy:
                 proxy.apply(wanted, own)
             else:
-                proxy = Proxy(self.common, wanted, own)
+                proxy = self._make(wanted, own)
             self.configured[wanted.name] = proxy
             for listener in own:
                 if listener not in before:
@@ -65,7 +69,7 @@ class Proxies:
         for proxy in self._retired:
             if not proxy.open:
                 self._served_before += proxy.served
-                self._last_end = max(self._last_end, self.common.loop.now - proxy.idle)
+                self._last_end = max(self._last_end, self._loop.now - proxy.idle)
         self._retired = [proxy for proxy in self._retired if proxy.open]
         return [*self.configured.values(), *self._retired]
 
@@ -84,4 +88,4 @@ class Proxies:
     def idle(self) -> float:
         """For how many seconds there has been no connection."""
         idle = min(proxy.idle for proxy in self.everyone())
-        return min(idle, self.common.loop.now - self._last_end)
+        return min(idle, self._loop.now - self._last_end)

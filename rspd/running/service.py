@@ -8,10 +8,11 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 
 from rspd import log as log_setup
-from rspd.engine.loop import Loop, news
+from rspd.engine.loop import Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.errors import ConfigError, StartError
 from rspd.host.systemd import Notifier, PassedSocket
@@ -23,7 +24,7 @@ from rspd.running.proxies import Proxies
 from rspd.running.sockets import Plan, Sockets, log_replaced, make_room
 from rspd.running.status import Reporter
 from rspd.serving.places import who_waits
-from rspd.serving.proxy import Common
+from rspd.serving.proxy import Proxy
 from rspd.settings import Config
 
 EXIT_CODES = {
@@ -89,10 +90,14 @@ class Service:
         self._load = load
         self._notifier = notifier
         resolver = Resolver(loop)
-        self._common = Common(loop, Ways(loop), resolver, Shortage(loop), Pipes(0), set())
+        self._shortage = Shortage(loop)
+        self._pipes = Pipes(0)
+        self._ways = Ways(loop)
+        watchers: set[Task] = set()
         self._sockets = Sockets(loop, resolver, passed)
-        self._proxies = Proxies(self._common)
-        self._reporter = Reporter(self._proxies, notifier)
+        make = partial(Proxy, loop, self._shortage, self._pipes, resolver, self._ways, watchers)
+        self._proxies = Proxies(loop, self._ways, make)
+        self._reporter = Reporter(loop, self._proxies, watchers, notifier)
         self._ends = 0  # signals to end so far
         self._reload_asked = False
 
@@ -102,7 +107,7 @@ class Service:
         # The objects made so far stay. A connection leaves no cycles behind; only the lookup of a name does.
         gc.freeze()
         gc.set_threshold(GARBAGE)
-        self._common.shortage.keep_spare()
+        self._shortage.keep_spare()
         self._heed_signals()
         self._go_by(self._config, plan, listeners)
         self._reporter.ready()
@@ -115,8 +120,8 @@ class Service:
             else:
                 await news()
         await self._drain()
-        self._common.pipes.close()
-        self._common.shortage.give_up_spare()
+        self._pipes.close()
+        self._shortage.give_up_spare()
         self._reporter.ending()
         log.info("ended served=%d", self._proxies.served)
         # Closing the loop restores the default actions: one more signal would kill rspd and be its exit status.
@@ -162,7 +167,7 @@ class Service:
     def _go_by(self, config: Config, plan: Plan, listeners: dict[str, list[Listener]]) -> None:
         """Serve by a configuration from now on. Log those of its effects that may surprise."""
         self._proxies.apply(config, listeners)
-        self._common.pipes.resize(plan.pipes)
+        self._pipes.resize(plan.pipes)
         self._config = config
         log_setup.set_up(config.log_level)
         log_replaced(config, plan.parts)
@@ -211,7 +216,7 @@ class Service:
 
     async def _drain(self) -> None:
         """Stop listening, and wait for the open connections, at most for `drain_timeout`, or until a second signal."""
-        self._common.ways.listen({}, ())
+        self._ways.listen({}, ())
         task = self._loop.current
         proxies = self._proxies.everyone()
         timeouts = {f"{proxy.config.drain_timeout:g}" for proxy in proxies}

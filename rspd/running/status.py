@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from rspd.engine.loop import Task, news
+from rspd.engine.loop import Loop, Task, news
 from rspd.host.systemd import Notifier
 from rspd.running.proxies import Proxies
 from rspd.serving.proxy import Proxy
@@ -20,10 +20,11 @@ STOP_EXTENSION = 30.0
 class Reporter:
     """Tells systemd what this process is doing."""
 
-    def __init__(self, proxies: Proxies, notifier: Notifier) -> None:
+    def __init__(self, loop: Loop, proxies: Proxies, watchers: set[Task], notifier: Notifier) -> None:
+        """watchers: as for `Proxy`."""
+        self._loop = loop
         self._proxies = proxies
-        self._loop = proxies.common.loop
-        self._watchers = proxies.common.watchers
+        self._watchers = watchers
         self._notifier = notifier
         self._task: Task | None = None
         self._failure = ""

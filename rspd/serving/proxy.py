@@ -6,7 +6,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import NamedTuple
 
 from rspd.balancing.backend import Backend
 from rspd.balancing.pool import Pool
@@ -37,54 +36,44 @@ BATCH, SHARED_BATCH = 64, 4
 log = logging.getLogger(__name__)
 
 
-class Common(NamedTuple):
-    """What the proxies of a process share.
-
-    watchers: tasks to wake whenever a connection begins or ends, or a backend goes down or comes up.
-    """
-
-    loop: Loop
-    ways: Ways
-    resolver: Resolver
-    shortage: Shortage
-    pipes: Pipes
-    watchers: set[Task]
-
-
 class Proxy:
     """A proxy at work. Owns its listeners, its connections and its backends."""
 
-    def __init__(self, common: Common, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
-        self.loop = common.loop
-        self.listeners: list[Listener] = []
-        self._accepted = 0
-        self.shortage = common.shortage
-        self._ways = common.ways
-        self.pipes = common.pipes
-        self.watchers = common.watchers
+    def __init__(
+        self,
+        loop: Loop,
+        shortage: Shortage,
+        pipes: Pipes,
+        resolver: Resolver,
+        ways: Ways,
+        watchers: set[Task],
+        config: ProxyConfig,
+        listeners: Sequence[Listener],
+    ) -> None:
+        """watchers: tasks to wake whenever a connection begins or ends, or a backend goes down or comes up.
+
+        What stands before `config` is shared by all proxies.
+        """
+        self.loop = loop
+        self.shortage = shortage
+        self.pipes = pipes
+        self.watchers = watchers
         self.tag = f" proxy={config.name}" if config.name else ""
-        self.pool = Pool(
-            common.loop,
-            common.shortage,
-            common.resolver,
-            common.ways,
-            config,
-            preface(config),
-            self._backend_down,
-            self._changed,
-        )
+        self._ways = ways
+        self.pool = Pool(loop, shortage, resolver, ways, config, preface(config), self._backend_down, self._changed)
+        self._accepted = 0
         self._access = Access((), (), inf)
-        self._refusals = Refusals(common.loop, self.tag)
-        self._connections: dict[Task, Connection] = {}
-        self.places = Places(common.loop, self.tag, self._connections, self._newest, self._changed)
+        self._refusals = Refusals(loop, self.tag)
+        self._connections: dict[Task, Connection] = {}  # in the order in which they were accepted
+        self.places = Places(loop, self.tag, self._connections, self._newest, self._changed)
         self._accepting = False
         self._leaving = False
         self._watched: list[Listener] = []
         self._rush = -1  # the last turn in which each call to accept found a client
         self._look_again = inf  # when to look for waiting clients, while accepting
-        self._last_end = common.loop.now
+        self._last_end = loop.now
         self._set(config, listeners)
-        self._acceptor = common.loop.spawn(self._serve())
+        self._acceptor = loop.spawn(self._serve())
 
     def _set(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
         self.config = config

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from rspd.config.addresses import parse_address, parse_backend
-from rspd.engine.loop import Loop
+from rspd.engine.loop import Loop, Task
 from rspd.engine.pipes import Pipes
 from rspd.host.systemd import Notifier
 from rspd.net.address import resolve
@@ -17,7 +18,7 @@ from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.running.proxies import Proxies
 from rspd.running.status import Reporter
-from rspd.serving.proxy import Common
+from rspd.serving.proxy import Proxy
 from rspd.settings import BackendConfig, Config, ProxyConfig
 from tests.manager import NotifySocket, notify_socket
 from tests.support import PATIENCE
@@ -37,10 +38,13 @@ def test_a_reload_that_failed_is_in_the_status_until_the_next_begins(systemd: No
     serving = "serving 0 of 1, 0 served, backend 127.0.0.1:1"
 
     async def main(loop: Loop) -> None:
-        proxies = Proxies(Common(loop, Ways(loop), Resolver(loop), Shortage(loop), Pipes(0), set()))
+        ways = Ways(loop)
+        watchers: set[Task] = set()
+        make = partial(Proxy, loop, Shortage(loop), Pipes(0), Resolver(loop), ways, watchers)
+        proxies = Proxies(loop, ways, make)
         proxies.apply(config, {"": open_listeners(address, resolve(address), 8)})
         notifier = Notifier()
-        reporter = Reporter(proxies, notifier)
+        reporter = Reporter(loop, proxies, watchers, notifier)
         reporter.ready()
         reporter.ready("no such file")
         reporter.reloading()

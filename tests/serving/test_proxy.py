@@ -23,7 +23,7 @@ from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
-from rspd.serving.proxy import Common, Proxy
+from rspd.serving.proxy import Proxy
 from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
 from tests.dialled import unix_listener
 from tests.engine.test_loop import advance, rounds
@@ -31,8 +31,8 @@ from tests.engine.test_pipes import no_descriptors
 from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, reset, run, tasks_of
 
 
-def common(loop: Loop) -> Common:
-    return Common(loop, Ways(loop), Resolver(loop), Shortage(loop), Pipes(2), set())
+def serve(loop: Loop, config: ProxyConfig, *listeners: Listener) -> Proxy:
+    return Proxy(loop, Shortage(loop), Pipes(2), Resolver(loop), Ways(loop), set(), config, listeners)
 
 
 def test_a_client_that_another_process_has_accepted_first_is_no_error() -> None:
@@ -44,7 +44,7 @@ def test_a_client_that_another_process_has_accepted_first_is_no_error() -> None:
 
         async def main(loop: Loop) -> list[int]:
             proxies = [
-                Proxy(common(loop), config, [Listener(listen, socket.SocketType(fileno=os.dup(shared.fileno())))])
+                serve(loop, config, Listener(listen, socket.SocketType(fileno=os.dup(shared.fileno()))))
                 for _ in range(2)
             ]
             clients = []
@@ -83,7 +83,7 @@ def test_an_unexpected_error_while_accepting_is_logged_and_accepting_goes_on(
 
         async def main(loop: Loop) -> None:
             own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
-            proxy = Proxy(common(loop), config, [Faulty(listen, own)])
+            proxy = serve(loop, config, Faulty(listen, own))
             with socket.create_connection(address):
                 while not proxy.served:
                     await loop.sleep(0.01)
@@ -117,7 +117,7 @@ def test_clients_accepted_while_a_name_is_looked_up_leave_a_descriptor_for_its_l
 
         async def main(loop: Loop) -> None:
             own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
-            proxy = Proxy(common(loop), config, [Listener(listen, own)])
+            proxy = serve(loop, config, Listener(listen, own))
             with no_descriptors(5):
                 while not proxy.shortage.active:
                     await loop.sleep(0.01)
@@ -146,7 +146,7 @@ def test_a_connection_leaves_nothing_to_the_garbage_collector(end: str) -> None:
 
         async def main(loop: Loop) -> list[object]:
             own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
-            proxy = Proxy(common(loop), ProxyConfig((listen,), backends), [Listener(listen, own)])
+            proxy = serve(loop, ProxyConfig((listen,), backends), Listener(listen, own))
             gc.collect()
             gc.disable()
             try:
@@ -196,7 +196,7 @@ def test_a_relay_that_fails_to_close_gives_its_places_back(monkeypatch: pytest.M
 
         async def main(loop: Loop) -> None:
             own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
-            proxy = Proxy(common(loop), config, [Listener(listen, own)])
+            proxy = serve(loop, config, Listener(listen, own))
             for accepted in (1, 2):
                 with socket.create_connection(address):
                     until = loop.now + PATIENCE / 4
@@ -228,7 +228,7 @@ def test_a_proxy_that_leaves_goes_on_checking_and_looking_up_until_its_last_conn
         async def main(loop: Loop) -> None:
             tasks = tasks_of(loop)
             own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
-            proxy = Proxy(common(loop), config, [Listener(listen, own)])
+            proxy = serve(loop, config, Listener(listen, own))
 
             async def until(condition: Callable[[], bool]) -> None:
                 end = loop.now + PATIENCE / 2
@@ -261,7 +261,7 @@ def test_a_proxy_that_leaves_without_a_connection_checks_and_looks_up_no_more() 
         async def main(loop: Loop) -> None:
             tasks = tasks_of(loop)
             own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
-            proxy = Proxy(common(loop), config, [Listener(listen, own)])
+            proxy = serve(loop, config, Listener(listen, own))
             await loop.yield_turn()
             assert tasks_of(loop) > tasks
             proxy.stop_listening()
@@ -304,7 +304,7 @@ def test_clients_that_come_at_once_are_accepted_in_few_turns(passed: str | None,
             own = socket.SocketType(fileno=os.dup(server.fileno()))
             backends = (BackendConfig(Address("127.0.0.1", backend.port)),)
             config = ProxyConfig((listen,), backends, max_connections=limit)
-            proxy = Proxy(common(loop), config, [CountedListener(listen, own, passed=passed)])
+            proxy = serve(loop, config, CountedListener(listen, own, passed=passed))
             turns = 0
             while proxy.served < min(limit, 100):
                 await loop.yield_turn()
@@ -325,7 +325,7 @@ def test_nobody_is_asked_for_in_vain_where_clients_come_one_by_one() -> None:
 
         async def main(loop: Loop) -> None:
             listener = CountedListener(listen, socket.SocketType(fileno=os.dup(server.fileno())))
-            proxy = Proxy(common(loop), config, [listener])
+            proxy = serve(loop, config, listener)
             for number in range(1, 11):
                 with socket.create_connection(server.getsockname()):
                     while proxy.served < number:
@@ -353,8 +353,7 @@ class Crowd:
         self.listen = Address(*self.kept.getsockname())
         backends = (BackendConfig(Address("127.0.0.1", backend.port)),)
         self.config = ProxyConfig((self.listen,), backends, idle_timeout=inf)
-        self.common = common(loop)
-        self.proxy = Proxy(self.common, self.config, [self.listener()])
+        self.proxy = serve(loop, self.config, self.listener())
         self.clients = [stack.enter_context(socket.create_connection(self.kept.getsockname())) for _ in range(3)]
 
     def listener(self) -> Listener:
