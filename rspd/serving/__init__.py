@@ -1,8 +1,9 @@
 """One client, from accept to its line in the log.
 
 proxy        accepting clients, no more at once than allowed, and draining
-connection   one client: admitted, connected, relayed, closed, one log line
-first_bytes  the PROXY header that comes before what the client sends
+admission    the steps between accepting and dialling: whether, and as whom, a client may come
+connection   one client: its steps, dial, relay, close, one log line
+first_bytes  what a client says before all else: the PROXY header
 access       whether a client may connect, and what the log says of refused clients
 places       the wait of clients while max_connections are open
 """

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from rspd.balancing.backend import Backend
 from rspd.balancing.pool import DialError, Pool
 from rspd.engine.cause import Cause
-from rspd.engine.loop import Cancelled, Loop, Task
+from rspd.engine.loop import Cancelled, Task
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
 from rspd.engine.side import Side
 from rspd.log import LOGGER, quote, write
-from rspd.net.address import Peer, format_peer, host_of, place_of
+from rspd.net.address import Peer, format_peer, host_of
 from rspd.net.connect import why
 from rspd.net.descriptors import SHORT, Shortage
-from rspd.net.networks import Networks
-from rspd.net.ways import Way, Ways, came_back
-from rspd.protocols.proxy_protocol import HeaderError, HostPort, NoHeaderError, encode
-from rspd.serving.access import Access, Refusals
-from rspd.serving.first_bytes import take_header
+from rspd.net.ways import Way
+from rspd.protocols.proxy_protocol import encode
+from rspd.serving.access import Access
 from rspd.settings import ProxyConfig
 
 log = logging.getLogger(__name__)
@@ -30,25 +29,19 @@ class Terms(NamedTuple):
     """What the connections of a proxy have in common, from one reload to the next.
 
     shortage: where a connection waits if epoll has no watch for it.
+    steps: what is done before dialling, in order. guarded: whether one of them says who the client counts as.
     keep_alive: whether the kernel is to find out which peers are gone.
-    guarded: whether anything is asked of a client before it is served.
-    ways: None if no backend can be a proxy of this process.
-    trusted: the peers that rspd believes when they name the client (accept_proxy).
     tag: names the proxy in the log, with a space before it, or is empty.
     """
 
-    loop: Loop
     config: ProxyConfig
     pool: Pool
     pipes: Pipes
     shortage: Shortage
-    keep_alive: bool
+    steps: tuple[Step, ...]
     guarded: bool
-    ways: Ways | None
-    trusted: Networks
-    access: Access
-    refusals: Refusals
-    tag: str = ""
+    keep_alive: bool
+    tag: str
 
 
 # A client without a backend gets RST for these causes: it was refused, sent no good PROXY header, or is rspd itself.
@@ -63,6 +56,11 @@ class RefusedError(Exception):
         self.cause = cause
 
 
+# Done between accepting and dialling. A step may wait, and may look at what the client says first, but takes nothing of
+# what the backend is to get. Raises RefusedError to refuse the client.
+Step = Callable[["Connection"], Awaitable[object]]
+
+
 class Connection:
     """A client being served. Owns the client's side and, once dialled, the backend's.
 
@@ -70,10 +68,10 @@ class Connection:
     """
 
     __slots__ = (
-        "admitted",
         "backend",
         "client",
         "client_address",
+        "counted",
         "cut_for",
         "destination",
         "peer",
@@ -93,11 +91,11 @@ class Connection:
         self.client_address = client_address
         self.backend: Backend | None = None
         self.relay: Relay | None = None
-        self.started = terms.loop.now
+        self.started = client.loop.now
         self.peer: Peer | None = None  # the peer that told the client's address, if one did
-        self.destination: HostPort | None = None  # where the client connected to, if the peer told that too
+        self.destination: tuple[str, int] | None = None  # where the client connected to, if the peer told that too
         self.way: Way | None = None  # if a backend may be a proxy of this process
-        self.admitted: str | None = None  # the host that the client counts as
+        self.counted: tuple[Access, str] | None = None  # where the client counts, and as which host
 
     async def handle(self) -> None:
         """Serve the client to its end, whatever happens."""
@@ -109,13 +107,11 @@ class Connection:
                 self.client.watch()
             except OSError as error:
                 await self._watch_client(error)
-            if terms.ways:
-                self.way = self._find_way(terms.ways)
-            if terms.guarded:
-                await self._admit()
+            for step in terms.steps:
+                await step(self)
             # A client that says nothing is served too: the backend may be the one to speak first.
             self.backend, side = await terms.pool.dial(self.client, self.client_address, self.way)
-            cause = await self._open(side).run()
+            cause = await self._relay_to(side).run()
         except (DialError, RefusedError) as error:
             cause, reason = error.cause, str(error)
         except Cancelled:
@@ -132,16 +128,16 @@ class Connection:
         self.cut_for = cause
         self.task.cancel()
 
-    def counts_as(self) -> str | None:
+    def counts_as(self, access: Access) -> str | None:
         """The host that the client counts as for max_connections_per_client; None while that is not known."""
-        if self.admitted is None and not self.terms.guarded:
-            self.admitted = host_of(self.client_address)
-        return self.admitted
+        if not (self.counted or self.terms.guarded):
+            self.counted = access, host_of(self.client_address)
+        return self.counted and self.counted[1]
 
     async def _watch_client(self, error: OSError) -> None:
         """Watch the client as soon as that is possible, after the first attempt failed. Raises DialError."""
         terms = self.terms
-        deadline = terms.loop.now + terms.config.connect_timeout
+        deadline = self.client.loop.now + terms.config.connect_timeout
         try:
             await terms.shortage.retry(self.client.watch, error, deadline, lambda: False)
         except OSError as last:
@@ -149,61 +145,20 @@ class Connection:
                 raise
             raise DialError("backend-unreachable", [f"the client cannot be watched: {why(last)}"]) from None
 
-    def _find_way(self, ways: Ways) -> Way:
-        """The proxies of this process that the client has passed. Raises RefusedError if this proxy is one of them."""
-        name = self.terms.config.name
-        near = place_of(self.client_address)
-        if not ways.knows(near):
-            return Way(ways, (name,))
-        passed = ways.take(near, ways.place(self.client.sock.getsockname()))
-        if passed is None:
-            log.debug("client has gone client=%s%s", format_peer(self.client_address), self.terms.tag)
-            raise RefusedError(None, "")  # the client was rspd; the log has a line for rspd's own client
-        if passed and isinstance(near, str):
-            self.client_address = ""  # `connect` made its name only for this
-        if name in passed:
-            raise RefusedError("loop", came_back((*passed, name)))
-        return Way(ways, (*passed, name))
-
-    async def _admit(self) -> None:
-        """Find out who the client is, and whether it may come. Raises RefusedError."""
-        terms = self.terms
-        host = host_of(self.client_address)
-        if terms.trusted.find(host):
-            try:
-                deadline = terms.loop.now + terms.config.accept_proxy_timeout
-                header = await take_header(terms.loop, self.client, deadline)
-            except NoHeaderError:
-                raise RefusedError("client-closed", "") from None  # somebody only looked whether the port is open
-            except HeaderError as error:
-                raise RefusedError("bad-header", str(error)) from None
-            except TimeoutError as error:
-                raise RefusedError("header-timeout", str(error)) from None
-            except ConnectionAbortedError as error:
-                raise RefusedError("client-aborted", str(error.strerror)) from None
-            self.destination = header.destination
-            if header.source:
-                self.peer, self.client_address = self.client_address, header.source
-                host = header.source[0]
-        if reason := terms.access.admit(host):
-            terms.refusals.note(format_peer(self.client_address) + self._via(), reason)
-            raise RefusedError(None, reason)
-        self.admitted = host
-
-    def _open(self, backend: Side) -> Relay:
-        terms = self.terms
+    def _relay_to(self, backend: Side) -> Relay:
+        terms, client = self.terms, self.client
         config = terms.config
-        relay = Relay(terms.loop, self.client, backend, terms.pipes, config.idle_timeout, config.half_close_timeout)
+        relay = Relay(client.loop, client, backend, terms.pipes, config.idle_timeout, config.half_close_timeout)
         self.relay = relay  # owns the backend's side from here on
         if terms.keep_alive:
             # Nothing else would ever find out that a peer is gone.
-            self.client.keep_alive()
+            client.keep_alive()
             backend.keep_alive()
         if config.send_proxy:
             relay.upload.put_first(self._header())
         if LOGGER.level <= logging.DEBUG:
-            client, name = format_peer(self.client_address), self.backend and self.backend.name
-            log.debug("connection opened client=%s%s backend=%s", client, terms.tag, name)
+            name = self.backend and self.backend.name
+            log.debug("connection opened client=%s%s backend=%s", format_peer(self.client_address), terms.tag, name)
         return relay
 
     def _header(self) -> bytes:
@@ -231,11 +186,14 @@ class Connection:
                 self.client.close()
         finally:
             # Whatever happens, the client no longer counts.
-            if self.admitted is not None:
-                self.terms.access.leave(self.admitted)
+            if self.counted:
+                access, host = self.counted
+                access.leave(host)
         return lost
 
-    def _via(self) -> str:
+    @property
+    def via(self) -> str:
+        """The peer that told the client's address, for the log, with a space before it; empty if none did."""
         return "" if self.peer is None else f" via={format_peer(self.peer)}"
 
     def _log_end(self, cause: Cause, reason: str, lost: int) -> None:
@@ -243,12 +201,12 @@ class Connection:
         if level >= LOGGER.level:
             sent, received = (self.relay.upload.total, self.relay.download.total) if self.relay else (0, 0)
             sent = sent if sent > 0 else 0  # below 0 as long as the backend has not got the header
-            via = "" if self.peer is None else self._via()
+            via = "" if self.peer is None else self.via
             write(
                 level,
                 f"connection closed client={format_peer(self.client_address)}{via}{self.terms.tag} "
                 f"backend={self.backend.name if self.backend else '-'} sent={sent} received={received} "
-                f"seconds={self.terms.loop.now - self.started:.3f} cause={cause}"
+                f"seconds={self.client.loop.now - self.started:.3f} cause={cause}"
                 + (f" lost={lost}" if lost else "")
                 + (f" reason={quote(reason)}" if reason else ""),
             )

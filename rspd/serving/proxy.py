@@ -13,11 +13,11 @@ from rspd.engine.loop import EXCLUSIVE, IN, Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import CLIENT_GONE, Listener
-from rspd.net.networks import Networks
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.protocols.proxy_protocol import encode
 from rspd.serving.access import Access, Refusals
+from rspd.serving.admission import steps
 from rspd.serving.connection import Connection, Terms
 from rspd.serving.places import Places
 from rspd.settings import ProxyConfig
@@ -79,22 +79,19 @@ class Proxy:
         self.config = config
         self.listeners = list(listeners)
         self._rotation = deque(self.listeners)
-        present = [host for connection in self._connections.values() if (host := connection.counts_as()) is not None]
+        hosts = [connection.counts_as(self._access) for connection in self._connections.values()]
+        present = [host for host in hosts if host is not None]
         self._shared = any(listener.passed is not None for listener in self.listeners)
         self.places.apply(config.max_connections, self.listeners)
         self._access.apply(config.allow, config.deny, config.max_connections_per_client, present)
         self._terms = Terms(
-            loop=self.loop,
             config=config,
             pool=self.pool,
             pipes=self.pipes,
             shortage=self.shortage,
-            keep_alive=inf in (config.idle_timeout, config.half_close_timeout),
+            steps=steps(config, self._ways, self._access, self._refusals),
             guarded=self._access.needed or bool(config.accept_proxy),
-            ways=self._ways if self._ways.needed else None,
-            trusted=Networks(config.accept_proxy),
-            access=self._access,
-            refusals=self._refusals,
+            keep_alive=inf in (config.idle_timeout, config.half_close_timeout),
             tag=self.tag,
         )
 

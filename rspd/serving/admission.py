@@ -1,0 +1,75 @@
+"""What is done with a client before a backend is dialled for it: steps, in this order."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from rspd.net.address import format_peer, host_of, place_of
+from rspd.net.networks import Networks
+from rspd.net.ways import Way, Ways, came_back
+from rspd.protocols.proxy_protocol import HeaderError, NoHeaderError
+from rspd.serving.access import Access, Refusals
+from rspd.serving.connection import Connection, RefusedError, Step
+from rspd.serving.first_bytes import take_header
+from rspd.settings import ProxyConfig
+
+log = logging.getLogger(__name__)
+
+
+def steps(config: ProxyConfig, ways: Ways, access: Access, refusals: Refusals) -> tuple[Step, ...]:
+    """The steps that a configuration needs; none for plain TCP. Each raises RefusedError if it refuses the client."""
+    needed: list[Step] = []
+    if ways.needed:
+        needed.append(partial(find_way, ways, config.name))
+    if config.accept_proxy:
+        needed.append(partial(hear_peer, Networks(config.accept_proxy), config.accept_proxy_timeout))
+    # Another reload may bring limits while a header is awaited.
+    if config.accept_proxy or access.needed:
+        needed.append(partial(admit, access, refusals))
+    return tuple(needed)
+
+
+async def find_way(ways: Ways, name: str, connection: Connection) -> None:
+    """Find the proxies of this process that the client has passed, and refuse it if this proxy is one of them."""
+    near = place_of(connection.client_address)
+    passed: tuple[str, ...] | None = ()
+    if ways.knows(near):
+        passed = ways.take(near, ways.place(connection.client.sock.getsockname()))
+    if passed is None:
+        log.debug("client has gone client=%s%s", format_peer(connection.client_address), connection.terms.tag)
+        raise RefusedError(None, "")  # the client was rspd; the log has a line for rspd's own client
+    if passed and isinstance(near, str):
+        connection.client_address = ""  # `connect` made its name only for this
+    if name in passed:
+        raise RefusedError("loop", came_back((*passed, name)))
+    connection.way = Way(ways, (*passed, name))
+
+
+async def hear_peer(trusted: Networks, timeout: float, connection: Connection) -> None:
+    """Take the PROXY header of a peer that rspd believes: it says who the client is."""
+    if not trusted.find(host_of(connection.client_address)):
+        return
+    loop = connection.client.loop
+    try:
+        header = await take_header(loop, connection.client, loop.now + timeout)
+    except NoHeaderError:
+        raise RefusedError("client-closed", "") from None  # somebody only looked whether the port is open
+    except HeaderError as error:
+        raise RefusedError("bad-header", str(error)) from None
+    except TimeoutError as error:
+        raise RefusedError("header-timeout", str(error)) from None
+    except ConnectionAbortedError as error:
+        raise RefusedError("client-aborted", str(error.strerror)) from None
+    connection.destination = header.destination
+    if header.source:
+        connection.peer, connection.client_address = connection.client_address, header.source
+
+
+async def admit(access: Access, refusals: Refusals, connection: Connection) -> None:
+    """Refuse a client that may not come, and count it against the limit for each client."""
+    host = host_of(connection.client_address)
+    if reason := access.admit(host):
+        refusals.note(format_peer(connection.client_address) + connection.via, reason)
+        raise RefusedError(None, reason)
+    connection.counted = access, host
