@@ -21,7 +21,7 @@ from rspd.engine.side import Side
 from rspd.net.address import Address, Peer, SocketAddress, literal
 from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Lookup, Resolver
-from rspd.net.ways import Ways
+from rspd.net.ways import Way, Ways
 from rspd.serving.proxy import preface
 from rspd.settings import BackendConfig, ProxyConfig
 from tests.support import PATIENCE, FakeClock, tcp_pair
@@ -94,6 +94,7 @@ class Client:
     def __init__(self, scene: Scene, host: str) -> None:
         self.scene = scene
         self.client_address: Peer = (host, 1)
+        self.way: Way | None = None
         self.peer, sock = tcp_pair()
         sock.setblocking(False)
         self.client = Side(scene.loop, sock)
@@ -105,7 +106,7 @@ class Client:
     async def dial(self) -> None:
         self.client.watch()
         try:
-            self.backend, self.far = await self.scene.pool.dial(self.client, self.client_address)
+            self.backend, self.far = await self.scene.pool.dial(self)
             self.outcome = self.backend.name
         except DialError as error:
             self.outcome = error

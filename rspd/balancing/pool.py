@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from bisect import insort
 from collections.abc import Callable, Collection, Sequence
 from math import inf
+from typing import Protocol
 
 from rspd.balancing.backend import Backend
 from rspd.balancing.members import Members
+from rspd.balancing.queue import Queue
 from rspd.engine.cause import Cause
-from rspd.engine.loop import Loop, Task, news
+from rspd.engine.loop import Loop
 from rspd.engine.side import Side
 from rspd.log import quote
 from rspd.net.address import Peer, host_of
@@ -41,11 +42,19 @@ class DialError(Exception):
         self.cause = cause
 
 
+class Caller(Protocol):
+    """For whom a backend is dialled: a client, and where it comes from. way: see `connect`."""
+
+    client: Side
+    client_address: Peer
+    way: Way | None
+
+
 class Pool:
     """The backends that a proxy chooses from, and the clients that wait for one.
 
     config: the proxy's configuration in force.
-    members: the backends.
+    members: the backends. queue: the clients that wait.
     """
 
     def __init__(
@@ -63,8 +72,8 @@ class Pool:
         tag = f" proxy={config.name}" if config.name else ""
         self._loop = loop
         self._shortage = shortage
-        self._waiting: list[tuple[float, Task]] = []  # sorted by when dialling began
-        self.members = Members(loop, shortage, resolver, ways, tag, self._wake_first, on_down, on_change)
+        self.queue = Queue(loop)
+        self.members = Members(loop, shortage, resolver, ways, tag, self.queue.wake, on_down, on_change)
         self._next_last_resort = 0.0
         self.apply(config, preface)
 
@@ -84,70 +93,34 @@ class Pool:
         """End all health checks and lookups. Connections go on, and are still to be released."""
         self.members.stop()
 
-    async def dial(self, client: Side, address: Peer, way: Way | None = None) -> tuple[Backend, Side]:
+    async def dial(self, caller: Caller) -> tuple[Backend, Side]:
         """Connect to the next backend that can be reached. Returns it and its side, watched by the running task.
 
-        client: when it aborts, dialling ends.
-        address: the client's, as accept(2) returns it.
-        way: see `connect`.
         The connection counts as open until `release`. Raises DialError.
         """
         loop, members, config = self._loop, self.members, self.config
         began = loop.now
         deadline = began + config.connect_timeout
-        give_up = 0.0  # when to leave the queue, once in it
-        tried: list[Backend] = []
-        used = 0  # attempts that count towards `retries`; those at a backend that is out do not
-        reasons: list[str] = []
-        cause: Cause = "backend-unreachable"
-        must_wait = self._waiting and members.any_serving
-        backend = members.only or (None if must_wait else self.choose(address, tried))
+        attempts: Attempts | None = None
+        must_wait = self.queue.waiting and members.any_serving
+        backend = members.only or (None if must_wait else self.choose(caller.client_address, ()))
         while True:
             if backend is None:
-                if not members.by_name and not reasons:
-                    cause = "backend-unknown"
-                    reasons += await members.learn(client, deadline)
-                    backend = self.choose(address, tried)
-                    continue
-                if client.aborted:
-                    raise DialError("client-aborted", reasons)
-                if give_up and loop.now >= give_up:
-                    raise DialError("queue-timeout", reasons)
-                give_up = give_up or loop.now + self._patience(tried)
-                if loop.now >= give_up or (used > config.retries and members.any_serving):
-                    raise self._nobody(cause, reasons)
-                if tried:
-                    await loop.sleep(RETRY)
-                backend = await self._wait(client, address, began, give_up)
-                deadline = loop.now + config.connect_timeout
-                if not members.any_serving:
-                    deadline = min(deadline, give_up)
-                tried.clear()
-                used = 0
-                reasons.clear()
+                attempts = attempts or Attempts(self, config, caller, began)
+                backend = await attempts.wait_for_backend()
+                deadline = attempts.deadline
             addresses, retry_at = backend.addresses, backend.retry_at
             backend.enter()
             try:
-                until = deadline if members.only else self._share(deadline, tried, used)
+                until = deadline if members.only else self._share(deadline, attempts)
                 if len(addresses) == 1:
-                    side = await connect(loop, self._shortage, addresses[0], until, client, way)
+                    side = await connect(loop, self._shortage, addresses[0], until, caller.client, caller.way)
                 else:
-                    side = await members.reach(backend, until, client, way)
+                    side = await members.reach(backend, until, caller.client, caller.way)
             except OSError as error:
                 backend.leave()
-                reasons += _reasons(addresses[0] if addresses else backend.address, error)
-                if client.aborted or is_own_fault(error):
-                    backend.no_verdict(loop.now, retry_at)
-                else:
-                    backend.failed(loop.now, why(error))
-                if client.aborted:
-                    raise DialError("client-aborted", reasons) from None
-                log.debug("backend not reached backend=%s reason=%s", backend.name, quote(reasons[-1]))
-                cause = cause_of(error)
-                tried.append(backend)
-                used += retry_at == inf
-                another = used <= config.retries and loop.now < deadline
-                backend = self.choose(address, tried) if another else None
+                attempts = attempts or Attempts(self, config, caller, began)
+                backend = attempts.failed(backend, retry_at, addresses[0] if addresses else backend.address, error)
             except BaseException:
                 backend.leave()
                 backend.no_verdict(loop.now, retry_at)
@@ -160,17 +133,11 @@ class Pool:
     # A connection that was dialled has ended. Not a method of its own, which would be one more call a connection.
     release = staticmethod(Backend.leave)
 
-    def _share(self, deadline: float, tried: Collection[Backend], used: int) -> float:
+    def _share(self, deadline: float, attempts: Attempts | None) -> float:
         """Until when an attempt may last, so that time is left for other attempts."""
-        attempts = min(len(self.members.by_name) - len(tried), self.config.retries + 1 - used, SHARES_MAX)
-        return share(self._loop.now, deadline, max(1, attempts))
-
-    def _patience(self, tried: Collection[Backend]) -> float:
-        """How many seconds a client may wait for a backend."""
-        others = [backend for backend in self.members.by_name.values() if backend not in tried]
-        # Every backend that is in service is full. One that is down may be full of attempts to reach it.
-        full = any(one.serving or not (one.has_room or one.unwell) for one in others)
-        return self.config.queue_timeout or (self.config.connect_timeout if full else 0.0)
+        tried, used = (len(attempts.tried), attempts.used) if attempts else (0, 0)
+        left = min(len(self.members.by_name) - tried, self.config.retries + 1 - used, SHARES_MAX)
+        return share(self._loop.now, deadline, max(1, left))
 
     # Choosing
 
@@ -216,43 +183,97 @@ class Pool:
             backend.try_out(self._loop.now)  # the next client tries another: this one may be silent for long
         return backend
 
-    async def _wait(self, client: Side, address: Peer, began: float, until: float) -> Backend:
-        """Wait in the queue until there is a backend to dial; clients that began earlier go first. Raises DialError."""
-        loop, members = self._loop, self.members
-        task = loop.current
-        place = (began, task)
-        insort(self._waiting, place, key=lambda other: other[0])
+    def ask(self, address: Peer) -> tuple[Backend | None, float]:
+        """A backend for the client that waits first, and when it is to ask again if it gets none."""
+        members, now = self.members, self._loop.now
+        backend = self.choose(address, ())
+        look_again = members.next_trial
+        if not backend and not members.any_serving:
+            if now >= self._next_last_resort and (backend := self._last_resort(())):
+                self._next_last_resort = now + RETRY
+            look_again = self._next_last_resort
+        return backend, max(look_again, now + RETRY)
+
+
+class Attempts:
+    """The account of one client's attempts at backends, once the first one failed, or was not possible.
+
+    deadline: when dialling ends, once it has begun.
+    tried: the backends that were dialled in vain, since the client waited last.
+    used: attempts that count towards `retries`; those at a backend that was down do not.
+    """
+
+    def __init__(self, pool: Pool, config: ProxyConfig, caller: Caller, began: float) -> None:
+        self._pool = pool
+        self._config = config
+        self._caller = caller
+        self._loop = caller.client.loop
+        self._began = began
+        self._give_up = 0.0  # when to leave the queue, once in it
+        self._reasons: list[str] = []
+        self._cause: Cause = "backend-unreachable"
+        self.deadline = began + config.connect_timeout
+        self.tried: list[Backend] = []
+        self.used = 0
+
+    def failed(self, backend: Backend, retry_at: float, where: object, error: OSError) -> Backend | None:
+        """An attempt failed: the backend to dial next, or None if there is none now. Raises DialError.
+
+        retry_at: the backend's when the attempt began. where: the address that was dialled.
+        """
+        now, aborted = self._loop.now, self._caller.client.aborted
+        self._reasons += error.reasons if isinstance(error, UnreachableError) else [f"{where}: {why(error)}"]
+        if aborted or is_own_fault(error):
+            backend.no_verdict(now, retry_at)
+        else:
+            backend.failed(now, why(error))
+        if aborted:
+            raise DialError("client-aborted", self._reasons) from None
+        log.debug("backend not reached backend=%s reason=%s", backend.name, quote(self._reasons[-1]))
+        self._cause = cause_of(error)
+        self.tried.append(backend)
+        self.used += retry_at == inf
+        if self.used > self._config.retries or now >= self.deadline:
+            return None
+        return self._pool.choose(self._caller.client_address, self.tried)
+
+    async def wait_for_backend(self) -> Backend:
+        """A backend for a client for whom there is none now. From then on it may try all again. Raises DialError."""
+        loop, pool, members, client = self._loop, self._pool, self._pool.members, self._caller.client
+        address = self._caller.client_address
+        while not members.by_name and not self._reasons:
+            self._cause = "backend-unknown"
+            self._reasons += await members.learn(client, self.deadline)
+            if backend := pool.choose(address, self.tried):
+                return backend
+        if client.aborted:
+            raise DialError("client-aborted", self._reasons)
+        if self._give_up and loop.now >= self._give_up:
+            raise DialError("queue-timeout", self._reasons)
+        self._give_up = self._give_up or loop.now + self._patience()
+        if loop.now >= self._give_up or (self.used > self._config.retries and members.any_serving):
+            if self._reasons:
+                raise DialError(self._cause, self._reasons)
+            raise DialError("backend-down", [members.situation()])
+        if self.tried:
+            await loop.sleep(RETRY)
         try:
-            while True:
-                if client.aborted:
-                    raise DialError("client-aborted", [])
-                task.wake_at(until)
-                if self._waiting[0] is place:
-                    if backend := self.choose(address, ()):
-                        return backend
-                    look_again = members.next_trial
-                    if not members.any_serving:
-                        if loop.now >= self._next_last_resort and (backend := self._last_resort(())):
-                            self._next_last_resort = loop.now + RETRY
-                            return backend
-                        look_again = self._next_last_resort
-                    task.wake_at(min(until, max(look_again, loop.now + RETRY)))
-                if loop.now >= until:
-                    raise DialError("queue-timeout", [members.situation()])
-                await news()
-        finally:
-            self._waiting.remove(place)
-            self._wake_first()
+            backend = await pool.queue.wait(self._began, self._give_up, client, lambda: pool.ask(address))
+        except ConnectionAbortedError:
+            raise DialError("client-aborted", []) from None
+        except TimeoutError:
+            raise DialError("queue-timeout", [members.situation()]) from None
+        self.deadline = loop.now + self._config.connect_timeout
+        if not members.any_serving:
+            self.deadline = min(self.deadline, self._give_up)
+        self.tried.clear()
+        self.used = 0
+        self._reasons.clear()
+        return backend
 
-    def _wake_first(self) -> None:
-        if self._waiting:
-            self._waiting[0][1].wake()
-
-    def _nobody(self, cause: Cause, reasons: list[str]) -> DialError:
-        if reasons:
-            return DialError(cause, reasons)
-        return DialError("backend-down", [self.members.situation()])
-
-
-def _reasons(where: object, error: OSError) -> list[str]:
-    return error.reasons if isinstance(error, UnreachableError) else [f"{where}: {why(error)}"]
+    def _patience(self) -> float:
+        """How many seconds the client may wait for a backend."""
+        others = [backend for backend in self._pool.members.by_name.values() if backend not in self.tried]
+        # Every backend that is in service is full. One that is down may be full of attempts to reach it.
+        full = any(one.serving or not (one.has_room or one.unwell) for one in others)
+        return self._config.queue_timeout or (self._config.connect_timeout if full else 0.0)

@@ -110,7 +110,7 @@ class Connection:
             for step in terms.steps:
                 await step(self)
             # A client that says nothing is served too: the backend may be the one to speak first.
-            self.backend, side = await terms.pool.dial(self.client, self.client_address, self.way)
+            self.backend, side = await terms.pool.dial(self)
             cause = await self._relay_to(side).run()
         except (DialError, RefusedError) as error:
             cause, reason = error.cause, str(error)

@@ -350,7 +350,7 @@ def test_a_client_that_aborted_before_any_backend_was_reached_is_not_led_to_the_
                 while not client.client.aborted:
                     await loop.yield_turn()
                 with pytest.raises(DialError) as caught:
-                    await scene.pool.dial(client.client, client.client_address)
+                    await scene.pool.dial(client)
                 assert caught.value.cause == "client-aborted"
                 loop.unwatch(client.client)
                 with pytest.raises(BlockingIOError):
