@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 from rspd.balancing.backend import Backend
-from rspd.balancing.pool import DialError, Pool
+from rspd.balancing.pool import DialError, Opening, Pool
 from rspd.config.addresses import parse_backend
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
@@ -22,7 +22,7 @@ from rspd.net.address import Address, Peer, SocketAddress, literal
 from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Lookup, Resolver
 from rspd.net.ways import Way, Ways
-from rspd.serving.proxy import preface
+from rspd.serving.openings import opening as find_opening
 from rspd.settings import BackendConfig, ProxyConfig
 from tests.support import PATIENCE, FakeClock, tcp_pair
 
@@ -94,6 +94,7 @@ class Client:
     def __init__(self, scene: Scene, host: str) -> None:
         self.scene = scene
         self.client_address: Peer = (host, 1)
+        self.destination: tuple[str, int] | None = None
         self.way: Way | None = None
         self.peer, sock = tcp_pair()
         sock.setblocking(False)
@@ -130,6 +131,7 @@ class Client:
 class Scene:
     """The backends of a proxy, and clients that come. Of an address in text, the other settings are the defaults.
 
+    opening: in place of the one that the settings ask for.
     down: the names of the backends that went down.
     """
 
@@ -139,6 +141,7 @@ class Scene:
         *backends: str | BackendConfig,
         names: Mapping[str, Answer] | None = None,
         clock: FakeClock | None = None,
+        opening: Opening | None = None,
         **settings: Any,
     ) -> None:
         self.loop = loop
@@ -154,7 +157,7 @@ class Scene:
             Resolver(loop) if names is None else self.names,
             Ways(loop),
             config,
-            preface(config),
+            opening or find_opening(config),
             on_down=lambda backend: self.down.append(backend.name),
             on_change=lambda: None,
         )
@@ -180,7 +183,7 @@ class Scene:
         """Reload with these backends, and what else is to change."""
         self.settings.update(settings)
         config = self.config(*backends)
-        self.pool.apply(config, preface(config))
+        self.pool.apply(config, find_opening(config))
 
     def __getitem__(self, name: str) -> Backend:
         """The member of that name."""

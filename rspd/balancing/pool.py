@@ -43,11 +43,31 @@ class DialError(Exception):
 
 
 class Caller(Protocol):
-    """For whom a backend is dialled: a client, and where it comes from. way: see `connect`."""
+    """For whom a backend is dialled: a client, where it comes from, and where it has connected to if a peer told that.
+
+    way: see `connect`.
+    """
 
     client: Side
     client_address: Peer
+    destination: tuple[str, int] | None
     way: Way | None
+
+
+class Opening:
+    """What is said to a backend, and awaited from it, after connecting and before the relay begins.
+
+    preface: what a check of the backend says first.
+    """
+
+    preface = b""
+
+    async def open(self, backend: Side, caller: Caller, deadline: float) -> None:
+        """Say it. The running task watches both sides; if this fails, the pool closes the backend's.
+
+        Raises OSError if this backend will not do, TimeoutError at the deadline; then the next backend is dialled.
+        """
+        raise NotImplementedError
 
 
 class Pool:
@@ -64,7 +84,7 @@ class Pool:
         resolver: Resolver,
         ways: Ways,
         config: ProxyConfig,
-        preface: bytes,
+        opening: Opening | None,
         on_down: Callable[[Backend], object],
         on_change: Callable[[], object],
     ) -> None:
@@ -75,15 +95,13 @@ class Pool:
         self.queue = Queue(loop)
         self.members = Members(loop, shortage, resolver, ways, tag, self.queue.wake, on_down, on_change)
         self._next_last_resort = 0.0
-        self.apply(config, preface)
+        self.apply(config, opening)
 
-    def apply(self, config: ProxyConfig, preface: bytes) -> None:
-        """Go by another configuration. Backends that stay keep their state; the others keep their connections.
-
-        preface: what a check of a backend says first.
-        """
+    def apply(self, config: ProxyConfig, opening: Opening | None) -> None:
+        """Go by another configuration. Backends that stay keep their state; the others keep their connections."""
         self.config = config
-        self.members.apply(config, preface)
+        self._opening = opening
+        self.members.apply(config, opening.preface if opening else b"")
 
     def describe(self) -> str:
         """Which backends there are, and which are down, for people."""
@@ -117,6 +135,8 @@ class Pool:
                     side = await connect(loop, self._shortage, addresses[0], until, caller.client, caller.way)
                 else:
                     side = await members.reach(backend, until, caller.client, caller.way)
+                if self._opening:
+                    await self._open(side, caller, until)
             except OSError as error:
                 backend.leave()
                 attempts = attempts or Attempts(self, config, caller, began)
@@ -132,6 +152,16 @@ class Pool:
 
     # A connection that was dialled has ended. Not a method of its own, which would be one more call a connection.
     release = staticmethod(Backend.leave)
+
+    async def _open(self, backend: Side, caller: Caller, deadline: float) -> None:
+        assert self._opening
+        try:
+            await self._opening.open(backend, caller, deadline)
+        except BaseException:
+            if caller.way:
+                caller.way.end()
+            backend.abort()
+            raise
 
     def _share(self, deadline: float, attempts: Attempts | None) -> float:
         """Until when an attempt may last, so that time is left for other attempts."""

@@ -98,17 +98,10 @@ class Flow:
             self._hold_back(hold)
         return more
 
-    def put_first(self, data: bytes) -> None:
-        """Have the target get bytes of our own ahead of those from the source; they do not count in `total`."""
-        self.held = memoryview(data)
-        self.waiting = True
-        self.total = -len(data)
-
     @property
     def held_back(self) -> int:
         """How many bytes of the source have been read, but not taken by the target."""
-        ours = min(self.total, 0)  # below 0 as long as the target has not taken what was put first
-        return len(self.held) + (self._pipe.held if self._pipe else 0) + ours
+        return len(self.held) + (self._pipe.held if self._pipe else 0)
 
     def drop(self) -> None:
         """Give up what has been read and not passed on."""

@@ -167,7 +167,7 @@ def cut(flow: Flow, other: Flow) -> int:
 
 def at_risk(flow: Flow) -> int:
     """How many bytes from a flow's source would be lost by RST to its target now: those in rspd and in the kernel."""
-    # The kernel counts an end as one byte. It may also hold what rspd put first, which is not in the flow's total.
+    # The kernel counts an end as one byte. It may also hold what was said before the relay: no byte of the flow.
     target = flow.target
     in_kernel = max(target.at_risk() - target.ended, 0)
-    return flow.held_back + min(in_kernel, max(flow.total, 0))
+    return flow.held_back + min(in_kernel, flow.total)

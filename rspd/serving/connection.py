@@ -18,7 +18,6 @@ from rspd.net.address import Peer, format_peer, host_of
 from rspd.net.connect import why
 from rspd.net.descriptors import SHORT, Shortage
 from rspd.net.ways import Way
-from rspd.protocols.proxy_protocol import encode
 from rspd.serving.access import Access
 from rspd.settings import ProxyConfig
 
@@ -154,20 +153,10 @@ class Connection:
             # Nothing else would ever find out that a peer is gone.
             client.keep_alive()
             backend.keep_alive()
-        if config.send_proxy:
-            relay.upload.put_first(self._header())
         if LOGGER.level <= logging.DEBUG:
             name = self.backend and self.backend.name
             log.debug("connection opened client=%s%s backend=%s", format_peer(self.client_address), terms.tag, name)
         return relay
-
-    def _header(self) -> bytes:
-        """The PROXY header that tells the backend who the client is."""
-        source = self.client_address
-        destination = self.destination or self.client.sock.getsockname()
-        if isinstance(source, tuple) and isinstance(destination, tuple):
-            return encode(self.terms.config.send_proxy, source[:2], destination[:2])
-        return encode(self.terms.config.send_proxy, None, None)
 
     def _close(self, cause: Cause | None) -> int:
         """Close what is open. Returns how many bytes were lost by that."""
@@ -200,7 +189,6 @@ class Connection:
         level = logging.WARNING if lost or (reason and cause != "client-aborted") else logging.INFO
         if level >= LOGGER.level:
             sent, received = (self.relay.upload.total, self.relay.download.total) if self.relay else (0, 0)
-            sent = sent if sent > 0 else 0  # below 0 as long as the backend has not got the header
             via = "" if self.peer is None else self.via
             write(
                 level,

@@ -15,10 +15,10 @@ from rspd.net.descriptors import Shortage
 from rspd.net.listener import CLIENT_GONE, Listener
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
-from rspd.protocols.proxy_protocol import encode
 from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
 from rspd.serving.connection import Connection, Terms
+from rspd.serving.openings import opening
 from rspd.serving.places import Places
 from rspd.settings import ProxyConfig
 
@@ -60,7 +60,7 @@ class Proxy:
         self.watchers = watchers
         self.tag = f" proxy={config.name}" if config.name else ""
         self._ways = ways
-        self.pool = Pool(loop, shortage, resolver, ways, config, preface(config), self._backend_down, self._changed)
+        self.pool = Pool(loop, shortage, resolver, ways, config, opening(config), self._backend_down, self._changed)
         self._accepted = 0
         self._access = Access((), (), inf)
         self._refusals = Refusals(loop, self.tag)
@@ -117,7 +117,7 @@ class Proxy:
 
     def apply(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
         """Serve by a new configuration, after `pause`. Open connections keep the one they began with."""
-        self.pool.apply(config, preface(config))
+        self.pool.apply(config, opening(config))
         self._set(config, listeners)
 
     def stop_listening(self) -> None:
@@ -258,8 +258,3 @@ class Proxy:
         if self._shared:
             self._look_again = self.loop.now + LOOK_AGAIN
             self.loop.current.wake_at(self._look_again)
-
-
-def preface(config: ProxyConfig) -> bytes:
-    """What a check of a backend says first: a PROXY header, where the backends expect one."""
-    return encode(config.send_proxy, None, None) if config.send_proxy else b""

@@ -27,7 +27,7 @@ CALLS = {
     "serial connection": 88,
     "connection": 75,
     "request": 10,
-    "connection, send_proxy": 87,
+    "connection, send_proxy": 83,
     "connection, who may come": 85,
 }
 

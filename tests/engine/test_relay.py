@@ -818,12 +818,14 @@ def test_what_a_client_has_not_taken_of_a_whole_answer_is_lost_if_it_is_reset_fo
     assert 0 < received - got[0] <= lost
 
 
-def test_a_header_of_our_own_is_not_lost() -> None:
+def test_what_was_said_to_a_backend_before_the_relay_began_is_not_lost() -> None:
     async def main(loop: Loop) -> None:
         near, source = tcp_pair()
         target, far = tcp_pair()
         relay = Relay(loop, side_of(loop, source), side_of(loop, target), Pipes(0), PATIENCE, PATIENCE)
-        relay.upload.put_first(b"PROXY UNKNOWN\r\n")
+        while relay.backend.write(bytes(100_000)):
+            pass
+        assert relay.backend.at_risk()
         assert relay.close() == 0
         near.close()
         far.close()

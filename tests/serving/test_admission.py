@@ -1,4 +1,4 @@
-"""rspd/serving/admission.py: what comes before dialling; none of it where nobody asks for it."""
+"""rspd/serving/admission.py and openings.py: what comes before a relay; none of it where nobody asks for it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 
 from rspd.engine.loop import Loop
+from rspd.engine.side import Side
 from rspd.net.networks import parse_network
 from rspd.net.ways import Ways
 from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
+from rspd.serving.openings import ProxyHeader, opening
 from rspd.settings import ProxyConfig
+from tests.dialled import Scene
+from tests.support import FakeClock, run, tcp_pair
 
 ONE = (parse_network("192.0.2.1"),)
 
@@ -38,3 +42,37 @@ def test_a_proxy_has_the_steps_that_its_keys_need_and_no_other(
         ways.needed = might_return
         found = [step.func.__name__ for step in steps(config, ways, access, Refusals(loop, ""))]  # type: ignore[attr-defined]
     assert found == ["find_way"] * might_return + names
+
+
+def test_plain_tcp_has_no_opening() -> None:
+    assert opening(ProxyConfig((), ())) is None
+
+
+def test_a_backend_that_does_not_take_the_header_is_given_up_at_the_deadline() -> None:
+    clock = FakeClock()
+    outcome: list[str] = []
+
+    async def main(loop: Loop) -> None:
+        near, far = tcp_pair()
+        near.setblocking(False)
+        async with Scene(loop, "127.0.0.1:1", clock=clock) as scene:
+            client = scene.client("192.0.2.1")
+
+            async def tell() -> None:
+                backend = Side(loop, near)
+                backend.watch()
+                while backend.write(bytes(100_000)):
+                    pass
+                with pytest.raises(TimeoutError) as caught:
+                    await ProxyHeader("v2").open(backend, client, loop.now + 4.0)
+                outcome.append(str(caught.value))
+                backend.close()
+
+            loop.spawn(tell())
+            await scene.advance(3.9)
+            assert not outcome
+            await scene.advance(0.2)
+            far.close()
+
+    run(main, clock)
+    assert outcome == ["the PROXY header was not taken within the connect timeout"]

@@ -1,0 +1,31 @@
+"""What is said to a backend before the relay begins: openings of a pool."""
+
+from __future__ import annotations
+
+from rspd.balancing.pool import Caller, Opening
+from rspd.engine.side import Side
+from rspd.net.connect import send_all
+from rspd.protocols.proxy_protocol import encode
+from rspd.settings import ProxyConfig
+
+
+def opening(config: ProxyConfig) -> Opening | None:
+    """The opening that a configuration needs; None for plain TCP."""
+    return ProxyHeader(config.send_proxy) if config.send_proxy else None
+
+
+class ProxyHeader(Opening):
+    """The PROXY header that tells the backend who the client is."""
+
+    def __init__(self, version: str) -> None:
+        self._version = version
+        self.preface = encode(version, None, None)
+
+    async def open(self, backend: Side, caller: Caller, deadline: float) -> None:
+        """Send it. A backend that aborts meanwhile is left to the relay, which passes on what it has said."""
+        source, destination = caller.client_address, caller.destination or caller.client.sock.getsockname()
+        header = self.preface
+        if isinstance(source, tuple) and isinstance(destination, tuple):
+            header = encode(self._version, source[:2], destination[:2])
+        late = "the PROXY header was not taken within the connect timeout"
+        await send_all(backend, header, deadline, late, caller.client)
