@@ -1,7 +1,7 @@
 # make run    a small web server showing FOLDER, and rspd in front of it: open the address that is printed
 # make test   the tests, as any user; REQUIRED=1 forbids skipping
 # make test-system   the package in booted machines, as root; SUITES='bookworm trixie'; REQUIRED=1 forbids skipping
-# make lint   ruff and mypy
+# make lint   ruff, mypy and complexipy
 # make deb    the Debian package, into dist/; CHECK=yes runs the tests too
 # make bench  rspd and its peers side by side, for 15 to 20 minutes, into build/bench/; BENCH_OPTIONS=--quick, see bench/README.md
 
@@ -56,6 +56,7 @@ lint: .venv/lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/complexipy --failed
 
 deb:
 	@case '$(CURDIR)' in *[[:space:]]*) echo 'make deb: pybuild needs a path without blanks, found $(CURDIR)' >&2; exit 1; esac
@@ -91,7 +92,7 @@ bench: .venv/run
 	@touch $@
 
 .venv/lint: .venv/test
-	@echo 'make: adding ruff and mypy to .venv: less than a minute, once'
+	@echo 'make: adding ruff, mypy and complexipy to .venv: less than a minute, once'
 	@$(PIP) install -q -e '.[test,lint]'
 	@touch $@
 
