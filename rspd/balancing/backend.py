@@ -1,25 +1,27 @@
-"""How a backend is: its state, its connections, and all that changes them.
+"""The state of a backend, its connections, and all that changes them.
 
-    up     it gets connections
-    full   it is in service too, and has its max_connections
-    down   it gets none; from `retry_at` on, a client tries it
-    trial  a client tries it; the others leave it alone until `retry_at`
-    gone   it is no longer configured; its connections go on
+    up     in service: it gets connections
+    full   in service, with as many connections as it may have
+    down   out of service; it is due at `retry_at`: the next client tries it
+    trial  out of service, and a client tries it
+    gone   no longer configured; its connections go on
 
     event           from         to          rule
-    join            gone         up, full    whatever was known of it before
+    join            gone         up, full    nothing is held against it
+                    up, full     up, full    another max_connections may make it the other
     enter           up           full        with this connection it has its max_connections
-    leave           full         up          with this connection gone it has room
-    failed          up, full     down        once it has failed max_fails times within fail_timeout
-                    down, trial  down        at once; after a bad check it stays as it is
-    try_out         down         trial       its time is over, or nothing else is left to try
-    no_verdict      trial        down        due at once, unless another client has tried it since
-    reached         down, trial  up, full    not after a bad check: then only a good check brings it back
+    leave           full         up          it has room again
+    failed          up, full     down        if it has failed max_fails times within fail_timeout
+                    down, trial  down        not after a bad check
+    try_out         down, trial  trial       it is due; or, as a last resort, no backend is in service
+    put_off         down, trial  down        it is due, but a spare, and a regular backend is in service
+    no_verdict      trial        down        due at once; no change if another client has tried it since
+    reached         down, trial  up, full    not after a bad check
     found_well      down, trial  up, full
-    found_unwell    all          down        until a good check: `retry_at` is inf
-    retire          all          gone
+    found_unwell    all others   down        until a good check: `retry_at` is inf
+    retire          all others   gone
 
-Each time it fails, is tried or put off, it is due again `fail_timeout` later.
+After `failed`, `try_out` and `put_off`, a backend that is out of service is due `fail_timeout` later.
 """
 
 from __future__ import annotations
@@ -44,16 +46,16 @@ class Tier:
     """The regular backends of a pool, or its spares.
 
     policy: chooses among those that are up.
-    serving: how many are in service.
+    in_service: how many are in service.
     """
 
     def __init__(self, balance: str) -> None:
         self.policy: Policy[Backend] = POLICIES[balance]()
-        self.serving = 0
+        self.in_service = 0
 
     def note(self, backend: Backend, before: State, after: State) -> None:
-        """The state of a backend has changed. One that comes, or goes to the other tier, was or is `gone` here."""
-        self.serving += (after in IN_SERVICE) - (before in IN_SERVICE)
+        """The state of a backend has changed. For a tier, a backend that it does not have is `gone`."""
+        self.in_service += (after in IN_SERVICE) - (before in IN_SERVICE)
         if "up" in (before, after) and before != after:
             (self.policy.add if after == "up" else self.policy.remove)(backend)
 
@@ -66,7 +68,7 @@ class Backend:
     source: where `addresses` are from.
     addresses: its socket addresses, the first to be tried at the front; empty as long as its name is unknown.
     open: how many connections it has, those that are being dialled included.
-    retry_at: when a client may try it again; inf if it is in service, or its last check was bad.
+    retry_at: when it is due for a client to try it; inf if it is in service, or its last check was bad.
     down_since, why_down: of the last time that it went down.
     checker: makes its health checks, if it has any. checked_by: its settings and preface.
     """
@@ -90,17 +92,17 @@ class Backend:
         self.checker: Checker | None = None
         self.checked_by: tuple[HealthConfig | None, bytes] = (None, b"")
         self._changed = changed
-        self._moves = False  # to another tier, or within its own: it is in none until `join`
+        self._rejoins = False  # its place in the tiers changes: no tier has it until `join`
         self.failures: deque[float] = deque()  # when connecting failed, within fail_timeout
 
     @property
-    def serving(self) -> bool:
+    def in_service(self) -> bool:
         """Whether it is in service."""
         return self.state in IN_SERVICE
 
     @property
     def unwell(self) -> bool:
-        """Whether a check has found it so: only a good check brings it back."""
+        """Whether its last check was bad: only a good one brings it back."""
         return self.state == "down" and self.retry_at == inf
 
     @property
@@ -115,8 +117,8 @@ class Backend:
         self._proxy = proxy
         if self.retry_at < inf:
             self.retry_at = min(self.retry_at, now + proxy.fail_timeout)
-        self._moves = self.state != "gone" and (tier is not self.tier or config != self.config)
-        if self._moves:
+        self._rejoins = self.state != "gone" and (tier is not self.tier or config != self.config)
+        if self._rejoins:
             # Before the weight changes: see `Candidate`.
             self.tier.note(self, self.state, "gone")
         self.config = config
@@ -125,7 +127,7 @@ class Backend:
 
     def join(self) -> None:
         """Take its place among the others, in the order of the configuration."""
-        if self._moves or self.state == "gone":
+        if self._rejoins or self.state == "gone":
             self._go(self.state if self.state in ("down", "trial") else self._by_room(), self.retry_at)
 
     def retire(self) -> None:
@@ -143,7 +145,7 @@ class Backend:
     # Its connections
 
     def enter(self) -> None:
-        """A connection to it is dialled. It counts until `leave`."""
+        """A connection to it is dialled: count it, until `leave`, which is called once for each `enter`."""
         self.open += 1
         if self.open == self.limit and self.state == "up":
             self._go("full")
@@ -176,15 +178,15 @@ class Backend:
             self._go_down(now, now + self._proxy.fail_timeout, reason)
 
     def try_out(self, now: float) -> None:
-        """A client tries it next, though it is down."""
+        """A client tries it next, though it is out of service."""
         self._go("trial", now + self._proxy.fail_timeout)
 
     def put_off(self, now: float) -> None:
-        """Its time is over, and nobody tries it for now."""
+        """It is due, but no client tries it now."""
         self._go("down", now + self._proxy.fail_timeout)
 
     def no_verdict(self, now: float, retry_at: float) -> None:
-        """An attempt says nothing of it. retry_at: as it was when the attempt began, so that a later trial goes on."""
+        """An attempt says nothing of it. retry_at: its value when the attempt began, so that a later trial goes on."""
         if self.state == "trial" and self.retry_at == retry_at:
             self._go("down", now)
 
@@ -204,7 +206,7 @@ class Backend:
         self._go_down(now, inf, reason)
 
     def _go_down(self, now: float, retry_at: float, reason: str) -> None:
-        if self.serving:
+        if self.in_service:
             self.down_since, self.why_down = now, reason
         self._go("down", retry_at)
 
@@ -214,6 +216,6 @@ class Backend:
     def _go(self, state: State, retry_at: float = inf) -> None:
         before, self.state = self.state, state
         self.retry_at = retry_at
-        self.tier.note(self, "gone" if self._moves else before, state)
-        self._moves = False
+        self.tier.note(self, "gone" if self._rejoins else before, state)
+        self._rejoins = False
         self._changed(self, before)

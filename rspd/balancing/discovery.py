@@ -1,4 +1,4 @@
-"""Sources: what the configured addresses of a pool's backends stand for. A host name is looked up again and again."""
+"""Sources: from configured addresses to socket addresses. A host name is looked up again and again."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rspd.net.descriptors import SHORT, Shortage
 from rspd.net.resolver import Resolver
 from rspd.net.waiting import GivenUp
 
-# Seconds until a failed lookup is tried again, doubled each time up to `interval`. Also the seconds until the next
-# lookup if the known addresses have proved useless.
+# Seconds until a failed lookup is tried again, doubled each time up to `resolve_interval`. Also the seconds until the
+# next lookup if the known addresses have proved useless.
 FIRST_RETRY = 1.0
 
 # Seconds after which a lookup in the background counts as failed, whatever the system's resolver waits for.
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class Source:
     """What one configured address stands for. This kind is for an address that stands for itself.
 
-    addresses: the known socket addresses, those known longest first.
-    asks: whether it asks somebody for them.
+    addresses: the known socket addresses, the first to be tried at the front.
+    asks: whether it has to ask for them.
     """
 
     asks = False
@@ -47,7 +47,7 @@ class Source:
         tag: str,
         changed: Callable[[], object],
     ) -> None:
-        """part: of the interval, above 0 and up to 1, until it asks again, so that not all sources ask at once.
+        """part: the share of the interval before it asks again, above 0, up to 1. It differs, to spread the lookups.
 
         tag: names the proxy in the log, with a space before it, or is empty.
         changed: called whenever `addresses` has become another list.
@@ -63,11 +63,11 @@ class Source:
         self.addresses = [known] if known else []
 
     def backends(self, each: bool) -> list[tuple[str, list[SocketAddress]]]:
-        """The name and the addresses of each backend that it stands for. each: whether each address is one."""
+        """The name and the addresses of each of its backends. each: whether each address is a backend."""
         return [(str(self.address), self.addresses)]
 
     def ask_every(self, interval: float) -> None:
-        """Ask this often from now on, in seconds; the first time at once."""
+        """Ask this often from now on, in seconds. The first call asks at once."""
 
     def refresh(self) -> None:
         """Ask soon: the known addresses have proved useless."""
@@ -177,5 +177,5 @@ class HostName(Source):
         log.warning("name not found%s name=%s reason=%s%s", self._tag, self.address.host, reason, keeping)
 
 
-# The kinds of sources. The first that takes an address has it.
+# The kinds of sources: the first whose `takes` is true is used.
 KINDS: tuple[type[Source], ...] = (Source, HostName)

@@ -1,4 +1,4 @@
-"""Which backends a pool has, and what follows from the state of each: who is chosen from, what the log says."""
+"""Which backends a pool has. What changes with the state of each: from which to choose, and what the log says."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 
 class Members:
-    """The backends of a pool that are configured and whose names are known. Owns their sources and health checks.
+    """The backends of a pool: those of the configuration. Owns their sources and health checks.
 
     by_name: each of them by its name, in the order of the configuration.
     regular, spares: the two tiers that they are in.
-    only: the lone member, while it is up and has no limit, so that there is nothing to choose; else None.
-    trials: those that are to be tried again, by `retry_at`.
+    only: the one member, if it is up and has no limit: there is nothing to choose. Else None.
+    trials: those with a finite `retry_at`, sorted by it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Members:
     ) -> None:
         """tag: names the proxy in the log, with a space before it, or is empty.
 
-        on_room: called after a change by which a backend may get connections, now or soon, or none does any more.
+        on_room: called when a backend may get connections, now or soon, and when none may any more.
         on_down: called after `on_room` when a backend has gone down.
         on_change: called when `describe` may say something else.
         """
@@ -64,7 +64,7 @@ class Members:
         self._on_change = on_change
         self._sources: dict[Address, Source] = {}
         self.by_name: dict[str, Backend] = {}
-        self._left: dict[str, Backend] = {}  # no members any more; their connections count if they return
+        self._left: dict[str, Backend] = {}  # taken out; their connections count if they return
         self.only: Backend | None = None
         self.trials: list[Backend] = []
         self._balance = ""
@@ -103,27 +103,30 @@ class Members:
             backend.stop_checking()
 
     @property
-    def any_serving(self) -> bool:
+    def any_in_service(self) -> bool:
         """Whether some backend is in service."""
-        return bool(self.regular.serving or self.spares.serving)
+        return bool(self.regular.in_service or self.spares.in_service)
 
     @property
     def next_trial(self) -> float:
-        """When the next backend that is down is to be tried, by the loop's time; inf if none is."""
+        """When the next backend is due, by the loop's time; inf if none will be."""
         return self.trials[0].retry_at if self.trials else inf
 
     async def reach(self, backend: Backend, deadline: float, client: Side | None, way: Way | None) -> Side:
-        """Connect to a backend that may have several addresses, or none yet. Raises OSError (see net/connect)."""
+        """Connect to a backend that may have several addresses, or none yet. The caller closes the side.
+
+        Raises OSError, as `connect` and `connect_to_one_of` do.
+        """
         if len(backend.addresses) == 1:
             return await connect(self._loop, self._shortage, backend.addresses[0], deadline, client, way)
-        # The wait may outlast the backend's configuration: then nobody sets `backend.addresses`. So use the answer.
+        # A reload may take the backend out meanwhile: then nobody sets `backend.addresses`. So use the answer.
         addresses = backend.addresses or await backend.source.first_answer(
             deadline, lambda: client is not None and client.aborted
         )
         return await connect_to_one_of(self._loop, self._shortage, addresses, deadline, client, way)
 
     async def learn(self, client: Side, deadline: float) -> list[str]:
-        """Wait until some backend is known. Returns why each source knows none; nothing if one is known."""
+        """Wait until some backend is known. Returns why each source knows none; an empty list if one is known."""
         reasons: list[str] = []
         task = self._loop.current
         self._learning.add(task)
@@ -146,7 +149,7 @@ class Members:
     def describe(self) -> str:
         """Which backends there are, and which are down."""
         members = list(self.by_name.values())
-        down = [f"{backend.name} down: {backend.why_down}" for backend in members if not backend.serving]
+        down = [f"{backend.name} down: {backend.why_down}" for backend in members if not backend.in_service]
         if not members:
             return "no backend known yet"
         if len(members) == 1:
@@ -156,7 +159,7 @@ class Members:
 
     def situation(self) -> str:
         """Why there is no backend to dial."""
-        if self.any_serving:
+        if self.any_in_service:
             return "every backend has its max_connections"
         down = [f"{backend.name} is down: {backend.why_down}" for backend in self.by_name.values()]
         return _first(down) or "no backend is known"
@@ -197,7 +200,7 @@ class Members:
     def _check(self, backend: Backend, config: HealthConfig | None, part: float) -> None:
         """Have a backend checked as the configuration says.
 
-        part: of the interval, from the first check to the second, so that not all backends are checked at once.
+        part: the share of the interval before the second check. It differs, so that the checks are spread.
         """
         if (config, self._preface) == backend.checked_by or self._stopped:
             return
@@ -225,7 +228,7 @@ class Members:
             backend.found_well()
         else:
             backend.found_unwell(self._loop.now, reason)
-            # Where there are checks, only they cut open connections: one failure to connect is not reason enough.
+            # With checks, one failure to connect cuts no open connection. A bad verdict does.
             self._on_down(backend)
 
     def _changed(self, backend: Backend, before: State) -> None:
@@ -238,7 +241,7 @@ class Members:
         self._find_only()
         if state not in (before, "trial"):
             self._on_room()
-        if backend.serving is not (before in IN_SERVICE):
+        if backend.in_service is not (before in IN_SERVICE):
             self._on_change()
             self._tell(backend, before)
 
@@ -247,7 +250,7 @@ class Members:
             log.warning("backend down%s backend=%s reason=%s", self._tag, backend.name, quote(backend.why_down))
             if not self._config.health:
                 self._on_down(backend)
-        elif backend.serving and before != "gone":
+        elif backend.in_service and before != "gone":
             seconds = self._loop.now - backend.down_since
             log.info("backend up%s backend=%s seconds=%.3f", self._tag, backend.name, seconds)
 

@@ -1,4 +1,4 @@
-"""The pool: the one door to the backends of a proxy, for who dials, and for who says which they are."""
+"""The pool: the one door to the backends of a proxy. Clients are connected through it, and configurations applied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rspd.settings import ProxyConfig
 # Seconds between two attempts at backends that are down while clients wait for one of them.
 RETRY = 0.1
 
-# The time that is left for a client is divided among so many attempts at most, however many backends there are.
+# A client's time is divided among this number of attempts at most, whatever the number of backends.
 SHARES_MAX = 3
 
 # How many backends that are down are tried for one client.
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class DialError(Exception):
-    """No backend was reached. `cause` is that of the last attempt; the text has the reason of each attempt."""
+    """A client gets no backend. The text has the reasons, of each attempt if there were any."""
 
     def __init__(self, cause: Cause, reasons: Sequence[str]) -> None:
         super().__init__("; ".join(reasons))
@@ -43,9 +43,9 @@ class DialError(Exception):
 
 
 class Caller(Protocol):
-    """For whom a backend is dialled: a client, where it comes from, and where it has connected to if a peer told that.
+    """The client for whom a backend is dialled. way: see `connect`.
 
-    way: see `connect`.
+    destination: where the client connected to, if the peer told that.
     """
 
     client: Side
@@ -65,7 +65,7 @@ class Opening:
     async def open(self, backend: Side, caller: Caller, deadline: float) -> None:
         """Say it. The running task watches both sides; if this fails, the pool closes the backend's.
 
-        Raises OSError if this backend will not do, TimeoutError at the deadline; then the next backend is dialled.
+        Raises TimeoutError at the deadline, another OSError if this backend will not do. Then the attempt has failed.
         """
         raise NotImplementedError
 
@@ -114,13 +114,13 @@ class Pool:
     async def dial(self, caller: Caller) -> tuple[Backend, Side]:
         """Connect to the next backend that can be reached. Returns it and its side, watched by the running task.
 
-        The connection counts as open until `release`. Raises DialError.
+        The caller closes the side, and calls `release` once. Raises DialError; then nothing is open, or counts.
         """
         loop, members, config = self._loop, self.members, self.config
         began = loop.now
         deadline = began + config.connect_timeout
         attempts: Attempts | None = None
-        must_wait = self.queue.waiting and members.any_serving
+        must_wait = self.queue.waiting and members.any_in_service
         backend = members.only or (None if must_wait else self.choose(caller.client_address, ()))
         while True:
             if backend is None:
@@ -150,7 +150,7 @@ class Pool:
                     backend.reached()
                 return backend, side
 
-    # A connection that was dialled has ended. Not a method of its own, which would be one more call a connection.
+    # A connection that `dial` returned has ended. A method of its own would be one more call a connection.
     release = staticmethod(Backend.leave)
 
     async def _open(self, backend: Side, caller: Caller, deadline: float) -> None:
@@ -164,7 +164,7 @@ class Pool:
             raise
 
     def _share(self, deadline: float, attempts: Attempts | None) -> float:
-        """Until when an attempt may last, so that time is left for other attempts."""
+        """The deadline of an attempt. It leaves time for other attempts."""
         tried, used = (len(attempts.tried), attempts.used) if attempts else (0, 0)
         left = min(len(self.members.by_name) - tried, self.config.retries + 1 - used, SHARES_MAX)
         return share(self._loop.now, deadline, max(1, left))
@@ -176,18 +176,18 @@ class Pool:
         members = self.members
         if members.trials and members.trials[0].retry_at <= self._loop.now and (backend := self._due(tried)):
             return backend
-        if not tried and members.any_serving:
-            policy = (members.regular if members.regular.serving else members.spares).policy
+        if not tried and members.any_in_service:
+            policy = (members.regular if members.regular.in_service else members.spares).policy
             return policy.pick(client_key(host_of(address)) if policy.by_client else "")
         return self._choose_in_trouble(client_key(host_of(address)), tried)
 
     def _due(self, tried: Collection[Backend]) -> Backend | None:
-        """A backend whose time out of service is over: this client tries it. A spare only while no other is up."""
+        """A backend that is due, for this client to try. A spare only if no regular one is in service."""
         members, now = self.members, self._loop.now
         # If this client's attempt came to no verdict, the backend stays due: the next client tries it.
         due = [one for one in members.trials if one.retry_at <= now and one.has_room and one not in tried]
         for backend in sorted(due, key=lambda one: one.tier is members.spares):
-            if backend.tier is members.regular or not members.regular.serving:
+            if backend.tier is members.regular or not members.regular.in_service:
                 backend.try_out(now)
                 return backend
             backend.put_off(now)
@@ -198,14 +198,14 @@ class Pool:
         for tier in (members.regular, members.spares):
             if found := tier.policy.pick_other(who, tried):
                 return found
-            if any(one.serving and one.tier is tier and one not in tried for one in members.by_name.values()):
+            if any(one.in_service and one.tier is tier and one not in tried for one in members.by_name.values()):
                 break  # these are only full: clients wait for them, and the spares are not used
-        if members.any_serving or (self.config.queue_timeout and not tried) or len(tried) >= LAST_RESORTS:
+        if members.any_in_service or (self.config.queue_timeout and not tried) or len(tried) >= LAST_RESORTS:
             return None  # this client waits, or the next client tries other backends
         return self._last_resort(tried)
 
     def _last_resort(self, tried: Collection[Backend]) -> Backend | None:
-        """Of the backends that failed, the one that was tried longest ago; spares last."""
+        """Of the backends that failed, the one that is due first; spares last."""
         members = self.members
         left = [backend for backend in members.trials if backend.has_room and backend not in tried]
         backend = min(left, key=lambda one: one.tier is members.spares, default=None)
@@ -214,11 +214,11 @@ class Pool:
         return backend
 
     def ask(self, address: Peer) -> tuple[Backend | None, float]:
-        """A backend for the client that waits first, and when it is to ask again if it gets none."""
+        """A backend for the first client in the queue, or None; and when to ask again."""
         members, now = self.members, self._loop.now
         backend = self.choose(address, ())
         look_again = members.next_trial
-        if not backend and not members.any_serving:
+        if not backend and not members.any_in_service:
             if now >= self._next_last_resort and (backend := self._last_resort(())):
                 self._next_last_resort = now + RETRY
             look_again = self._next_last_resort
@@ -226,11 +226,11 @@ class Pool:
 
 
 class Attempts:
-    """The account of one client's attempts at backends, once the first one failed, or was not possible.
+    """The account of one client's attempts at backends. Made when the first one has failed, or found no backend.
 
-    deadline: when dialling ends, once it has begun.
-    tried: the backends that were dialled in vain, since the client waited last.
-    used: attempts that count towards `retries`; those at a backend that was down do not.
+    deadline: until when the client may dial.
+    tried: the backends that failed since the client last waited.
+    used: attempts that count for `retries`: those at backends that were in service.
     """
 
     def __init__(self, pool: Pool, config: ProxyConfig, caller: Caller, began: float) -> None:
@@ -239,7 +239,7 @@ class Attempts:
         self._caller = caller
         self._loop = caller.client.loop
         self._began = began
-        self._give_up = 0.0  # when to leave the queue, once in it
+        self._give_up = 0.0  # until when it waits in the queue; 0 before
         self._reasons: list[str] = []
         self._cause: Cause = "backend-unreachable"
         self.deadline = began + config.connect_timeout
@@ -247,9 +247,10 @@ class Attempts:
         self.used = 0
 
     def failed(self, backend: Backend, retry_at: float, where: object, error: OSError) -> Backend | None:
-        """An attempt failed: the backend to dial next, or None if there is none now. Raises DialError.
+        """An attempt failed: the backend to dial next, or None if there is none now, or no attempt is left.
 
         retry_at: the backend's when the attempt began. where: the address that was dialled.
+        Raises DialError if the client has gone.
         """
         now, aborted = self._loop.now, self._caller.client.aborted
         self._reasons += error.reasons if isinstance(error, UnreachableError) else [f"{where}: {why(error)}"]
@@ -268,7 +269,7 @@ class Attempts:
         return self._pool.choose(self._caller.client_address, self.tried)
 
     async def wait_for_backend(self) -> Backend:
-        """A backend for a client for whom there is none now. From then on it may try all again. Raises DialError."""
+        """Wait until the client gets a backend. No backend counts as tried then. Raises DialError."""
         loop, pool, members, client = self._loop, self._pool, self._pool.members, self._caller.client
         address = self._caller.client_address
         while not members.by_name and not self._reasons:
@@ -281,7 +282,7 @@ class Attempts:
         if self._give_up and loop.now >= self._give_up:
             raise DialError("queue-timeout", self._reasons)
         self._give_up = self._give_up or loop.now + self._patience()
-        if loop.now >= self._give_up or (self.used > self._config.retries and members.any_serving):
+        if loop.now >= self._give_up or (self.used > self._config.retries and members.any_in_service):
             if self._reasons:
                 raise DialError(self._cause, self._reasons)
             raise DialError("backend-down", [members.situation()])
@@ -294,7 +295,7 @@ class Attempts:
         except TimeoutError:
             raise DialError("queue-timeout", [members.situation()]) from None
         self.deadline = loop.now + self._config.connect_timeout
-        if not members.any_serving:
+        if not members.any_in_service:
             self.deadline = min(self.deadline, self._give_up)
         self.tried.clear()
         self.used = 0
@@ -304,6 +305,6 @@ class Attempts:
     def _patience(self) -> float:
         """How many seconds the client may wait for a backend."""
         others = [backend for backend in self._pool.members.by_name.values() if backend not in self.tried]
-        # Every backend that is in service is full. One that is down may be full of attempts to reach it.
-        full = any(one.serving or not (one.has_room or one.unwell) for one in others)
+        # Each backend in service is full. A backend that is down may be full of attempts to reach it.
+        full = any(one.in_service or not (one.has_room or one.unwell) for one in others)
         return self._config.queue_timeout or (self._config.connect_timeout if full else 0.0)

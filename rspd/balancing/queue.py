@@ -10,7 +10,7 @@ from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
 from rspd.net.waiting import wait
 
-# Gives the first client a backend, if there is one for it, and says when to ask again if nothing changes before.
+# Returns a backend for the first client, or None; and when to ask again if nothing changes before.
 Ask = Callable[[], tuple["Backend | None", float]]
 
 

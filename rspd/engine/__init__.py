@@ -1,6 +1,6 @@
 """Moving bytes; knows nothing of listeners, backends and configuration.
 
-relay    two flows between two sides, until both have ended
+relay    two flows between two sides, until both have ended; closes both sides
 flow     one direction of a connection: copied or spliced
 side     one side of a connection: a socket and its readiness; all calls on it, splice(2) too
 pipes    pipes for splice(2), shared by the flows

@@ -60,7 +60,7 @@ def reserve(connections: int, others: int) -> int:
 class Shortage:
     """Whether descriptors or watches are short.
 
-    Tasks that could not get one wait here, first come first served.
+    Who could not get one waits here, first come first served: a proxy, `connect`, a connection, a lookup.
     """
 
     def __init__(self, loop: Loop) -> None:

@@ -43,7 +43,7 @@ class Access:
         self.needed = bool(allow or deny or per_client < inf)
 
     def admit(self, host: str) -> str:
-        """Why a client is refused, in words for the log. Empty if it is not: then its connection counts until `leave`.
+        """Why a client is refused, for the log. Empty if it may come: then its connection counts until `leave`.
 
         Raises OSError if host is no address.
         """

@@ -1,4 +1,4 @@
-"""What is done with a client before a backend is dialled for it: steps, in this order."""
+"""The steps that a client takes before a backend is dialled for it, in this order."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ log = logging.getLogger(__name__)
 
 
 def steps(config: ProxyConfig, ways: Ways, access: Access, refusals: Refusals) -> tuple[Step, ...]:
-    """The steps that a configuration needs; none for plain TCP. Each raises RefusedError if it refuses the client."""
+    """The steps that a configuration needs; none for plain TCP. Each may refuse the client by RefusedError."""
     needed: list[Step] = []
     if ways.needed:
         needed.append(partial(find_way, ways, config.name))
     if config.accept_proxy:
         needed.append(partial(hear_peer, Networks(config.accept_proxy), config.accept_proxy_timeout))
-    # Another reload may bring limits while a header is awaited.
+    # A reload may bring limits while a header is awaited.
     if config.accept_proxy or access.needed:
         needed.append(partial(admit, access, refusals))
     return tuple(needed)
 
 
 async def find_way(ways: Ways, name: str, connection: Connection) -> None:
-    """Find the proxies of this process that the client has passed, and refuse it if this proxy is one of them."""
+    """Set `connection.way`: the proxies of this process that the client has passed. Refuse it if this is one."""
     near = place_of(connection.client_address)
     passed: tuple[str, ...] | None = ()
     if ways.knows(near):
         passed = ways.take(near, ways.place(connection.client.sock.getsockname()))
     if passed is None:
         log.debug("client has gone client=%s%s", format_peer(connection.client_address), connection.terms.tag)
-        raise RefusedError(None, "")  # the client was rspd; the log has a line for rspd's own client
+        raise RefusedError(None, "")  # rspd was the client: the log has a line for the client of rspd
     if passed and isinstance(near, str):
-        connection.client_address = ""  # `connect` made its name only for this
+        connection.client_address = ""  # the name was made by `connect`, only to be known here
     if name in passed:
         raise RefusedError("loop", came_back((*passed, name)))
     connection.way = Way(ways, (*passed, name))
 
 
 async def hear_peer(trusted: Networks, timeout: float, connection: Connection) -> None:
-    """Take the PROXY header of a peer that rspd believes: it says who the client is."""
+    """Take the PROXY header of a trusted peer, and set `connection.client_address` to the client that it names."""
     if not trusted.find(host_of(connection.client_address)):
         return
     loop = connection.client.loop
     try:
         header = await take_header(loop, connection.client, loop.now + timeout)
     except NoHeaderError:
-        raise RefusedError("client-closed", "") from None  # somebody only looked whether the port is open
+        raise RefusedError("client-closed", "") from None  # a check whether the port is open
     except HeaderError as error:
         raise RefusedError("bad-header", str(error)) from None
     except TimeoutError as error:
@@ -67,7 +67,7 @@ async def hear_peer(trusted: Networks, timeout: float, connection: Connection) -
 
 
 async def admit(access: Access, refusals: Refusals, connection: Connection) -> None:
-    """Refuse a client that may not come, and count it against the limit for each client."""
+    """Refuse a client that may not come. Count the others, for the limit of each client."""
     host = host_of(connection.client_address)
     if reason := access.admit(host):
         refusals.note(format_peer(connection.client_address) + connection.via, reason)

@@ -28,7 +28,7 @@ class Terms(NamedTuple):
     """What the connections of a proxy have in common, from one reload to the next.
 
     shortage: where a connection waits if epoll has no watch for it.
-    steps: what is done before dialling, in order. guarded: whether one of them says who the client counts as.
+    steps: what is done before dialling, in order. guarded: whether one of them sets `Connection.counted`.
     keep_alive: whether the kernel is to find out which peers are gone.
     tag: names the proxy in the log, with a space before it, or is empty.
     """
@@ -48,20 +48,20 @@ UNSERVED = frozenset({None, "loop", "bad-header", "header-timeout"})
 
 
 class RefusedError(Exception):
-    """The client is not served; the text says why. The cause is None if the log has its line already."""
+    """The client is not served; the text says why. cause: None if the log has its line already."""
 
     def __init__(self, cause: Cause | None, reason: str) -> None:
         super().__init__(reason)
         self.cause = cause
 
 
-# Done between accepting and dialling. A step may wait, and may look at what the client says first, but takes nothing of
-# what the backend is to get. Raises RefusedError to refuse the client.
+# A step runs between accepting and dialling. It may wait. It may look at first bytes, but takes none that are for the
+# backend. It raises RefusedError to refuse the client.
 Step = Callable[["Connection"], Awaitable[object]]
 
 
 class Connection:
-    """A client being served. Owns the client's side and, once dialled, the backend's.
+    """A client being served. Owns the client's side. Once there is a relay, it closes both sides for the connection.
 
     terms: in force when the client was accepted; a later reload does not change them.
     """
@@ -91,8 +91,8 @@ class Connection:
         self.backend: Backend | None = None
         self.relay: Relay | None = None
         self.started = client.loop.now
-        self.peer: Peer | None = None  # the peer that told the client's address, if one did
-        self.destination: tuple[str, int] | None = None  # where the client connected to, if the peer told that too
+        self.peer: Peer | None = None  # the trusted peer that told the client's address
+        self.destination: tuple[str, int] | None = None  # where the client connected to, if the peer told that
         self.way: Way | None = None  # if a backend may be a proxy of this process
         self.counted: tuple[Access, str] | None = None  # where the client counts, and as which host
 
@@ -123,18 +123,18 @@ class Connection:
                 self._log_end(cause, reason, lost)
 
     def cut(self, cause: Cause) -> None:
-        """End the connection here and now, and say why in the log."""
+        """End the connection in the next turn of the loop, with this cause in the log."""
         self.cut_for = cause
         self.task.cancel()
 
     def counts_as(self, access: Access) -> str | None:
-        """The host that the client counts as for max_connections_per_client; None while that is not known."""
+        """Have the client count, if it does not yet, and is known. Returns the host that it counts as, or None."""
         if not (self.counted or self.terms.guarded):
             self.counted = access, host_of(self.client_address)
         return self.counted and self.counted[1]
 
     async def _watch_client(self, error: OSError) -> None:
-        """Watch the client as soon as that is possible, after the first attempt failed. Raises DialError."""
+        """Watch the client as soon as that is possible, after the first attempt failed. Raises DialError, OSError."""
         terms = self.terms
         deadline = self.client.loop.now + terms.config.connect_timeout
         try:

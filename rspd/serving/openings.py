@@ -1,4 +1,4 @@
-"""What is said to a backend before the relay begins: openings of a pool."""
+"""Openings of a pool: what rspd says to a backend before the relay begins."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class ProxyHeader(Opening):
         self.preface = encode(version, None, None)
 
     async def open(self, backend: Side, caller: Caller, deadline: float) -> None:
-        """Send it. A backend that aborts meanwhile is left to the relay, which passes on what it has said."""
+        """Send it. If the backend aborts, this is no error: the relay passes on what the backend has said.
+
+        Raises TimeoutError at the deadline, ConnectionAbortedError if the client has gone.
+        """
         source, destination = caller.client_address, caller.destination or caller.client.sock.getsockname()
         header = self.preface
         if isinstance(source, tuple) and isinstance(destination, tuple):

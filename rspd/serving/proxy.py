@@ -52,7 +52,7 @@ class Proxy:
     ) -> None:
         """watchers: tasks to wake whenever a connection begins or ends, or a backend goes down or comes up.
 
-        What stands before `config` is shared by all proxies.
+        All proxies share what stands before `config`. The proxy owns the listeners from now on.
         """
         self.loop = loop
         self.shortage = shortage
@@ -97,7 +97,7 @@ class Proxy:
 
     @property
     def served(self) -> int:
-        """How many clients have been accepted so far, and not refused."""
+        """How many clients have been accepted so far, without those that may not come."""
         return self._accepted - self._refusals.count
 
     @property
@@ -121,7 +121,10 @@ class Proxy:
         self._set(config, listeners)
 
     def stop_listening(self) -> None:
-        """Accept nobody any more. The kernel resets the clients in the backlog; at a socket of systemd they wait on."""
+        """Accept no client any more, and close the listeners. The kernel resets the clients in the backlog.
+
+        Clients at a socket of systemd wait on, for the next process.
+        """
         self._acceptor.cancel()
         self._pause()
         self.places.close()

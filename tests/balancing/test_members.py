@@ -45,7 +45,7 @@ def test_a_backend_is_down_when_connecting_failed_max_fails_times_within_fail_ti
             async with Scene(loop, *backends, clock=clock, max_fails=3, fail_timeout=10.0) as scene:
                 for number in range(1, 7):
                     assert await scene.dial() == on.address
-                    if not scene[off.address].serving:
+                    if not scene[off.address].in_service:
                         return number
                     await scene.advance(pause)
                 return None
@@ -99,7 +99,7 @@ def test_while_one_connection_tries_a_backend_the_others_go_elsewhere() -> None:
                     scene.start()
                 await scene.advance(3.1)
                 assert {client.outcome for client in scene.clients} == {live}
-                assert not scene[full].serving
+                assert not scene[full].in_service
                 await scene.advance(20)
                 trial, *others = [scene.start() for _ in range(5)]
                 await scene.settle()
@@ -107,7 +107,7 @@ def test_while_one_connection_tries_a_backend_the_others_go_elsewhere() -> None:
                 assert (trial.outcome, scene[full].open) == (None, 1)
                 listener.accept()[0].close()
                 await scene.advance(0.2)
-                assert (trial.outcome, scene[full].serving) == (full, True)
+                assert (trial.outcome, scene[full].in_service) == (full, True)
 
     run(main, clock)
 
@@ -132,7 +132,7 @@ def test_a_trial_that_came_to_no_verdict_is_the_next_client_s(how: str) -> None:
                 assert scene[full].open == 0
                 listener.accept()[0].close()
                 assert await scene.dial() == full
-                assert scene[full].serving
+                assert scene[full].in_service
 
     run(main, clock)
 
@@ -148,7 +148,7 @@ def test_a_client_that_aborts_makes_no_trial_of_what_another_has_found_out_meanw
                 await scene.advance(1)
                 late = scene.start()
                 await scene.advance(2.1)
-                assert not scene[full].serving
+                assert not scene[full].in_service
                 reset(late.peer)
                 await scene.advance(0.1)
                 assert isinstance(late.outcome, DialError)
@@ -168,7 +168,7 @@ def test_a_backend_that_nobody_may_try_or_that_nobody_needs_is_not_looked_for_by
                 assert {await scene.dial() for _ in range(2)} == {second.address}
                 second.off()
                 assert await scene.fail()
-                assert not any(backend.serving for backend in scene.members)
+                assert not any(backend.in_service for backend in scene.members)
                 second.on()
                 await scene.advance(10.1)
                 # The spare is due as well; it is left alone as long as another is up.
@@ -235,7 +235,7 @@ def test_of_many_that_are_down_a_client_tries_ten_and_the_next_client_the_others
         with switches("-" * 15) as fifteen:
             async with Scene(loop, *[switch.address for switch in fifteen]) as scene:
                 await scene.fail()
-                assert not scene.pool.members.any_serving
+                assert not scene.pool.members.any_in_service
                 first, second, third = [
                     [reason.partition(": ")[0] for reason in (await scene.fail())[1].split("; ")] for _ in range(3)
                 ]
@@ -352,10 +352,10 @@ def test_backends_that_stay_over_a_reload_keep_their_state_and_take_on_the_rest(
             async with Scene(loop, one.address, dead.address, clock=clock, fail_timeout=10.0) as scene:
                 clients = await scene.come(*[""] * 4)
                 members = scene[one.address], scene[dead.address]
-                assert (members[0].open, members[1].serving) == (4, False)
+                assert (members[0].open, members[1].in_service) == (4, False)
                 scene.apply(configured(one.address, weight=3, max_connections=4), dead.address, comes.address)
                 assert (scene[one.address], scene[dead.address]) == members
-                assert (members[0].open, members[0].weight, members[1].serving) == (4, 3, False)
+                assert (members[0].open, members[0].weight, members[1].in_service) == (4, 3, False)
                 # It is full by the new limit.
                 assert {await scene.dial() for _ in range(3)} == {comes.address}
                 for client in clients:
@@ -457,7 +457,7 @@ def test_a_reload_that_has_nothing_to_do_with_a_backend_does_not_bring_it_back()
                 assert await scene.dial() == spare.address
                 for send_proxy in ("v1", "v2", ""):
                     scene.apply(*backends, send_proxy=send_proxy)
-                    assert not scene[first.address].serving
+                    assert not scene[first.address].in_service
 
     run(main, clock)
 
@@ -589,7 +589,7 @@ def test_with_checks_who_wants_to_know_hears_when_they_say_down_though_it_is_out
                 await scene.advance(0.1)
                 one.off()
                 assert await scene.dial() == two.address
-                assert (scene[one.address].serving, scene[one.address].unwell, scene.down) == (False, False, [])
+                assert (scene[one.address].in_service, scene[one.address].unwell, scene.down) == (False, False, [])
                 await scene.advance(3)
                 assert (scene[one.address].unwell, scene.down) == (True, [one.address])
                 await scene.advance(9)
@@ -612,7 +612,7 @@ def test_checks_bring_back_what_a_client_put_out_though_they_never_said_down(cap
                     assert await scene.dial() == two.address
                     one.on()
                     await scene.advance(1.9)
-                    assert not scene[one.address].serving
+                    assert not scene[one.address].in_service
                     await scene.advance(1.2)
                     assert await scene.dial() == one.address
                 assert scene.down == []
@@ -630,16 +630,16 @@ def test_checks_that_are_configured_or_changed_or_taken_away_by_a_reload_are_so_
             async with Scene(loop, one.address, dead.address, clock=clock) as scene:
                 scene.apply(one.address, dead.address, health=HEALTH)
                 await scene.advance(0.1)
-                assert (scene[one.address].serving, scene[dead.address].serving) == (True, False)
+                assert (scene[one.address].in_service, scene[dead.address].in_service) == (True, False)
                 checker = scene[one.address].checker
                 scene.apply(one.address, dead.address)
                 assert scene[one.address].checker is checker
                 scene.apply(one.address, dead.address, health=HEALTH._replace(fall=1))
                 assert scene[one.address].checker not in (checker, None)
-                assert not scene[dead.address].serving
+                assert not scene[dead.address].in_service
                 tasks = tasks_of(loop)
                 scene.apply(one.address, dead.address, health=None)
-                assert scene[dead.address].serving
+                assert scene[dead.address].in_service
                 await scene.settle()
                 assert tasks_of(loop) < tasks
                 assert scene[one.address].checker is None
@@ -656,7 +656,7 @@ def test_a_backend_that_comes_by_a_reload_is_checked_at_once_and_one_that_leaves
                 await scene.advance(0.1)
                 scene.apply(one.address, dead.address)
                 await scene.advance(0.1)
-                assert not scene[dead.address].serving
+                assert not scene[dead.address].in_service
                 tasks = tasks_of(loop)
                 scene.apply(one.address)
                 await scene.settle()
@@ -702,9 +702,9 @@ def test_a_backend_that_is_not_well_stays_out_though_a_connection_got_through(
                 scene[full].found_unwell(clock.now, "status 503")
                 listener.accept()[0].close()
                 await scene.advance(0.2)
-                assert (trial.outcome, scene[full].serving) == (full, False)
+                assert (trial.outcome, scene[full].in_service) == (full, False)
                 scene[full].found_well()
-                assert scene[full].serving
+                assert scene[full].in_service
 
     with caplog.at_level(logging.INFO, "rspd"):
         run(main, clock)
@@ -732,7 +732,7 @@ def test_a_backend_that_leaves_while_it_is_out_is_tried_no_more() -> None:
     async def main(loop: Loop) -> None:
         with switches("-+") as (dead, live):
             async with Scene(loop, dead.address, live.address, clock=clock) as scene:
-                while scene[dead.address].serving:
+                while scene[dead.address].in_service:
                     await scene.dial()
                 assert scene.pool.members.next_trial < inf
                 scene.apply(live.address)

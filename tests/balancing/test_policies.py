@@ -497,7 +497,7 @@ def picks_by_client(policy: Policy[Backend]) -> str:
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])
-def test_a_backend_that_leaves_moves_its_own_clients_and_no_others(count: int) -> None:
+def test_a_backend_that_leaves_rejoins_its_own_clients_and_no_others(count: int) -> None:
     those = backends(*[1] * count)
     policy = told(Source(), those)
     before = {client: policy.pick(client) for client in CLIENTS}

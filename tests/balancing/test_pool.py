@@ -67,7 +67,7 @@ def test_a_backend_that_fails_is_passed_over_and_out_from_then_on_and_the_others
                 # All of them have had their turn once, and those that fail are known by then.
                 for _ in addresses:
                     await scene.dial()
-                assert {backend.name for backend in scene.members if backend.serving} == set(living)
+                assert {backend.name for backend in scene.members if backend.in_service} == set(living)
                 assert sorted([str(await scene.dial()) for _ in range(2 * len(living))]) == sorted(2 * living)
 
     run(main)
@@ -268,7 +268,7 @@ def test_without_a_timeout_dialling_goes_on_until_it_is_cancelled_and_nothing_is
             await scene.settle()
             assert client.task.done
             assert (open_descriptors(), scene[address].open) == (before, 0)
-            assert scene[address].serving
+            assert scene[address].in_service
 
     with full(kind) as address:
         run(lambda loop: main(loop, address), clock)
@@ -290,7 +290,7 @@ def test_when_the_client_aborts_dialling_ends_and_no_other_backend_is_tried(kind
                 reset(client.peer)
                 clock.advance(0.01001)
                 assert await scene.failure(client) == ("client-aborted", f"{address}: the client is gone")
-                assert scene[address].serving
+                assert scene[address].in_service
                 with pytest.raises(BlockingIOError):
                     next_one.accept()
 
@@ -370,7 +370,7 @@ def test_no_more_further_backends_are_tried_than_retries(retries: float, tried: 
             backends = [*map(configured, dead), configured(live, backup=True)]
             async with Scene(loop, *backends, retries=retries) as scene:
                 outcome = await scene.dial()
-                assert sum(not backend.serving for backend in scene.members) == min(tried, 3)
+                assert sum(not backend.in_service for backend in scene.members) == min(tried, 3)
                 if tried > 3:
                     assert outcome == live
                     return "; " * 3
@@ -387,7 +387,7 @@ def test_without_retries_the_trial_of_one_that_is_out_does_not_use_up_the_attemp
     async def main(loop: Loop) -> None:
         with switches("-+") as (dead, live):
             async with Scene(loop, dead.address, live.address, clock=clock, retries=0, fail_timeout=10.0) as scene:
-                while scene[dead.address].serving:
+                while scene[dead.address].in_service:
                     await scene.dial()
                 for _ in range(3):
                     await scene.advance(10.1)
@@ -407,7 +407,7 @@ def test_the_attempts_that_a_client_has_get_all_of_the_timeout(retries: int) -> 
             addresses = [stack.enter_context(full_tcp()) for _ in range(4)]
             async with Scene(loop, *addresses, connect_timeout=12, retries=retries) as scene:
                 taken = await seconds_to_answer(scene, clock)
-                assert sum(not backend.serving for backend in scene.members) == retries + 1
+                assert sum(not backend.in_service for backend in scene.members) == retries + 1
                 return taken
 
     assert run(main, clock) == pytest.approx(12, abs=0.11 * (retries + 1))
@@ -520,7 +520,7 @@ def test_a_backend_that_does_not_answer_keeps_nobody_who_waits_from_another_that
             ) as scene:
                 await scene.come("")
                 await scene.advance(7)
-                assert not scene.pool.members.any_serving
+                assert not scene.pool.members.any_in_service
                 dead.on()
                 others = await scene.come("", "", "")
                 await scene.advance(0.5)
@@ -620,7 +620,7 @@ def test_a_client_that_waits_for_one_that_is_full_tries_another_when_its_time_ha
         with switches("+-") as (small, other):
             backends = [configured(small.address, max_connections=1), configured(other.address)]
             async with Scene(loop, *backends, clock=clock, fail_timeout=5.0, connect_timeout=20.0) as scene:
-                while scene[other.address].serving:
+                while scene[other.address].in_service:
                     await scene.dial()
                 other.on()
                 await scene.come("")
@@ -750,11 +750,11 @@ def dial_without_a_port_for_the_near_end() -> None:
                 held = socket.create_connection(where)
                 await first.dial()
                 print(*await alone.failure(first), sep="\n")
-                print(alone[address].serving)
+                print(alone[address].in_service)
                 checked = Scene(loop, address, clock=clock, health=HealthConfig(interval=1.0, rise=1, fall=1))
                 async with checked:
                     await scene.advance(3)
-                    print(checked[address].serving)
+                    print(checked[address].in_service)
                 await scene.advance(7.1)
                 await trial.dial()
                 assert trial.outcome == spare

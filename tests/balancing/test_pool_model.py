@@ -138,7 +138,7 @@ class World:
         next_trial = now + pool.config.fail_timeout
         regular = [one for one in self.scene.members if not one.config.backup]
         spares = [one for one in self.scene.members if one.config.backup]
-        serving = any(one.serving for one in regular)
+        serving = any(one.in_service for one in regular)
         due = [one for one in regular if one.retry_at <= now and one.has_room]
         if not due:
             due = [one for one in spares if one.retry_at <= now and one.has_room]
@@ -148,7 +148,7 @@ class World:
                 due = []
         usual = [one for one in (regular if serving else spares) if one.state == "up"]
         failed = [one for one in self.scene.members if one.retry_at < inf and one.has_room]
-        patient = pool.members.any_serving or pool.config.queue_timeout
+        patient = pool.members.any_in_service or pool.config.queue_timeout
         allowed = due or usual or ([] if patient else failed)
         chosen = pool.choose((f"192.0.2.{number}", 1), ())
         assert chosen in allowed if allowed else chosen is None
@@ -203,7 +203,7 @@ class World:
             while found := tier.policy.pick_other("192.0.2.1", known):
                 known.append(found)
             assert set(known) == {one for one in mine if one.state == "up"}
-            assert tier.serving == sum(one.serving for one in mine)
+            assert tier.in_service == sum(one.in_service for one in mine)
         assert members.trials == sorted(members.trials, key=lambda one: one.retry_at)
         assert set(members.trials) == {one for one in self.scene.members if one.retry_at < inf}
         alone = self.scene.members[0] if len(self.scene.members) == 1 else None
@@ -242,7 +242,7 @@ steps = st.lists(
 
 def choosable(scene: Scene) -> bool:
     """Whether some backend is up whose turn it is."""
-    regular = any(one.serving and not one.config.backup for one in scene.members)
+    regular = any(one.in_service and not one.config.backup for one in scene.members)
     return any(one.state == "up" and one.config.backup is not regular for one in scene.members)
 
 

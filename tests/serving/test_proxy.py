@@ -236,7 +236,7 @@ def test_a_proxy_that_leaves_goes_on_checking_and_looking_up_until_its_last_conn
                     assert loop.now < end, "still not so"
                     await loop.sleep(0.01)
 
-            await until(lambda: not proxy.pool.members.any_serving)
+            await until(lambda: not proxy.pool.members.any_in_service)
             with socket.create_connection((listen.host, listen.port)) as client:
                 await until(lambda: proxy.open == 1)
                 proxy.stop_listening()
@@ -244,7 +244,7 @@ def test_a_proxy_that_leaves_goes_on_checking_and_looking_up_until_its_last_conn
                     client.sendall(b"x")
                     await until(lambda: bool(select.select([client], [], [], 0)[0]))
                     assert client.recv(1) == b"x"
-                await until(lambda: not proxy.pool.members.any_serving)
+                await until(lambda: not proxy.pool.members.any_in_service)
             await until(lambda: proxy.open == 0)
             await until(lambda: tasks_of(loop) == tasks)
 
