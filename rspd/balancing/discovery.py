@@ -96,7 +96,7 @@ class HostName(Source):
 
     @classmethod
     def takes(cls, address: Address) -> bool:
-        return literal(address) is None
+        return bool(address.host) and literal(address) is None
 
     def backends(self, each: bool) -> list[tuple[str, list[SocketAddress]]]:
         if each:
@@ -122,7 +122,7 @@ class HostName(Source):
     async def first_answer(self, deadline: float, given_up: GivenUp) -> list[SocketAddress]:
         while True:
             try:
-                found = await self._resolver.look_up(self.address, deadline, given_up)
+                found = await self._ask(deadline, given_up)
             except OSError as error:
                 # Without descriptors the resolver finds no files, servers or modules, and may say anything: that a name
                 # is unknown, or an errno left over from something else (EBUSY).
@@ -134,6 +134,10 @@ class HostName(Source):
                 self._note(found)
                 return self.addresses
 
+    async def _ask(self, deadline: float, given_up: GivenUp | None = None) -> list[SocketAddress]:
+        """Ask once, as `Resolver.look_up` does. Raises nothing but OSError. Another kind may ask somebody else."""
+        return await self._resolver.look_up(self.address, deadline, given_up)
+
     async def _keep_looking(self) -> None:
         loop = self._loop
         retry = FIRST_RETRY
@@ -141,7 +145,7 @@ class HostName(Source):
         await loop.yield_turn()  # the owner must have this source before `changed` is called
         while True:
             try:
-                found = await self._resolver.look_up(self.address, loop.now + LOOKUP_TIMEOUT)
+                found = await self._ask(loop.now + LOOKUP_TIMEOUT)
             except OSError as error:
                 self._note_failure(error)
                 self._pause = retry

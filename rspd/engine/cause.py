@@ -21,3 +21,6 @@ Cause = Literal[
     "drain-timeout",  # still open when drain_timeout had passed, or at the second signal to end
     "error",  # an unexpected error, logged with its traceback
 ]
+
+# A client that is refused for one of these causes gets RST.
+UNSERVED: frozenset[Cause] = frozenset({"loop", "bad-header", "header-timeout"})

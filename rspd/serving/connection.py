@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rspd.balancing.backend import Backend
 from rspd.balancing.pool import DialError, Pool
-from rspd.engine.cause import Cause
+from rspd.engine.cause import UNSERVED, Cause
 from rspd.engine.loop import Cancelled, Task
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
@@ -41,10 +41,6 @@ class Terms(NamedTuple):
     guarded: bool
     keep_alive: bool
     tag: str
-
-
-# A client without a backend gets RST for these causes: it was refused, sent no good PROXY header, or is rspd itself.
-UNSERVED = frozenset({None, "loop", "bad-header", "header-timeout"})
 
 
 class RefusedError(Exception):
@@ -169,7 +165,7 @@ class Connection:
                     lost = self.relay.close()
                 finally:
                     self.terms.pool.release(self.backend)
-            elif cause in UNSERVED:
+            elif cause is None or cause in UNSERVED:
                 self.client.abort()
             else:
                 self.client.close()
