@@ -22,7 +22,7 @@ from rspd.net.address import Address, Peer, SocketAddress, literal
 from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Lookup, Resolver
 from rspd.net.ways import Way, Ways
-from rspd.serving.openings import opening as find_opening
+from rspd.serving.openings import openings as find_openings
 from rspd.settings import BackendConfig, ProxyConfig
 from tests.support import PATIENCE, FakeClock, tcp_pair
 
@@ -131,7 +131,7 @@ class Client:
 class Scene:
     """The backends of a proxy, and clients that come. Of an address in text, the other settings are the defaults.
 
-    opening: in place of the one that the settings ask for.
+    openings: in place of those that the settings ask for.
     down: the names of the backends that went down.
     """
 
@@ -141,12 +141,13 @@ class Scene:
         *backends: str | BackendConfig,
         names: Mapping[str, Answer] | None = None,
         clock: FakeClock | None = None,
-        opening: Opening | None = None,
+        openings: tuple[Opening, ...] = (),
         **settings: Any,
     ) -> None:
         self.loop = loop
         self.clock = clock
         self.shortage = Shortage(loop)
+        self.ways = Ways(loop)
         self.names = Names(loop, names or {})
         self.down: list[str] = []
         self.settings: dict[str, Any] = {"connect_timeout": PATIENCE, **settings}
@@ -155,9 +156,9 @@ class Scene:
             loop,
             self.shortage,
             Resolver(loop) if names is None else self.names,
-            Ways(loop),
+            self.ways,
             config,
-            opening or find_opening(config),
+            openings or find_openings(config),
             on_down=lambda backend: self.down.append(backend.name),
             on_change=lambda: None,
         )
@@ -183,7 +184,7 @@ class Scene:
         """Reload with these backends, and what else is to change."""
         self.settings.update(settings)
         config = self.config(*backends)
-        self.pool.apply(config, find_opening(config))
+        self.pool.apply(config, find_openings(config))
 
     def __getitem__(self, name: str) -> Backend:
         """The member of that name."""

@@ -82,7 +82,7 @@ class Backend:
     limit: float
 
     def __init__(self, name: str, changed: Callable[[Backend, State], object]) -> None:
-        """changed: called after each change of state or `retry_at`, with the state before."""
+        """changed: called with the state before, after each change of state, or of `retry_at` but by `configure`."""
         self.name = name
         self.state: State = "gone"
         self.open = 0
@@ -116,6 +116,7 @@ class Backend:
         """It is configured so from now on. Call `join` when all backends of the pool have been configured."""
         self._proxy = proxy
         if self.retry_at < inf:
+            # Who is due first stays so.
             self.retry_at = min(self.retry_at, now + proxy.fail_timeout)
         self._rejoins = self.state != "gone" and (tier is not self.tier or config != self.config)
         if self._rejoins:
@@ -166,7 +167,7 @@ class Backend:
         if self.state == "gone":
             return
         self.source.refresh()
-        if self.retry_at == inf:
+        if self.in_service:
             self.failures.append(now)
             while self.failures[0] < now - self._proxy.fail_timeout:
                 self.failures.popleft()
@@ -203,7 +204,8 @@ class Backend:
 
     def found_unwell(self, now: float, reason: str) -> None:
         """The checks were bad."""
-        self._go_down(now, inf, reason)
+        if self.state != "gone":
+            self._go_down(now, inf, reason)
 
     def _go_down(self, now: float, retry_at: float, reason: str) -> None:
         if self.in_service:

@@ -233,15 +233,16 @@ class Members:
 
     def _changed(self, backend: Backend, before: State) -> None:
         """The state of a backend has changed, or when it is to be tried again."""
-        state = backend.state
-        if backend in self.trials:
-            self.trials.remove(backend)
-        if backend.retry_at < inf:
-            insort(self.trials, backend, key=lambda other: other.retry_at)
-        self._find_only()
-        if state not in (before, "trial"):
+        was, is_now = before in IN_SERVICE, backend.state in IN_SERVICE
+        if not (was and is_now):
+            if backend in self.trials:
+                self.trials.remove(backend)
+            if backend.retry_at < inf:
+                insort(self.trials, backend, key=lambda other: other.retry_at)
+            self._find_only()
+        if backend.state == "up" or was is not is_now:
             self._on_room()
-        if backend.in_service is not (before in IN_SERVICE):
+        if was is not is_now:
             self._on_change()
             self._tell(backend, before)
 

@@ -55,12 +55,9 @@ class Caller(Protocol):
 
 
 class Opening:
-    """What is said to a backend, and awaited from it, after connecting and before the relay begins.
+    """What is said to a backend, and awaited from it, after connecting and before the relay begins."""
 
-    preface: what a check of the backend says first.
-    """
-
-    preface = b""
+    preface = b""  # what a check of the backend says first
 
     async def open(self, backend: Side, caller: Caller, deadline: float) -> None:
         """Say it. The running task watches both sides; if this fails, the pool closes the backend's.
@@ -84,7 +81,7 @@ class Pool:
         resolver: Resolver,
         ways: Ways,
         config: ProxyConfig,
-        opening: Opening | None,
+        openings: tuple[Opening, ...],
         on_down: Callable[[Backend], object],
         on_change: Callable[[], object],
     ) -> None:
@@ -95,13 +92,13 @@ class Pool:
         self.queue = Queue(loop)
         self.members = Members(loop, shortage, resolver, ways, tag, self.queue.wake, on_down, on_change)
         self._next_last_resort = 0.0
-        self.apply(config, opening)
+        self.apply(config, openings)
 
-    def apply(self, config: ProxyConfig, opening: Opening | None) -> None:
+    def apply(self, config: ProxyConfig, openings: tuple[Opening, ...]) -> None:
         """Go by another configuration. Backends that stay keep their state; the others keep their connections."""
         self.config = config
-        self._opening = opening
-        self.members.apply(config, opening.preface if opening else b"")
+        self._openings = openings
+        self.members.apply(config, b"".join(opening.preface for opening in openings))
 
     def describe(self) -> str:
         """Which backends there are, and which are down, for people."""
@@ -127,7 +124,8 @@ class Pool:
                 attempts = attempts or Attempts(self, config, caller, began)
                 backend = await attempts.wait_for_backend()
                 deadline = attempts.deadline
-            addresses, retry_at = backend.addresses, backend.retry_at
+            # All as it is now: a reload meanwhile is not for this attempt.
+            addresses, retry_at, openings = backend.addresses, backend.retry_at, self._openings
             backend.enter()
             try:
                 until = deadline if members.only else self._share(deadline, attempts)
@@ -135,8 +133,8 @@ class Pool:
                     side = await connect(loop, self._shortage, addresses[0], until, caller.client, caller.way)
                 else:
                     side = await members.reach(backend, until, caller.client, caller.way)
-                if self._opening:
-                    await self._open(side, caller, until)
+                if openings:
+                    await self._open(openings, side, caller, until)
             except OSError as error:
                 backend.leave()
                 attempts = attempts or Attempts(self, config, caller, began)
@@ -153,10 +151,10 @@ class Pool:
     # A connection that `dial` returned has ended. A method of its own would be one more call a connection.
     release = staticmethod(Backend.leave)
 
-    async def _open(self, backend: Side, caller: Caller, deadline: float) -> None:
-        assert self._opening
+    async def _open(self, openings: tuple[Opening, ...], backend: Side, caller: Caller, deadline: float) -> None:
         try:
-            await self._opening.open(backend, caller, deadline)
+            for opening in openings:
+                await opening.open(backend, caller, deadline)
         except BaseException:
             if caller.way:
                 caller.way.end()
@@ -304,7 +302,8 @@ class Attempts:
 
     def _patience(self) -> float:
         """How many seconds the client may wait for a backend."""
+        config = self._pool.config
         others = [backend for backend in self._pool.members.by_name.values() if backend not in self.tried]
         # Each backend in service is full. A backend that is down may be full of attempts to reach it.
         full = any(one.in_service or not (one.has_room or one.unwell) for one in others)
-        return self._config.queue_timeout or (self._config.connect_timeout if full else 0.0)
+        return config.queue_timeout or (config.connect_timeout if full else 0.0)

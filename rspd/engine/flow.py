@@ -41,7 +41,7 @@ class Flow:
         self.source = source
         self.target = target
         self.total = 0  # bytes the target has taken
-        self.moved_at = 0.0  # the loop's time when bytes last came or went
+        self.moved_at = 0.0  # the loop's time when the target last took bytes, or was found full
         self.eof = False  # nothing more comes from the source
         self.waiting = False  # the target has yet to take something that was read
         self.finished = False  # nothing more comes, and nothing is waiting

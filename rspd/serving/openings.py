@@ -9,9 +9,9 @@ from rspd.protocols.proxy_protocol import encode
 from rspd.settings import ProxyConfig
 
 
-def opening(config: ProxyConfig) -> Opening | None:
-    """The opening that a configuration needs; None for plain TCP."""
-    return ProxyHeader(config.send_proxy) if config.send_proxy else None
+def openings(config: ProxyConfig) -> tuple[Opening, ...]:
+    """The openings that a configuration needs, in the order in which they are said; none for plain TCP."""
+    return (ProxyHeader(config.send_proxy),) if config.send_proxy else ()
 
 
 class ProxyHeader(Opening):

@@ -18,7 +18,7 @@ from rspd.net.ways import Ways
 from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
 from rspd.serving.connection import Connection, Terms
-from rspd.serving.openings import opening
+from rspd.serving.openings import openings
 from rspd.serving.places import Places
 from rspd.settings import ProxyConfig
 
@@ -60,7 +60,7 @@ class Proxy:
         self.watchers = watchers
         self.tag = f" proxy={config.name}" if config.name else ""
         self._ways = ways
-        self.pool = Pool(loop, shortage, resolver, ways, config, opening(config), self._backend_down, self._changed)
+        self.pool = Pool(loop, shortage, resolver, ways, config, openings(config), self._backend_down, self._changed)
         self._accepted = 0
         self._access = Access((), (), inf)
         self._refusals = Refusals(loop, self.tag)
@@ -117,7 +117,7 @@ class Proxy:
 
     def apply(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
         """Serve by a new configuration, after `pause`. Open connections keep the one they began with."""
-        self.pool.apply(config, opening(config))
+        self.pool.apply(config, openings(config))
         self._set(config, listeners)
 
     def stop_listening(self) -> None:

@@ -13,8 +13,11 @@ import pytest
 from rspd.balancing.pool import Caller, Opening
 from rspd.engine.loop import Loop
 from rspd.engine.side import Side
+from rspd.net.listener import adopt_listener
 from rspd.net.waiting import wait
-from tests.dialled import Scene, unix_listener
+from rspd.net.ways import Way
+from tests.dialled import Scene, full_unix, unix_listener
+from tests.manager import tcp_listener
 from tests.support import FakeClock, reset, run
 
 
@@ -36,7 +39,7 @@ def follow(count: int, script: Callable[[Scene, list[socket.socket]], Awaitable[
         with ExitStack() as stack:
             listeners = [stack.enter_context(unix_listener()) for _ in range(count)]
             addresses = [address for _, address in listeners]
-            async with Scene(loop, *addresses, clock=clock, opening=Greeting(), connect_timeout=4.0) as scene:
+            async with Scene(loop, *addresses, clock=clock, openings=(Greeting(),), connect_timeout=4.0) as scene:
                 await script(scene, [listener for listener, _ in listeners])
 
     run(main, clock)
@@ -59,6 +62,26 @@ def test_a_backend_is_reached_once_it_has_answered() -> None:
     follow(1, script)
 
 
+@pytest.mark.parametrize(("first", "then"), [("v1", ""), ("", "v1")])
+def test_a_backend_hears_what_is_for_it_though_a_reload_comes_while_it_is_dialled(first: str, then: str) -> None:
+    async def main(loop: Loop) -> None:
+        with full_unix() as (listener, full), unix_listener() as (_, other):
+            async with Scene(loop, full, send_proxy=first) as scene:
+                client = scene.start("192.0.2.1")
+                await scene.settle()
+                scene.apply(other, send_proxy=then)
+                listener.accept()[0].close()
+                while client.outcome is None:
+                    await loop.sleep(0.01)
+                assert client.outcome == full
+                client.close()
+                backend, _ = listener.accept()
+                assert backend.recv(100)[:6] == (b"PROXY " if first else b"")
+                backend.close()
+
+    run(main)
+
+
 def test_if_a_backend_does_not_answer_the_next_one_is_dialled_within_connect_timeout() -> None:
     async def script(scene: Scene, listeners: list[socket.socket]) -> None:
         first, second = scene.members
@@ -66,6 +89,7 @@ def test_if_a_backend_does_not_answer_the_next_one_is_dialled_within_connect_tim
         await scene.advance(2.1)
         assert (first.state, first.why_down, first.open) == ("down", "no greeting", 0)
         silent, _ = listeners[0].accept()
+        silent.setblocking(False)
         assert silent.recv(1) == b"", "the side was left open"
         silent.close()
         backend, _ = listeners[1].accept()
@@ -113,3 +137,25 @@ def test_nothing_is_left_of_an_attempt_whose_client_goes_before_the_answer(how: 
         assert (backend.state, backend.open) == ("up", 0)
 
     follow(1, script)
+
+
+def test_an_attempt_that_fails_in_the_opening_is_no_way_to_another_proxy_any_more() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with tcp_listener() as sock:
+            listener = adopt_listener("web", sock.dup())
+            address = f"127.0.0.1:{sock.getsockname()[1]}"
+            async with Scene(loop, address, clock=clock, openings=(Greeting(),), connect_timeout=4.0) as scene:
+                scene.ways.listen({"web": [listener]}, ())
+                client = scene.client()
+                client.way = Way(scene.ways, ("mail",))
+                client.task = loop.spawn(client.dial())
+                await scene.settle()
+                assert client.way.near
+                await scene.advance(4.1)
+                assert (await scene.failure(client))[1] == f"{address}: no greeting"
+                assert client.way.near is None
+            listener.close()
+
+    run(main, clock)

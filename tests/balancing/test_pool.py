@@ -590,6 +590,25 @@ def test_an_attempt_at_a_backend_that_is_down_lasts_no_longer_than_the_client_ma
     run(main, clock)
 
 
+@pytest.mark.parametrize(("before", "after", "cause"), [(0.0, 5.0, "queue-timeout"), (5.0, 0.0, "connect-timeout")])
+def test_whether_a_client_waits_after_a_reload_is_as_the_new_configuration_says(
+    before: float, after: float, cause: str
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with full_unix() as (_, silent):
+            async with Scene(loop, silent, clock=clock, connect_timeout=4.0, queue_timeout=before) as scene:
+                client = scene.start()
+                scene.apply(silent, queue_timeout=after)
+                await scene.advance(4.2)
+                assert (client.outcome is None) == bool(after)
+                await scene.advance(6.0)
+                assert (await scene.failure(client))[0] == cause
+
+    run(main, clock)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_clients_that_waited_in_vain_are_told_so_at_queue_timeout(count: int) -> None:
     clock = FakeClock()

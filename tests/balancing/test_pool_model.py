@@ -174,10 +174,12 @@ class World:
                 model.go_out(now)
             return
         backend.failed(now, "Connection refused")
-        if model.member:
+        if model.state in ("up", "full"):
             model.failures = [when for when in model.failures if when >= now - config.fail_timeout] + [now]
-            if model.out_until < inf and (model.out_until or len(model.failures) >= config.max_fails):
-                model.go_out(now + config.fail_timeout)
+            if len(model.failures) < config.max_fails:
+                return
+        if model.member and model.out_until < inf:
+            model.go_out(now + config.fail_timeout)
 
     def check(self, backend: Backend, well: bool) -> None:
         """The checks of a backend come to another verdict."""

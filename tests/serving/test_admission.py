@@ -12,7 +12,7 @@ from rspd.net.networks import parse_network
 from rspd.net.ways import Ways
 from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
-from rspd.serving.openings import ProxyHeader, opening
+from rspd.serving.openings import ProxyHeader, openings
 from rspd.settings import ProxyConfig
 from tests.dialled import Scene
 from tests.support import FakeClock, run, tcp_pair
@@ -40,12 +40,12 @@ def test_a_proxy_has_the_steps_that_its_keys_need_and_no_other(
     with Loop() as loop:
         ways = Ways(loop)
         ways.needed = might_return
-        found = [step.func.__name__ for step in steps(config, ways, access, Refusals(loop, ""))]  # type: ignore[attr-defined]
+        found = [getattr(step, "func", step).__name__ for step in steps(config, ways, access, Refusals(loop, ""))]
     assert found == ["find_way"] * might_return + names
 
 
 def test_plain_tcp_has_no_opening() -> None:
-    assert opening(ProxyConfig((), ())) is None
+    assert openings(ProxyConfig((), ())) == ()
 
 
 def test_a_backend_that_does_not_take_the_header_is_given_up_at_the_deadline() -> None:
