@@ -7,6 +7,7 @@ from bisect import insort
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from math import inf
+from operator import attrgetter
 from typing import Any
 
 from rspd.balancing.backend import IN_SERVICE, Backend, State, Tier
@@ -234,15 +235,17 @@ class Members:
     def _changed(self, backend: Backend, before: State) -> None:
         """The state of a backend has changed, or when it is to be tried again."""
         was, is_now = before in IN_SERVICE, backend.state in IN_SERVICE
-        if not (was and is_now):
-            if backend in self.trials:
-                self.trials.remove(backend)
-            if backend.retry_at < inf:
-                insort(self.trials, backend, key=lambda other: other.retry_at)
-            self._find_only()
-        if backend.state == "up" or was is not is_now:
-            self._on_room()
+        if was and is_now:
+            if backend.state == "up":
+                self._on_room()
+            return
+        if backend in self.trials:
+            self.trials.remove(backend)
+        if backend.retry_at < inf:
+            insort(self.trials, backend, key=attrgetter("retry_at"))
         if was is not is_now:
+            self._find_only()
+            self._on_room()
             self._on_change()
             self._tell(backend, before)
 
