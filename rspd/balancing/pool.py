@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from math import inf
 from typing import Protocol
@@ -54,17 +55,17 @@ class Caller(Protocol):
     way: Way | None
 
 
-class Opening:
+class Opening(ABC):
     """What is said to a backend, and awaited from it, after connecting and before the relay begins."""
 
     preface = b""  # what a check of the backend says first
 
+    @abstractmethod
     async def open(self, backend: Side, caller: Caller, deadline: float) -> None:
         """Say it. The running task watches both sides; if this fails, the pool closes the backend's.
 
         Raises TimeoutError at the deadline, another OSError if this backend will not do. Then the attempt has failed.
         """
-        raise NotImplementedError
 
 
 class Pool:

@@ -14,9 +14,7 @@ def test_who_waits_for_the_first_answer_to_a_name_is_connected_though_a_reload_t
                 client = scene.start()
                 left = scene[f"localhost:{named.port}"]
                 scene.apply(other.address)
-                while client.task and not client.task.done:
-                    await loop.sleep(0.01)
-                assert client.outcome == left.name
+                assert await scene.outcome(client) == left.name
                 client.close()
                 assert (left.state, left.open) == ("gone", 0)
                 eventually(lambda: named.accepted == 1)

@@ -18,7 +18,7 @@ from rspd.net.waiting import wait
 from rspd.net.ways import Way
 from tests.dialled import Scene, full_unix, unix_listener
 from tests.manager import tcp_listener
-from tests.support import FakeClock, reset, run
+from tests.support import PATIENCE, FakeClock, reset, run
 
 
 class Greeting(Opening):
@@ -39,6 +39,8 @@ def follow(count: int, script: Callable[[Scene, list[socket.socket]], Awaitable[
         with ExitStack() as stack:
             listeners = [stack.enter_context(unix_listener()) for _ in range(count)]
             addresses = [address for _, address in listeners]
+            for listener, _ in listeners:
+                listener.settimeout(PATIENCE)
             async with Scene(loop, *addresses, clock=clock, openings=(Greeting(),), connect_timeout=4.0) as scene:
                 await script(scene, [listener for listener, _ in listeners])
 
@@ -71,9 +73,7 @@ def test_a_backend_hears_what_is_for_it_though_a_reload_comes_while_it_is_dialle
                 await scene.settle()
                 scene.apply(other, send_proxy=then)
                 listener.accept()[0].close()
-                while client.outcome is None:
-                    await loop.sleep(0.01)
-                assert client.outcome == full
+                assert await scene.outcome(client) == full
                 client.close()
                 backend, _ = listener.accept()
                 assert backend.recv(100)[:6] == (b"PROXY " if first else b"")
