@@ -133,6 +133,7 @@ class Scene:
 
     openings: in place of those that the settings ask for.
     down: the names of the backends that went down.
+    changes: how often the pool said that `describe` may say something else.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Scene:
         self.ways = Ways(loop)
         self.names = Names(loop, names or {})
         self.down: list[str] = []
+        self.changes = 0
         self.settings: dict[str, Any] = {"connect_timeout": PATIENCE, **settings}
         config = self.config(*backends)
         self.pool = Pool(
@@ -160,7 +162,7 @@ class Scene:
             config,
             openings or find_openings(config),
             on_down=lambda backend: self.down.append(backend.name),
-            on_change=lambda: None,
+            on_change=self._count_change,
         )
         self.clients: list[Client] = []
 
@@ -175,6 +177,9 @@ class Scene:
         await settle(self.loop)
         for client in self.clients:
             client.give_up()
+
+    def _count_change(self) -> None:
+        self.changes += 1
 
     def config(self, *backends: str | BackendConfig) -> ProxyConfig:
         configs = [backend if isinstance(backend, BackendConfig) else configured(backend) for backend in backends]

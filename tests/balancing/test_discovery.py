@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from rspd.balancing.discovery import LOOKUP_TIMEOUT
 from rspd.balancing.pool import DialError
 from rspd.engine.loop import Loop
 from rspd.settings import HealthConfig
@@ -61,6 +62,20 @@ def test_a_lookup_that_fails_in_whatever_way_while_descriptors_are_short_is_trie
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the log says of names."""
     return [record.getMessage() for record in caplog.records if record.name == "rspd.balancing.discovery"]
+
+
+def test_a_lookup_in_the_background_that_is_never_answered_counts_as_failed(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        async with Scene(loop, "name:80", names={}, clock=clock) as scene:
+            await scene.settle()
+            await scene.advance(LOOKUP_TIMEOUT - 0.1, 1.0)
+            assert not lines(caplog)
+            await scene.advance(0.2)
+            assert lines(caplog) == ['name not found name=name reason="no answer to the lookup of name"']
+
+    run(main, clock)
 
 
 def members(scene: Scene) -> list[str]:

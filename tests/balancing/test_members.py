@@ -219,6 +219,28 @@ def test_with_a_single_backend_a_client_always_tries_it() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("event", ["down", "up", "comes", "goes"])
+def test_who_shows_the_backends_hears_when_one_goes_down_or_comes_up_or_is_configured_or_is_not(event: str) -> None:
+    async def main(loop: Loop) -> None:
+        with switches("++") as (one, two):
+            async with Scene(loop, one.address) as scene:
+                if event == "goes":
+                    scene.apply(one.address, two.address)
+                if event in ("up", "goes"):
+                    scene[one.address].failed(loop.now, "Connection refused")
+                before, text = scene.changes, scene.pool.describe()
+                if event == "down":
+                    scene[one.address].failed(loop.now, "Connection refused")
+                elif event == "up":
+                    scene[one.address].found_well()
+                else:
+                    scene.apply(*[one.address] * (event == "comes"), two.address)
+                assert scene.changes > before
+                assert scene.pool.describe() != text
+
+    run(main)
+
+
 def test_failures_are_not_collected_while_a_backend_is_out_anyway() -> None:
     async def main(loop: Loop) -> None:
         with switches("-") as (only,):
