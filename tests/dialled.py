@@ -18,7 +18,7 @@ from rspd.balancing.pool import DialError, Opening, Pool
 from rspd.config.addresses import parse_backend
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
-from rspd.net.address import Address, Peer, SocketAddress, literal
+from rspd.net.address import Peer, SocketAddress, literal
 from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Lookup, Resolver
 from rspd.net.ways import Way, Ways
@@ -65,22 +65,21 @@ class Names(Resolver):
 
     def answer(self, host: str, answer: Answer) -> None:
         """Answer who asks for a host now."""
-        [address] = [address for address in self._under_way if address.host == host]
-        self._finish(address, self._under_way.pop(address), answer)
+        self._finish(host, self._under_way.pop(host), answer)
 
-    def _start(self, address: Address) -> Lookup:
-        self.asked.append(address.host)
+    def _start(self, host: str) -> Lookup:
+        self.asked.append(host)
         lookup = Lookup()
-        if address.host in self.names:
-            self._finish(address, lookup, self.names[address.host])
+        if host in self.names:
+            self._finish(host, lookup, self.names[host])
         else:
-            self._under_way[address] = lookup
+            self._under_way[host] = lookup
         return lookup
 
-    def _finish(self, address: Address, lookup: Lookup, answer: Answer) -> None:
+    def _finish(self, host: str, lookup: Lookup, answer: Answer) -> None:
         lookup.outcome = answer if isinstance(answer, OSError) else list(answer)
         if not isinstance(answer, OSError):
-            self._answers[address] = (self._loop.now, list(answer))
+            self._answers[host] = (self._loop.now, list(answer))
         for task in lookup.waiting:
             task.wake()
 

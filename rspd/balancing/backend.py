@@ -75,7 +75,6 @@ class Backend:
 
     tier: Tier
     source: Source
-    addresses: list[SocketAddress]
     config: BackendConfig
     address: Address
     weight: int
@@ -85,6 +84,7 @@ class Backend:
         """changed: called with the state before, after each change of state, or of `retry_at` but by `configure`."""
         self.name = name
         self.state: State = "gone"
+        self.addresses: list[SocketAddress] = []
         self.open = 0
         self.retry_at = inf
         self.down_since = 0.0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 
 from rspd.engine.loop import Loop, Task, news
 from rspd.log import quote
-from rspd.net.address import Address, SocketAddress, literal
+from rspd.net.address import Address, SocketAddress, at_port, host_of, literal
 from rspd.net.descriptors import SHORT, Shortage
 from rspd.net.resolver import Resolver
 from rspd.net.waiting import GivenUp
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class Source:
-    """What one configured address stands for. This kind is for an address that stands for itself.
+    """What configured addresses with one origin stand for. This kind is for an address that stands for itself.
 
-    addresses: the known socket addresses, the first to be tried at the front.
-    asks: whether it has to ask for them.
+    asks: whether it has to ask for socket addresses.
+    origin: see `origin_of`.
     """
 
     asks = False
@@ -37,12 +37,17 @@ class Source:
         """Whether this kind is for an address."""
         return literal(address) is not None
 
+    @classmethod
+    def origin_of(cls, address: Address) -> Address:
+        """What is asked about an address. Addresses with the same origin share a source."""
+        return address
+
     def __init__(
         self,
         loop: Loop,
         resolver: Resolver,
         shortage: Shortage,
-        address: Address,
+        origin: Address,
         part: float,
         tag: str,
         changed: Callable[[], object],
@@ -50,21 +55,28 @@ class Source:
         """part: the share of the interval before it asks again, above 0, up to 1. It differs, to spread the lookups.
 
         tag: names the proxy in the log, with a space before it, or is empty.
-        changed: called whenever `addresses` has become another list.
+        changed: called whenever the known addresses have changed.
         """
         self._loop = loop
         self._resolver = resolver
         self._shortage = shortage
-        self.address = address
+        self.origin = origin
         self._part = part
         self._tag = tag
         self._changed = changed
-        known = literal(address)
-        self.addresses = [known] if known else []
+        known = literal(origin)
+        self._known = [known] if known else []
 
-    def backends(self, each: bool) -> list[tuple[str, list[SocketAddress]]]:
-        """The name and the addresses of each of its backends. each: whether each address is a backend."""
-        return [(str(self.address), self.addresses)]
+    def addresses(self, address: Address) -> list[SocketAddress]:
+        """The known socket addresses of an address with this origin; a new list, empty if none is known."""
+        return self._known.copy()
+
+    def backends(self, address: Address, each: bool) -> list[tuple[str, list[SocketAddress]]]:
+        """The name and the socket addresses of each backend that an address stands for.
+
+        each: whether each socket address is a backend.
+        """
+        return [(str(address), self.addresses(address))]
 
     def ask_every(self, interval: float) -> None:
         """Ask this often from now on, in seconds. The first call asks at once."""
@@ -75,17 +87,17 @@ class Source:
     def stop(self) -> None:
         """Ask no more."""
 
-    async def first_answer(self, deadline: float, given_up: GivenUp) -> list[SocketAddress]:
-        """The addresses, for a client or a check that comes before any is known.
+    async def first_answer(self, address: Address, deadline: float, given_up: GivenUp) -> list[SocketAddress]:
+        """The same as `addresses`, for a client or a check that comes before any is known.
 
         given_up: as for `Resolver.look_up`.
         Raises TimeoutError at the deadline, another OSError if there is no address, or it is given up.
         """
-        return self.addresses
+        return self.addresses(address)
 
 
 class HostName(Source):
-    """A host name, looked up again and again until `stop`. A lookup that fails removes no address."""
+    """A host name, for any port; looked up again and again until `stop`. A lookup that fails removes no address."""
 
     asks = True
     _interval = inf
@@ -98,10 +110,16 @@ class HostName(Source):
     def takes(cls, address: Address) -> bool:
         return bool(address.host) and literal(address) is None
 
-    def backends(self, each: bool) -> list[tuple[str, list[SocketAddress]]]:
-        if each:
-            return [(str(where), [where]) for where in self.addresses]
-        return [(str(self.address), self.addresses)]
+    @classmethod
+    def origin_of(cls, address: Address) -> Address:
+        return Address(address.host)
+
+    def addresses(self, address: Address) -> list[SocketAddress]:
+        return [at_port(where, address.port) for where in self._known]
+
+    def backends(self, address: Address, each: bool) -> list[tuple[str, list[SocketAddress]]]:
+        addresses = self.addresses(address)
+        return [(str(where), [where]) for where in addresses] if each else [(str(address), addresses)]
 
     def ask_every(self, interval: float) -> None:
         self._interval = interval
@@ -119,7 +137,7 @@ class HostName(Source):
         if self._task:
             self._task.cancel()
 
-    async def first_answer(self, deadline: float, given_up: GivenUp) -> list[SocketAddress]:
+    async def first_answer(self, address: Address, deadline: float, given_up: GivenUp) -> list[SocketAddress]:
         while True:
             try:
                 found = await self._ask(deadline, given_up)
@@ -132,11 +150,11 @@ class HostName(Source):
                 await self._shortage.wait(error)
             else:
                 self._note(found)
-                return self.addresses
+                return self.addresses(address)
 
     async def _ask(self, deadline: float, given_up: GivenUp | None = None) -> list[SocketAddress]:
         """Ask once, as `Resolver.look_up` does. Raises nothing but OSError. Another kind may ask somebody else."""
-        return await self._resolver.look_up(self.address, deadline, given_up)
+        return await self._resolver.look_up(self.origin, deadline, given_up)
 
     async def _keep_looking(self) -> None:
         loop = self._loop
@@ -162,24 +180,40 @@ class HostName(Source):
     def _note(self, found: list[SocketAddress]) -> None:
         if self._failing:
             self._failing = False
-            log.info("name found again%s name=%s", self._tag, self.address.host)
-        known = self.addresses
+            log.info("name found again%s name=%s", self._tag, self.origin.host)
+        known = self._known
         if set(found) != set(known):
-            # Servers rotate the order of their answers. The address that was reached last stays first.
-            self.addresses = [a for a in known if a in found] + [a for a in found if a not in known]
+            self._known = in_order(known, found)
             if known:
-                addresses = ",".join(map(str, self.addresses))
-                log.info("name has changed%s name=%s addresses=%s", self._tag, self.address.host, addresses)
+                addresses = _hosts(self._known)
+                log.info("name has changed%s name=%s addresses=%s", self._tag, self.origin.host, addresses)
             self._changed()
 
     def _note_failure(self, error: OSError) -> None:
         if self._failing or error.errno in SHORT or self._shortage.active:
             return
         self._failing = True
-        keeping = " keeping=" + ",".join(map(str, self.addresses)) if self.addresses else ""
+        keeping = f" keeping={_hosts(self._known)}" if self._known else ""
         reason = quote(error.strerror or str(error))
-        log.warning("name not found%s name=%s reason=%s%s", self._tag, self.address.host, reason, keeping)
+        log.warning("name not found%s name=%s reason=%s%s", self._tag, self.origin.host, reason, keeping)
 
 
 # The kinds of sources: the first whose `takes` is true is used.
 KINDS: tuple[type[Source], ...] = (Source, HostName)
+
+
+def kind_of(address: Address) -> type[Source]:
+    """The kind of source that is for an address."""
+    return next(kind for kind in KINDS if kind.takes(address))
+
+
+def in_order(known: Sequence[SocketAddress], found: Sequence[SocketAddress]) -> list[SocketAddress]:
+    """The addresses that were found; those that were known stay in front, in their order.
+
+    Servers rotate the order of their answers. The address that was reached last is to stay the first.
+    """
+    return [where for where in known if where in found] + [where for where in found if where not in known]
+
+
+def _hosts(addresses: Sequence[SocketAddress]) -> str:
+    return ",".join(host_of(where.address) or str(where) for where in addresses)

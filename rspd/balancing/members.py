@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from rspd.balancing.backend import IN_SERVICE, Backend, State, Tier
-from rspd.balancing.discovery import KINDS, Source
+from rspd.balancing.discovery import Source, in_order, kind_of
 from rspd.balancing.health import Checker
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
@@ -63,7 +63,7 @@ class Members:
         self._on_room = on_room
         self._on_down = on_down
         self._on_change = on_change
-        self._sources: dict[Address, Source] = {}
+        self._sources: dict[Address, Source] = {}  # by the addresses of the configuration; some may share one
         self.by_name: dict[str, Backend] = {}
         self._left: dict[str, Backend] = {}  # taken out; their connections count if they return
         self.only: Backend | None = None
@@ -82,17 +82,7 @@ class Members:
             self.regular, self.spares = Tier(config.balance), Tier(config.balance)
         self._config = config
         self._preface = preface
-        kinds = {one.address: next(kind for kind in KINDS if kind.takes(one.address)) for one in config.backends}
-        asking = max(1, sum(kind.asks for kind in kinds.values()))
-        for address in self._sources.keys() - kinds:
-            self._sources.pop(address).stop()
-        for address, kind in kinds.items():
-            if address not in self._sources:
-                part = (sum(source.asks for source in self._sources.values()) + 1) / asking
-                self._sources[address] = kind(
-                    self._loop, self._resolver, self._shortage, address, part, self._tag, self._set_members
-                )
-            self._sources[address].ask_every(config.resolve_interval)
+        self._set_sources([one.address for one in config.backends], config.resolve_interval)
         self._set_members()
 
     def stop(self) -> None:
@@ -120,10 +110,13 @@ class Members:
         """
         if len(backend.addresses) == 1:
             return await connect(self._loop, self._shortage, backend.addresses[0], deadline, client, way)
-        # A reload may take the backend out meanwhile: then nobody sets `backend.addresses`. So use the answer.
-        addresses = backend.addresses or await backend.source.first_answer(
-            deadline, lambda: client is not None and client.aborted
-        )
+        addresses = backend.addresses
+        if not addresses:
+            answer = await backend.source.first_answer(
+                backend.address, deadline, lambda: client is not None and client.aborted
+            )
+            # A reload may take the backend out meanwhile: then nobody sets `backend.addresses`.
+            addresses = backend.addresses or answer
         return await connect_to_one_of(self._loop, self._shortage, addresses, deadline, client, way)
 
     async def learn(self, client: Side, deadline: float) -> list[str]:
@@ -132,11 +125,11 @@ class Members:
         task = self._loop.current
         self._learning.add(task)
         try:
-            for source in list(self._sources.values()):
+            for address, source in list(self._sources.items()):
                 try:
-                    await source.first_answer(deadline, lambda: client.aborted or bool(self.by_name))
+                    await source.first_answer(address, deadline, lambda: client.aborted or bool(self.by_name))
                 except OSError as error:
-                    reasons.append(f"{source.address}: {why(error)}")
+                    reasons.append(f"{address}: {why(error)}")
                 if self.by_name:
                     return []
                 if client.aborted:
@@ -167,6 +160,23 @@ class Members:
 
     # Who they are
 
+    def _set_sources(self, addresses: Sequence[Address], interval: float) -> None:
+        """Have a source for each address. Those that asked before go on, and know what they know."""
+        kinds = {address: kind_of(address) for address in addresses}
+        origins = {kind.origin_of(address): kind for address, kind in kinds.items()}
+        asking = max(1, sum(kind.asks for kind in origins.values()))
+        sources = {source.origin: source for source in self._sources.values()}
+        for origin in sources.keys() - origins:
+            sources.pop(origin).stop()
+        for origin, kind in origins.items():
+            if origin not in sources:
+                part = (sum(source.asks for source in sources.values()) + 1) / asking
+                sources[origin] = kind(
+                    self._loop, self._resolver, self._shortage, origin, part, self._tag, self._set_members
+                )
+            sources[origin].ask_every(interval)
+        self._sources = {address: sources[kind.origin_of(address)] for address, kind in kinds.items()}
+
     def _set_members(self) -> None:
         """Make the list of members from the configuration and the sources."""
         config = self._config
@@ -175,12 +185,12 @@ class Members:
         for wanted in config.backends:
             source = self._sources[wanted.address]
             tier = self.spares if wanted.backup else self.regular
-            for name, addresses in source.backends(config.resolve == "each"):
+            for name, addresses in source.backends(wanted.address, config.resolve == "each"):
                 if name in members:
                     continue  # two names have this address
                 backend = self.by_name.pop(name, None) or self._left.pop(name, None) or Backend(name, self._changed)
                 backend.configure(wanted, config, tier, self._loop.now)
-                backend.source, backend.addresses = source, addresses
+                backend.source, backend.addresses = source, in_order(backend.addresses, addresses)
                 members[name] = backend
         leaving, self.by_name = self.by_name, members
         for backend in leaving.values():

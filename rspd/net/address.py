@@ -82,6 +82,12 @@ def _look_up(address: Address, flags: int) -> list[SocketAddress]:
     return list(dict.fromkeys(SocketAddress(family, sockaddr) for family, _, _, _, sockaddr in found))
 
 
+def at_port(where: SocketAddress, port: int) -> SocketAddress:
+    """The same host's address with another port; a unix socket, which has none, as it is."""
+    family, address = where
+    return SocketAddress(family, (address[0], port, *address[2:])) if isinstance(address, tuple) else where
+
+
 def covers(address: Address, other: Address) -> bool:
     """Whether a listener on an address takes the other address too."""
     if address == other:

@@ -211,6 +211,45 @@ def test_a_lookup_that_fails_takes_nothing_away_and_the_log_says_once_that_it_fa
     assert lines(caplog) == [lost, "name found again name=name", lost]
 
 
+resolves = pytest.mark.parametrize("resolve", ["one", "each"])
+
+
+@resolves
+def test_a_reload_that_changes_only_the_port_keeps_what_is_known_of_the_name(resolve: str) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> list[str]:
+        names = {"name": [where("127.0.0.1:1"), where("127.0.0.2:1")]}
+        async with Scene(loop, "name:80", names=names, clock=clock, resolve=resolve) as scene:
+            await scene.advance(0.1)
+            scene.names.forget()
+            scene.names.names["name"] = UNKNOWN
+            scene.apply("name:81", "name:82")
+            await scene.settle()
+            return [str(address) for backend in scene.members for address in backend.addresses]
+
+    assert run(main, clock) == [f"127.0.0.{host}:{port}" for port in (81, 82) for host in (1, 2)]
+
+
+def test_backends_with_one_name_and_several_ports_are_looked_up_and_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> list[str]:
+        names = {"name": [where("127.0.0.1:1")]}
+        async with Scene(loop, "name:80", "name:81", names=names, clock=clock, resolve_interval=5.0) as scene:
+            await scene.advance(0.1)
+            scene.names.names["name"] = [where("127.0.0.2:1"), where("[::1]:1")]
+            await scene.advance(5.1)
+            assert [str(backend.addresses[0]) for backend in scene.members] == ["127.0.0.2:80", "127.0.0.2:81"]
+            return scene.names.asked
+
+    with caplog.at_level(logging.INFO, "rspd"):
+        assert run(main, clock) == ["name", "name"]
+    assert lines(caplog) == ["name has changed name=name addresses=127.0.0.2,::1"]
+
+
 # When it is asked
 
 
@@ -300,8 +339,6 @@ def test_a_name_that_is_configured_no_more_is_looked_up_no_more() -> None:
 
 
 # Who comes before it is known
-
-resolves = pytest.mark.parametrize("resolve", ["one", "each"])
 
 
 @resolves

@@ -129,17 +129,18 @@ def test_a_name_is_reached_by_any_of_its_addresses_and_the_reasons_name_them() -
     with unix_listener() as (_, live):
         dead = SocketAddress(socket.AF_INET, ("127.0.0.1", free_port()))
         names = {"both": [dead, where(live)], "dead": [dead]}
+        port = dead.address[1]
 
         async def main(loop: Loop) -> tuple[str | DialError, str | DialError]:
             async with (
-                Scene(loop, "both:80", names=names) as both,
-                Scene(loop, "dead:80", names=names) as none,
+                Scene(loop, f"both:{port}", names=names) as both,
+                Scene(loop, f"dead:{port}", names=names) as none,
             ):
                 return await both.dial(), await none.dial()
 
         both, none = run(main)
-        assert both == "both:80"
-        assert str(none) == f"127.0.0.1:{dead.address[1]}: Connection refused"
+        assert both == f"both:{port}"
+        assert str(none) == f"127.0.0.1:{port}: Connection refused"
 
 
 # The timeout
@@ -219,13 +220,17 @@ def test_all_attempts_together_take_no_longer_than_the_timeout() -> None:
     assert run(main, clock) == pytest.approx(12, abs=0.11)
 
 
+def port_of(address: str) -> str:
+    return address.rpartition(":")[2]
+
+
 def test_time_that_a_refusal_did_not_use_is_shared_by_those_after_it() -> None:
     clock = FakeClock()
 
     async def main(loop: Loop) -> float:
         with full_tcp() as silent, unix_listener() as (_, live):
             names = {"half": [where(silent), where(live)]}
-            backends = [configured(nobody()), configured("half:80", backup=True)]
+            backends = [configured(nobody()), configured(f"half:{port_of(silent)}", backup=True)]
             async with Scene(loop, *backends, names=names, connect_timeout=12) as scene:
                 await scene.settle()
                 return await seconds_to_answer(scene, clock)
@@ -239,11 +244,12 @@ def test_the_addresses_of_a_name_share_what_the_name_is_given() -> None:
     async def main(loop: Loop) -> float:
         with full_tcp() as silent, unix_listener() as (_, live):
             names = {"silent": [where(silent), where(silent)], "half": [where(silent), where(live)]}
-            backends = [configured("silent:80"), configured("half:80", backup=True)]
+            port = port_of(silent)
+            backends = [configured(f"silent:{port}"), configured(f"half:{port}", backup=True)]
             async with Scene(loop, *backends, names=names, connect_timeout=12) as scene:
                 await scene.settle()
                 seconds = await seconds_to_answer(scene, clock)
-                assert scene.clients[0].outcome == "half:80"
+                assert scene.clients[0].outcome == f"half:{port}"
                 return seconds
 
     # Two addresses of 3 s each, of the 6 s of the first; then the first of two within the 6 s of the second.

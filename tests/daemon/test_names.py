@@ -150,7 +150,7 @@ def test_while_answers_change_clients_get_what_the_name_stands_for_and_connectio
             for number, names in enumerate(["B", "BC", "C", "AC", "ABC", "A"], 1):
                 hosts.say(*(found["ABC".index(name)].host for name in names))
                 (*_, line) = daemon.wait_for("name has changed", number)
-                assert line.count(f":{found[0].port}") == len(names)
+                assert line.count("127.0.0.1") == len(names)
                 assert clients.since(time.monotonic(), 20) == set(names)
         assert clients.errors == []
         assert not daemon.find("connection closed .* cause=(?!client-closed|backend-closed)")
@@ -259,7 +259,7 @@ def test_a_lookup_that_fails_takes_nothing_away(tmp_path: Path, hosts: Hosts, re
             hosts.say()
             (line,) = daemon.wait_for("name not found")
             assert "keeping=" in line
-            assert line.count(f":{found[0].port}") == 2
+            assert line.count("127.0.0.1") == 2
             for _ in range(20):
                 assert ask(daemon)
             hosts.say("127.0.0.12")
