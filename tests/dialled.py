@@ -30,7 +30,10 @@ T = TypeVar("T")
 
 Answer = Sequence[SocketAddress] | OSError
 
+# There is no such name; the name has no addresses; nobody answers.
 UNKNOWN = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+EMPTY = socket.gaierror(socket.EAI_NODATA, "No address associated with hostname")
+UNANSWERED = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
 
 async def settle(loop: Loop) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,50 @@ def in_namespace(function: Callable[..., None], *arguments: str, prepare: str = 
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+# For `name_server`: one question each, without a long wait for an answer that does not come.
+OWN_DNS = f"{SILENT_DNS}\necho 'options timeout:1 attempts:1' >>/etc/resolv.conf\n"
+
+# RFC 1035, 4.1.1, and the types of questions (RFC 1035, 3.2.2, and RFC 3596).
+HEADER = struct.Struct(">6H")
+TYPES = {1: socket.AF_INET, 28: socket.AF_INET6}
+CODES = {"NODATA": 0, "SERVFAIL": 2, "NXDOMAIN": 3, "REFUSED": 5}
+
+
+@contextmanager
+def name_server(answers: Mapping[int, str]) -> Iterator[None]:
+    """A name server at 127.0.0.1 that says by family: one of `CODES`, an address, or nothing at all if it is empty."""
+
+    def serve() -> None:
+        while not ended.is_set():
+            with suppress(TimeoutError):
+                question, client = server.recvfrom(512)
+                (kind,) = struct.unpack(">H", question[-4:-2])
+                if said := answers[TYPES[kind]]:
+                    server.sendto(_answer(question, said), client)
+
+    ended = threading.Event()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 53))
+        server.settimeout(0.05)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(PATIENCE)
+
+
+def _answer(question: bytes, said: str) -> bytes:
+    record = b""
+    if said not in CODES:
+        # The name is that of the question; one address of class IN, for no time.
+        record = struct.pack(">HHHIH4s", 0xC00C, 1, 1, 0, 4, socket.inet_aton(said.partition(":")[0]))
+    (number,) = struct.unpack(">H", question[:2])
+    head = HEADER.pack(number, 0x8180 | CODES.get(said, 0), 1, bool(record), 0, 0)
+    return head + question[HEADER.size :] + record
 
 
 @contextmanager

@@ -17,6 +17,7 @@
     put_off         down, trial  down        it is due, but a spare, and a regular backend is in service
     no_verdict      trial        down        due at once; no change if another client has tried it since
     reached         down, trial  up, full    not after a bad check
+    forgive         down, trial  up, full    its name is known again; not after a bad check
     found_well      down, trial  up, full
     found_unwell    all others   down        until a good check: `retry_at` is inf
     retire          all others   gone
@@ -193,6 +194,10 @@ class Backend:
 
     def reached(self) -> None:
         """Connecting to it succeeded."""
+        self.forgive()
+
+    def forgive(self) -> None:
+        """Failures to connect no longer count."""
         if self.retry_at < inf:
             self.found_well()
 

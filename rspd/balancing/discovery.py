@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from math import inf
 
 from rspd.engine.loop import Loop, Task, news
 from rspd.log import quote
-from rspd.net.address import Address, SocketAddress, at_port, host_of, literal
+from rspd.net.address import Address, SocketAddress, at_port, denies, host_of, literal
 from rspd.net.descriptors import SHORT, Shortage
-from rspd.net.resolver import Resolver
+from rspd.net.resolver import ANSWER_LIFE, Resolver
 from rspd.net.waiting import GivenUp
 
 # Seconds until a failed lookup is tried again, doubled each time up to `resolve_interval`. Also the seconds until the
-# next lookup if the known addresses have proved useless.
+# next lookup if the known addresses have proved useless, or are said to be gone.
 FIRST_RETRY = 1.0
 
 # Seconds after which a lookup in the background counts as failed, whatever the system's resolver waits for.
@@ -97,11 +98,17 @@ class Source:
 
 
 class HostName(Source):
-    """A host name, for any port; looked up again and again until `stop`. A lookup that fails removes no address."""
+    """A host name, whatever the port; looked up again and again until `stop`.
+
+    The answer that the name is gone counts if the next answer is the same. A lookup without an answer removes nothing.
+    """
 
     asks = True
     _interval = inf
-    _failing = False
+    _denied = False  # the last answer was that the name is gone
+    _failure: OSError | None = None  # of the last lookup
+    _failed_at = 0.0
+    _failing = False  # the log says that it is not found
     _looked = 0.0  # when the last lookup ended
     _pause = inf  # seconds from then to the next lookup, if fewer than the interval
     _task: Task | None = None
@@ -139,18 +146,28 @@ class HostName(Source):
 
     async def first_answer(self, address: Address, deadline: float, given_up: GivenUp) -> list[SocketAddress]:
         while True:
+            if self._failure and self._loop.now - self._failed_at < ANSWER_LIFE:
+                raise self._failure.with_traceback(None)  # not every client is to ask the name servers again
             try:
                 found = await self._ask(deadline, given_up)
             except OSError as error:
-                # Without descriptors the resolver finds no files, servers or modules, and may say anything: that a name
-                # is unknown, or an errno left over from something else (EBUSY).
-                short = error.errno in SHORT or self._shortage.active
-                if not short or self._loop.now >= deadline or given_up():
+                if not self._is_short(error):
+                    self._note_error(error)
+                    raise
+                if self._loop.now >= deadline or given_up():
                     raise
                 await self._shortage.wait(error)
             else:
                 self._note(found)
                 return self.addresses(address)
+
+    def _is_short(self, error: OSError) -> bool:
+        """Whether a lookup may have failed for want of a descriptor.
+
+        Then the resolver finds no files, servers or modules, and may say anything: that a name is unknown, or an errno
+        left over from something else (EBUSY).
+        """
+        return error.errno in SHORT or self._shortage.active or self._shortage.none_free
 
     async def _ask(self, deadline: float, given_up: GivenUp | None = None) -> list[SocketAddress]:
         """Ask once, as `Resolver.look_up` does. Raises nothing but OSError. Another kind may ask somebody else."""
@@ -165,7 +182,8 @@ class HostName(Source):
             try:
                 found = await self._ask(loop.now + LOOKUP_TIMEOUT)
             except OSError as error:
-                self._note_failure(error)
+                if self._note_failure(error):
+                    retry = FIRST_RETRY
                 self._pause = retry
                 retry *= 2
             else:
@@ -178,6 +196,7 @@ class HostName(Source):
                 await news()
 
     def _note(self, found: list[SocketAddress]) -> None:
+        self._denied, self._failure = False, None
         if self._failing:
             self._failing = False
             log.info("name found again%s name=%s", self._tag, self.origin.host)
@@ -189,13 +208,29 @@ class HostName(Source):
                 log.info("name has changed%s name=%s addresses=%s", self._tag, self.origin.host, addresses)
             self._changed()
 
-    def _note_failure(self, error: OSError) -> None:
-        if self._failing or error.errno in SHORT or self._shortage.active:
-            return
-        self._failing = True
-        keeping = f" keeping={_hosts(self._known)}" if self._known else ""
-        reason = quote(error.strerror or str(error))
-        log.warning("name not found%s name=%s reason=%s%s", self._tag, self.origin.host, reason, keeping)
+    def _note_error(self, error: OSError) -> None:
+        if isinstance(error, socket.gaierror):
+            self._failure, self._failed_at = error, self._loop.now
+
+    def _note_failure(self, error: OSError) -> bool:
+        """A lookup failed. Returns whether it was an answer that the next lookup has to confirm."""
+        if self._is_short(error):
+            return False
+        self._note_error(error)
+        known = self._known
+        gone = bool(known) and denies(error)
+        if gone and not self._denied:
+            self._denied = True
+            return True
+        if gone or not self._failing:
+            self._failing = True
+            rest = f" {'dropped' if gone else 'keeping'}={_hosts(known)}" if known else ""
+            reason = quote(error.strerror or str(error))
+            log.warning("name not found%s name=%s reason=%s%s", self._tag, self.origin.host, reason, rest)
+        if gone:
+            self._known = []
+            self._changed()
+        return False
 
 
 # The kinds of sources: the first whose `takes` is true is used.

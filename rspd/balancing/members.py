@@ -190,6 +190,8 @@ class Members:
                     continue  # two names have this address
                 backend = self.by_name.pop(name, None) or self._left.pop(name, None) or Backend(name, self._changed)
                 backend.configure(wanted, config, tier, self._loop.now)
+                if addresses and not backend.addresses:
+                    backend.forgive()
                 backend.source, backend.addresses = source, in_order(backend.addresses, addresses)
                 members[name] = backend
         leaving, self.by_name = self.by_name, members

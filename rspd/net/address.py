@@ -68,16 +68,38 @@ def literal(address: Address) -> SocketAddress | None:
 def resolve(address: Address) -> list[SocketAddress]:
     """All socket addresses of an address, in the order to try or bind them (RFC 6724).
 
-    Blocks for as long as the system's resolver does. Raises OSError (socket.gaierror) with its reason.
+    Blocks for as long as the system's resolver does. Raises OSError (socket.gaierror) with its reason; see `denies`.
     """
     known = literal(address)
-    return [known] if known else _look_up(address, socket.AI_PASSIVE)
+    if known:
+        return [known]
+    try:
+        return _look_up(address, socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        if denies(error):
+            # The C library asks for IPv4 and IPv6. If one has no answer, and the other has no addresses, the library
+            # says only the latter. So ask for each: the one without an answer raises another error.
+            for family in (socket.AF_INET, socket.AF_INET6):
+                try:
+                    return _look_up(address, socket.AI_PASSIVE, family)
+                except socket.gaierror as single:
+                    if not denies(single):
+                        raise
+        raise
 
 
-def _look_up(address: Address, flags: int) -> list[SocketAddress]:
+def denies(error: OSError) -> bool:
+    """Whether the error of a lookup is an answer: the name does not exist, or has no addresses (getaddrinfo(3)).
+
+    Each other error means that nobody has answered.
+    """
+    return isinstance(error, socket.gaierror) and error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
+
+
+def _look_up(address: Address, flags: int, family: int = socket.AF_UNSPEC) -> list[SocketAddress]:
     # Bytes, because a str is encoded by a codec whose tables are slow to import.
     host = address.host.encode("ascii") or None
-    found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=flags)
+    found = socket.getaddrinfo(host, address.port, family, socket.SOCK_STREAM, flags=flags)
     # The same address comes twice where /etc/hosts names it twice.
     return list(dict.fromkeys(SocketAddress(family, sockaddr) for family, _, _, _, sockaddr in found))
 

@@ -89,6 +89,15 @@ class Shortage:
             os.close(self.spare)
             self.spare = -1
 
+    @property
+    def none_free(self) -> bool:
+        """Whether no descriptor can be opened now, though nobody has missed one yet."""
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            return error.errno in SHORT
+        return False
+
     async def wait(self, error: OSError) -> None:
         """After a call that failed with an error in `SHORT`: wait until trying again makes sense."""
         self.give_up_spare()

@@ -16,7 +16,20 @@ from rspd.balancing.discovery import LOOKUP_TIMEOUT
 from rspd.balancing.pool import DialError
 from rspd.engine.loop import Loop
 from rspd.settings import HealthConfig
-from tests.dialled import UNKNOWN, Scene, configured, full_unix, nobody, switches, unix_listener, where
+from tests.dialled import (
+    EMPTY,
+    UNANSWERED,
+    UNKNOWN,
+    Answer,
+    Scene,
+    configured,
+    full_unix,
+    no_descriptors,
+    nobody,
+    switches,
+    unix_listener,
+    where,
+)
 from tests.support import FakeClock, reset, run, tasks_of
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
@@ -54,6 +67,23 @@ def test_a_lookup_that_fails_in_whatever_way_while_descriptors_are_short_is_trie
 
     run(main, clock)
     assert "name not found" not in caplog.text
+
+
+def test_while_descriptors_are_short_a_client_waits_for_a_name_no_longer_than_its_timeout() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> tuple[str, str]:
+        error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        async with Scene(loop, "name:80", names={"name": error}, clock=clock, connect_timeout=1.0) as scene:
+            client = scene.start()
+            await scene.advance(0.9)
+            assert client.outcome is None
+            await scene.advance(0.2)
+            failure = await scene.failure(client)
+            await scene.advance(1.1)
+            return failure
+
+    assert run(main, clock) == ("backend-unreachable", "name:80: Too many open files")
 
 
 # What a name stands for
@@ -186,8 +216,15 @@ def test_the_address_that_answered_last_stays_first_whatever_the_order_of_the_an
     run(main, clock)
 
 
-def test_a_lookup_that_fails_takes_nothing_away_and_the_log_says_once_that_it_fails(
-    caplog: pytest.LogCaptureFixture,
+# Lookups that fail
+
+
+resolves = pytest.mark.parametrize("resolve", ["one", "each"])
+
+
+@pytest.mark.parametrize("failure", [UNANSWERED, TimeoutError("no answer to the lookup of name")])
+def test_a_lookup_without_an_answer_takes_nothing_away_and_the_log_says_so_once(
+    failure: OSError, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = FakeClock()
 
@@ -196,22 +233,160 @@ def test_a_lookup_that_fails_takes_nothing_away_and_the_log_says_once_that_it_fa
             names = {"name": [where(live)]}
             async with Scene(loop, "name:80", names=names, clock=clock, resolve_interval=5.0) as scene:
                 await scene.settle()
-                scene.names.names["name"] = UNKNOWN
+                scene.names.names["name"] = failure
                 await scene.advance(30)
                 assert await scene.dial() == "name:80"
                 scene.names.names["name"] = [where(live)]
                 await scene.advance(5.1)
-                scene.names.names["name"] = UNKNOWN
+                scene.names.names["name"] = failure
                 await scene.advance(30)
                 return live
 
     with caplog.at_level(logging.INFO, "rspd"):
         live = run(main, clock)
-    lost = f'name not found name=name reason="Name or service not known" keeping={live}'
+    lost = f'name not found name=name reason="{failure.strerror or failure}" keeping={live}'
     assert lines(caplog) == [lost, "name found again name=name", lost]
 
 
-resolves = pytest.mark.parametrize("resolve", ["one", "each"])
+@resolves
+@pytest.mark.parametrize("denial", [UNKNOWN, EMPTY])
+def test_the_answer_that_a_name_is_gone_takes_its_addresses_away_once_it_is_confirmed(
+    denial: OSError, resolve: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> str:
+        with unix_listener() as (_, live):
+            settings: dict[str, Any] = {"resolve": resolve, "resolve_interval": 5.0}
+            async with Scene(loop, "name:80", names={"name": [where(live)]}, clock=clock, **settings) as scene:
+                client = scene.start()
+                await scene.settle()
+                scene.names.names["name"] = denial
+                await scene.advance(5.1)
+                # Asked once.
+                assert await scene.dial() == client.outcome
+                await scene.advance(1.1)
+                assert await scene.fail() == ("backend-unknown", f"name:80: {denial.strerror}")
+                assert client.backend
+                assert client.backend.open == 1
+                await scene.advance(30)
+                scene.names.names["name"] = [where(live)]
+                await scene.advance(5.1)
+                assert await scene.dial() == client.outcome
+                return live
+
+    with caplog.at_level(logging.INFO, "rspd"):
+        live = run(main, clock)
+    assert lines(caplog) == [
+        f'name not found name=name reason="{denial.strerror}" dropped={live}',
+        "name found again name=name",
+    ]
+
+
+def test_a_backend_that_was_down_because_its_name_was_gone_gets_clients_as_soon_as_it_is_known() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live), unix_listener() as (_, other):
+            names: dict[str, Answer] = {"name": [where(live)]}
+            settings: dict[str, Any] = {"resolve_interval": 1.0, "fail_timeout": 3600.0}
+            async with Scene(loop, "name:80", other, names=names, clock=clock, **settings) as scene:
+                await scene.settle()
+                scene.names.names["name"] = UNKNOWN
+                await scene.advance(3)
+                assert {await scene.dial() for _ in range(4)} == {other}
+                assert not scene["name:80"].in_service
+                scene.names.names["name"] = [where(live)]
+                await scene.advance(3)
+                assert {await scene.dial() for _ in range(4)} == {"name:80", other}
+
+    run(main, clock)
+
+
+def test_an_answer_that_is_not_confirmed_takes_nothing_away(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live):
+            known = [where(live)]
+            async with Scene(loop, "name:80", names={"name": known}, clock=clock, resolve_interval=5.0) as scene:
+                await scene.settle()
+                for _ in range(3):
+                    scene.names.names["name"] = UNKNOWN
+                    await scene.advance(5.1)
+                    scene.names.names["name"] = known
+                    await scene.advance(1.1)
+                assert await scene.dial() == "name:80"
+
+    with caplog.at_level(logging.INFO, "rspd"):
+        run(main, clock)
+    assert lines(caplog) == []
+
+
+# What is answered from second to second, and what is known then. The interval is 60 s; a failure makes it shorter.
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ([UNANSWERED, UNKNOWN, UNKNOWN], ["keeping", "dropped"]),
+        ([UNKNOWN, UNANSWERED, UNKNOWN], ["keeping", "dropped"]),
+        ([UNKNOWN, EMPTY, UNANSWERED], ["dropped"]),
+        ([UNANSWERED, UNKNOWN, UNANSWERED], ["keeping"]),
+    ],
+)
+def test_lookups_without_an_answer_neither_confirm_nor_deny_that_a_name_is_gone(
+    answers: list[Answer], told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live):
+            known = {"name": [where(live)]}
+            async with Scene(loop, "name:80", names=known, clock=clock, resolve_interval=60.0) as scene:
+                await scene.settle()
+                scene["name:80"].source.refresh()
+                for answer in answers:
+                    scene.names.names["name"] = answer
+                    asked = len(scene.names.asked)
+                    while len(scene.names.asked) == asked:
+                        await scene.advance(0.5)
+                # A client that comes then has the name looked up.
+                assert isinstance(await scene.dial(), DialError) == (told[-1] == "dropped")
+
+    run(main, clock)
+    assert [line.split()[-1].split("=")[0] for line in lines(caplog)] == told
+
+
+def test_a_name_that_is_said_to_be_gone_is_asked_for_again_a_second_later_whatever_failed_before() -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> list[float]:
+        names: dict[str, Answer] = {"name": [where(nobody())]}
+        async with Scene(loop, "name:80", names=names, clock=clock, resolve_interval=20.0) as scene:
+            await scene.settle()
+            scene.names.names["name"] = UNANSWERED
+            before = await asked(scene, 60)
+            scene.names.names["name"] = UNKNOWN
+            return [when - before[-1] for when in (await asked(scene, 30))[len(before) :]]
+
+    # Twenty seconds after a lookup that is one of many without an answer.
+    assert run(main, clock) == [20, 21, 23, 27, 35]
+
+
+def test_while_no_descriptor_is_free_no_answer_counts(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+
+    async def main(loop: Loop) -> None:
+        with unix_listener() as (_, live):
+            names: dict[str, Answer] = {"name": [where(live)]}
+            async with Scene(loop, "name:80", names=names, clock=clock, resolve_interval=5.0) as scene:
+                await scene.settle()
+                scene.names.names["name"] = UNKNOWN
+                with no_descriptors():
+                    await scene.advance(30)
+                assert scene["name:80"].addresses == [where(live)]
+
+    run(main, clock)
+    assert lines(caplog) == []
 
 
 @resolves
@@ -223,7 +398,7 @@ def test_a_reload_that_changes_only_the_port_keeps_what_is_known_of_the_name(res
         async with Scene(loop, "name:80", names=names, clock=clock, resolve=resolve) as scene:
             await scene.advance(0.1)
             scene.names.forget()
-            scene.names.names["name"] = UNKNOWN
+            scene.names.names["name"] = UNANSWERED
             scene.apply("name:81", "name:82")
             await scene.settle()
             return [str(address) for backend in scene.members for address in backend.addresses]

@@ -28,15 +28,22 @@ class Hosts:
         folder.mkdir()
         for name in COPIED:
             shutil.copy(f"/etc/{name}", folder)
-        (folder / "nsswitch.conf").write_text("hosts: files\n")
         (folder / "host.conf").write_text("multi on\n")
         self.say()
 
     def say(self, *addresses: str) -> None:
         """Have `web.test` stand for these addresses, or be unknown."""
-        new = self.folder / "hosts.new"
-        new.write_text("".join(f"{address} web.test\n" for address in addresses))
-        os.replace(new, self.folder / "hosts")
+        self._write("hosts", "".join(f"{address} web.test\n" for address in addresses))
+        self._write("nsswitch.conf", "hosts: files\n")
+
+    def hide(self) -> None:
+        """Have no question answered: DNS takes the place of the file, and this host has no name server."""
+        self._write("nsswitch.conf", "hosts: dns\n")
+
+    def _write(self, name: str, text: str) -> None:
+        new = self.folder / f"{name}.new"
+        new.write_text(text)
+        os.replace(new, self.folder / name)
 
     @contextmanager
     def rspd(self, file: File) -> Iterator[Daemon]:
@@ -250,18 +257,42 @@ def test_clients_wait_for_a_name_as_they_wait_for_a_backend(tmp_path: Path, host
 
 
 @pytest.mark.parametrize("resolve", ["one", "each"])
-def test_a_lookup_that_fails_takes_nothing_away(tmp_path: Path, hosts: Hosts, resolve: str) -> None:
+def test_a_lookup_without_an_answer_takes_nothing_away(tmp_path: Path, hosts: Hosts, resolve: str) -> None:
     hosts.say("127.0.0.11", "127.0.0.12")
     with servers(*"AB") as found:
         file = File(tmp_path, backends=name_of(found[0]), resolve=resolve, resolve_interval="50ms")
         with hosts.rspd(file) as daemon:
             assert ask(daemon)
-            hosts.say()
+            hosts.hide()
             (line,) = daemon.wait_for("name not found")
-            assert "keeping=" in line
-            assert line.count("127.0.0.1") == 2
+            assert line.endswith("keeping=127.0.0.11,127.0.0.12")
             for _ in range(20):
                 assert ask(daemon)
             hosts.say("127.0.0.12")
             daemon.wait_for("name found again")
             assert {ask(daemon) for _ in range(5)} == {"B"}
+
+
+@pytest.mark.parametrize("resolve", ["one", "each"])
+def test_a_name_that_is_gone_is_dialled_no_more_while_open_connections_go_on(
+    tmp_path: Path, hosts: Hosts, resolve: str
+) -> None:
+    hosts.say("127.0.0.11")
+    with servers("A", handler=stays) as found:
+        file = File(tmp_path, backends=name_of(found[0]), resolve=resolve, resolve_interval="50ms", max_connections=9)
+        with hosts.rspd(file) as daemon:
+            _, client = enter(daemon)
+            with client:
+                hosts.say()
+                (line,) = daemon.wait_for("name not found")
+                assert line.endswith(
+                    'WARNING name not found name=web.test reason="Name or service not known" dropped=127.0.0.11'
+                )
+                assert ask(daemon) == ""
+                assert [end["cause"] for end in daemon.wait_for_ends(1)] == ["backend-unknown"]
+                assert talks(client)
+                hosts.say("127.0.0.11")
+                daemon.wait_for("name found again")
+                name, other = enter(daemon)
+                other.close()
+                assert name == "A"

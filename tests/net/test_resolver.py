@@ -13,9 +13,10 @@ import pytest
 
 from rspd.config.addresses import parse_address
 from rspd.engine.loop import Loop, Task
-from rspd.net.address import Address, SocketAddress, resolve
+from rspd.net.address import Address, SocketAddress, denies, resolve
 from rspd.net.resolver import ANSWER_LIFE, Resolver
 from tests.engine.test_loop import no_threads, rounds
+from tests.namespaces import OWN_DNS, in_namespace, name_server
 from tests.support import FakeClock, eventually, run
 
 LOCALHOST = Address("localhost", 80)
@@ -104,6 +105,40 @@ def test_an_unknown_name_is_an_error_for_each_who_asks_and_is_asked_for_again() 
             assert all(isinstance(outcome, socket.gaierror) for outcome in outcomes)
 
     run(main)
+
+
+def ask_half_a_name_server(four: str, six: str) -> None:
+    """Run in a namespace. four, six: what a name server says when it is asked for IPv4 or IPv6 addresses."""
+    with name_server({socket.AF_INET: four, socket.AF_INET6: six}):
+        try:
+            found = resolve(Address("name.test", 80))
+        except socket.gaierror as error:
+            print(denies(error), error.errno)
+        else:
+            print(*found)
+
+
+REFUSALS = ("SERVFAIL", "REFUSED")
+ADDRESS = "127.0.0.9:80"
+
+
+@pytest.mark.parametrize(
+    ("four", "six", "found"),
+    [
+        *((four, "NODATA", "False") for four in REFUSALS),
+        *(("NODATA", six, "False") for six in REFUSALS),
+        ("SERVFAIL", "NXDOMAIN", "False"),
+        ("NXDOMAIN", "SERVFAIL", "False"),
+        ("NODATA", "", "False"),
+        ("NODATA", "NODATA", f"True {socket.EAI_NODATA}"),
+        ("NXDOMAIN", "NXDOMAIN", f"True {socket.EAI_NONAME}"),
+        (ADDRESS, "NODATA", ADDRESS),
+        (ADDRESS, "SERVFAIL", ADDRESS),
+    ],
+)
+def test_that_a_name_is_gone_counts_only_if_both_families_say_so(four: str, six: str, found: str) -> None:
+    (line,) = in_namespace(ask_half_a_name_server, four, six, prepare=OWN_DNS)
+    assert line.startswith(found)
 
 
 def test_one_thread_serves_all_who_ask_for_a_name_at_the_same_time(lookups: list[str]) -> None:
