@@ -15,7 +15,7 @@ from rspd.engine.cause import Cause
 from rspd.engine.loop import Loop
 from rspd.engine.side import Side
 from rspd.log import quote
-from rspd.net.address import Peer, host_of
+from rspd.net.address import Peer, format_peer, host_of
 from rspd.net.connect import UnreachableError, cause_of, connect, is_own_fault, share, why
 from rspd.net.descriptors import Shortage
 from rspd.net.networks import client_key
@@ -72,7 +72,7 @@ class Pool:
     """The backends that a proxy chooses from, and the clients that wait for one.
 
     config: the proxy's configuration in force.
-    members: the backends. queue: the clients that wait.
+    members: the backends. queue: the clients that wait. tag: names the proxy in the log, or is empty.
     """
 
     def __init__(
@@ -87,11 +87,10 @@ class Pool:
         on_change: Callable[[], object],
     ) -> None:
         """on_down, on_change: as for `Members`."""
-        tag = f" proxy={config.name}" if config.name else ""
-        self._loop = loop
-        self._shortage = shortage
+        self.tag = f" proxy={config.name}" if config.name else ""
+        self._loop, self._shortage = loop, shortage
         self.queue = Queue(loop)
-        self.members = Members(loop, shortage, resolver, ways, tag, self.queue.wake, on_down, on_change)
+        self.members = Members(loop, shortage, resolver, ways, self.tag, self.queue.wake, on_down, on_change)
         self._next_last_resort = 0.0
         self.apply(config, openings)
 
@@ -233,11 +232,8 @@ class Attempts:
     """
 
     def __init__(self, pool: Pool, config: ProxyConfig, caller: Caller, began: float) -> None:
-        self._pool = pool
-        self._config = config
-        self._caller = caller
-        self._loop = caller.client.loop
-        self._began = began
+        self._pool, self._config, self._caller = pool, config, caller
+        self._loop, self._began = caller.client.loop, began
         self._give_up = 0.0  # until when it waits in the queue; 0 before
         self._reasons: list[str] = []
         self._cause: Cause = "backend-unreachable"
@@ -252,20 +248,21 @@ class Attempts:
         Raises DialError if the client has gone.
         """
         now, aborted = self._loop.now, self._caller.client.aborted
-        self._reasons += error.reasons if isinstance(error, UnreachableError) else [f"{where}: {why(error)}"]
+        reasons = error.reasons if isinstance(error, UnreachableError) else [f"{where}: {why(error)}"]
+        self._reasons += reasons
         if aborted or is_own_fault(error):
             backend.no_verdict(now, retry_at)
         else:
             backend.failed(now, why(error))
         if aborted:
             raise DialError("client-aborted", self._reasons) from None
-        log.debug("backend not reached backend=%s reason=%s", backend.name, quote(self._reasons[-1]))
+        client, reason = format_peer(self._caller.client_address), quote("; ".join(reasons))
+        log.debug("backend not reached client=%s%s backend=%s reason=%s", client, self._pool.tag, backend.name, reason)
         self._cause = cause_of(error)
         self.tried.append(backend)
         self.used += retry_at == inf
-        if self.used > self._config.retries or now >= self.deadline:
-            return None
-        return self._pool.choose(self._caller.client_address, self.tried)
+        over = self.used > self._config.retries or now >= self.deadline
+        return None if over else self._pool.choose(self._caller.client_address, self.tried)
 
     async def wait_for_backend(self) -> Backend:
         """Wait until the client gets a backend. No backend counts as tried then. Raises DialError."""
@@ -293,12 +290,10 @@ class Attempts:
             raise DialError("client-aborted", []) from None
         except TimeoutError:
             raise DialError("queue-timeout", [members.situation()]) from None
-        self.deadline = loop.now + self._config.connect_timeout
-        if not members.any_in_service:
-            self.deadline = min(self.deadline, self._give_up)
-        self.tried.clear()
-        self.used = 0
+        patience = inf if members.any_in_service else self._give_up
+        self.deadline = min(loop.now + self._config.connect_timeout, patience)
         self._reasons.clear()
+        self.tried, self.used = [], 0
         return backend
 
     def _patience(self) -> float:

@@ -802,14 +802,17 @@ def test_having_no_port_left_to_connect_from_says_nothing_of_the_backend_and_a_t
 
 
 def test_each_attempt_that_fails_is_a_line_for_who_asks_for_details(caplog: pytest.LogCaptureFixture) -> None:
-    async def main(loop: Loop) -> str:
-        with switches("-+") as (dead, live):
-            async with Scene(loop, configured(dead.address), configured(live.address, backup=True)) as scene:
-                assert await scene.dial() == live.address
-                return dead.address
+    async def main(loop: Loop) -> list[str]:
+        with switches("--+") as (dead, other, live):
+            names = {"name": [where(dead.address), where(other.address)]}
+            backends = [configured("name:80"), configured(live.address, backup=True)]
+            async with Scene(loop, *backends, names=names, name="web") as scene:
+                assert await scene.dial("192.0.2.7") == live.address
+                return [dead.address, other.address]
 
     with caplog.at_level(logging.DEBUG, "rspd.balancing.pool"):
         dead = run(main)
     [line] = [record for record in caplog.records if record.name == "rspd.balancing.pool"]
     assert line.levelno == logging.DEBUG
-    assert line.getMessage() == f'backend not reached backend={dead} reason="{dead}: Connection refused"'
+    reasons = "; ".join(f"{address}: Connection refused" for address in dead)
+    assert line.getMessage() == f'backend not reached client=192.0.2.7:1 proxy=web backend=name:80 reason="{reasons}"'
