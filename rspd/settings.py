@@ -25,12 +25,14 @@ class StatusRange(NamedTuple):
 
 
 class BackendConfig(NamedTuple):
-    """One backend of a proxy, and which connections it gets."""
+    """One backend of a proxy, and which connections it gets. None: as the proxy says."""
 
     address: Address
     weight: int = 1
     backup: bool = False  # gets connections only while no other is up
     max_connections: float = inf  # at once; further ones wait, or go elsewhere
+    max_fails: float | None = None
+    fail_timeout: float | None = None
 
     def __str__(self) -> str:
         return str(self.address)
@@ -67,7 +69,7 @@ class ProxyConfig(NamedTuple):
     resolve: str = "one"  # one: a name is one backend; each: each address of it is one
     resolve_interval: float = 10.0  # how often names are looked up again; finite
     retries: float = inf  # further backends tried for a client; inf: all
-    max_fails: int = 1  # so many failures within fail_timeout, and a backend is out
+    max_fails: float = 1  # so many failures within fail_timeout, and a backend is out; inf: failures do not count
     fail_timeout: float = 10.0  # finite
     queue_timeout: float = 0.0  # how long clients wait while no backend is up; finite, 0: not at all
     health: HealthConfig | None = None
@@ -78,6 +80,14 @@ class ProxyConfig(NamedTuple):
     allow: tuple[Network, ...] = ()  # empty: everybody
     deny: tuple[Network, ...] = ()
     max_connections_per_client: float = inf
+
+    def max_fails_of(self, backend: BackendConfig) -> float:
+        """The `max_fails` of a backend."""
+        return self.max_fails if backend.max_fails is None else backend.max_fails
+
+    def fail_timeout_of(self, backend: BackendConfig) -> float:
+        """The `fail_timeout` of a backend."""
+        return self.fail_timeout if backend.fail_timeout is None else backend.fail_timeout
 
 
 class Config(NamedTuple):

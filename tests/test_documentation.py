@@ -114,7 +114,7 @@ def test_what_the_shipped_configuration_has_in_comments_is_valid(tmp_path: Path)
         file.write_text("\n".join(lines))
         load_config(str(file), {})
     assert load_config(f"{tmp_path}/0.yaml", {}) == load_config(str(SHIPPED), {})
-    assert [backend.weight for backend in load_config(f"{tmp_path}/1.yaml", {}).proxies[0].backends] == [1, 2, 1]
+    assert [backend.weight for backend in load_config(f"{tmp_path}/1.yaml", {}).proxies[0].backends] == [1, 2, 1, 1]
     assert [proxy.name for proxy in load_config(f"{tmp_path}/4.yaml", {}).proxies] == ["web", "mail"]
 
 

@@ -13,11 +13,11 @@
     leave           full         up          it has room again
     failed          up, full     down        if it has failed max_fails times within fail_timeout
                     down, trial  down        not after a bad check
+    forgive         down, trial  up, full    max_fails is off now, or its name is known again; not after a bad check
     try_out         down, trial  trial       it is due; or, as a last resort, no backend is in service
     put_off         down, trial  down        it is due, but a spare, and a regular backend is in service
     no_verdict      trial        down        due at once; no change if another client has tried it since
     reached         down, trial  up, full    not after a bad check
-    forgive         down, trial  up, full    its name is known again; not after a bad check
     found_well      down, trial  up, full
     found_unwell    all others   down        until a good check: `retry_at` is inf
     retire          all others   gone
@@ -70,6 +70,7 @@ class Backend:
     addresses: its socket addresses, the first to be tried at the front; empty as long as its name is unknown.
     open: how many connections it has, those that are being dialled included.
     retry_at: when it is due for a client to try it; inf if it is in service, or its last check was bad.
+    failed_at: when connecting to it failed last; 0 before.
     down_since, why_down: of the last time that it went down.
     checker: makes its health checks, if it has any. checked_by: its settings and preface.
     """
@@ -88,6 +89,7 @@ class Backend:
         self.addresses: list[SocketAddress] = []
         self.open = 0
         self.retry_at = inf
+        self.failed_at = 0.0
         self.down_since = 0.0
         self.why_down = ""
         self.checker: Checker | None = None
@@ -115,16 +117,18 @@ class Backend:
 
     def configure(self, config: BackendConfig, proxy: ProxyConfig, tier: Tier, now: float) -> None:
         """It is configured so from now on. Call `join` when all backends of the pool have been configured."""
-        self._proxy = proxy
+        self._max_fails, self._fail_timeout = proxy.max_fails_of(config), proxy.fail_timeout_of(config)
+        if self._max_fails == inf:
+            self.forgive()
         if self.retry_at < inf:
             # Who is due first stays so.
-            self.retry_at = min(self.retry_at, now + proxy.fail_timeout)
+            self.retry_at = min(self.retry_at, now + self._fail_timeout)
         self._rejoins = self.state != "gone" and (tier is not self.tier or config != self.config)
         if self._rejoins:
             # Before the weight changes: see `Candidate`.
             self.tier.note(self, self.state, "gone")
         self.config = config
-        self.address, self.weight, _, self.limit = config
+        self.address, self.weight, _, self.limit = config[:4]
         self.tier = tier
 
     def join(self) -> None:
@@ -167,25 +171,28 @@ class Backend:
         """Connecting to it failed."""
         if self.state == "gone":
             return
+        self.failed_at = now
         self.source.refresh()
+        if self._max_fails == inf:
+            return
         if self.in_service:
             self.failures.append(now)
-            while self.failures[0] < now - self._proxy.fail_timeout:
+            while self.failures[0] < now - self._fail_timeout:
                 self.failures.popleft()
-            if len(self.failures) < self._proxy.max_fails:
+            if len(self.failures) < self._max_fails:
                 return
         if self.checker:
             self.checker.doubt()  # good checks bring it back, maybe sooner than `fail_timeout`
         if not self.unwell:
-            self._go_down(now, now + self._proxy.fail_timeout, reason)
+            self._go_down(now, now + self._fail_timeout, reason)
 
     def try_out(self, now: float) -> None:
         """A client tries it next, though it is out of service."""
-        self._go("trial", now + self._proxy.fail_timeout)
+        self._go("trial", now + self._fail_timeout)
 
     def put_off(self, now: float) -> None:
         """It is due, but no client tries it now."""
-        self._go("down", now + self._proxy.fail_timeout)
+        self._go("down", now + self._fail_timeout)
 
     def no_verdict(self, now: float, retry_at: float) -> None:
         """An attempt says nothing of it. retry_at: its value when the attempt began, so that a later trial goes on."""

@@ -194,6 +194,7 @@ class Members:
                     backend.forgive()
                 backend.source, backend.addresses = source, in_order(backend.addresses, addresses)
                 members[name] = backend
+        self.trials.sort(key=attrgetter("retry_at"))  # `configure` may have changed it
         leaving, self.by_name = self.by_name, members
         for backend in leaving.values():
             backend.stop_checking()

@@ -216,6 +216,10 @@ class Pool:
         members, now = self.members, self._loop.now
         backend = self.choose(address, ())
         look_again = members.next_trial
+        if backend and backend.in_service and now < backend.failed_at + RETRY:
+            # It is up all the same (max_fails). One of the clients that wait tries it, not each of them.
+            failed = [one for one in members.by_name.values() if now < one.failed_at + RETRY]
+            return self.choose(address, failed), min(one.failed_at for one in failed) + RETRY
         if not backend and not members.any_in_service:
             if now >= self._next_last_resort and (backend := self._last_resort(())):
                 self._next_last_resort = now + RETRY
@@ -289,7 +293,8 @@ class Attempts:
         except ConnectionAbortedError:
             raise DialError("client-aborted", []) from None
         except TimeoutError:
-            raise DialError("queue-timeout", [members.situation()]) from None
+            reasons = self._reasons if members.any_in_service and self._reasons else [members.situation()]
+            raise DialError("queue-timeout", reasons) from None
         patience = inf if members.any_in_service else self._give_up
         self.deadline = min(loop.now + self._config.connect_timeout, patience)
         self._reasons.clear()

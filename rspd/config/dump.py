@@ -52,7 +52,7 @@ def _node(reader: Scalar, value: Any) -> yaml.Node | None:
         return items[0] if len(items) == 1 else yaml.SequenceNode(LIST, items)
     meant = (_scalar(text) for text in _texts(value) if accepts(reader.parse, text) and reader.parse(text) == value)
     node = next(meant, None)
-    assert node or value in ("", ()), f"nothing means {value!r}"
+    assert node or value in ("", (), None), f"nothing means {value!r}"
     return node
 
 

@@ -34,11 +34,16 @@ def _check_health(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, "cannot stand beside http" if "http" in settings else "needs http beside it"
 
 
+_MAX_FAILS = Scalar(values.unless(values.OFF, inf, values.whole_number(1, 1000, "off")))
+_FAIL_TIMEOUT = Scalar(values.parse_finite_duration)
+
 BACKEND_KEYS: Mapping[str, Scalar] = {
     "address": Scalar(parse_backend),
     "weight": Scalar(values.whole_number(1, 1000)),
     "backup": Scalar(values.parse_switch),
     "max_connections": Scalar(_parse_limit),
+    "max_fails": _MAX_FAILS,
+    "fail_timeout": _FAIL_TIMEOUT,
 }
 
 HEALTH_KEYS: Mapping[str, Scalar] = {
@@ -75,8 +80,8 @@ PROXY_KEYS: Mapping[str, Scalar] = {
     "resolve_interval": Scalar(values.parse_finite_duration),
     "connect_timeout": Scalar(values.parse_duration),
     "retries": Scalar(values.unless(("all",), inf, values.whole_number(0, 1000, "all"))),
-    "max_fails": Scalar(values.whole_number(1, 1000)),
-    "fail_timeout": Scalar(values.parse_finite_duration),
+    "max_fails": _MAX_FAILS,
+    "fail_timeout": _FAIL_TIMEOUT,
     "queue_timeout": Scalar(values.parse_wait),
     "health": Table(HEALTH_KEYS, HealthConfig, _parse_health, "a mapping, on or off", check=_check_health),
     "on_down": Scalar(values.one_of(("keep", "abort"))),

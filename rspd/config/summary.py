@@ -18,7 +18,7 @@ def describe(config: Config) -> list[str]:
     for proxy in config.proxies:
         name = f"{proxy.name}: " if proxy.name else ""
         lines.append(name + "; ".join(_proxy(proxy)))
-        lines += ("  " + ", ".join(_backend(backend)) for backend in proxy.backends)
+        lines += ("  " + ", ".join(_backend(backend, proxy)) for backend in proxy.backends)
     general = []
     if config.exit_idle_time != inf:
         general.append(f"ends after {_span(config.exit_idle_time)} without a connection")
@@ -49,8 +49,7 @@ def _proxy(proxy: ProxyConfig) -> Iterator[str]:
     if proxy.health:
         yield "health " + ", ".join(_health(proxy.health))
     if (proxy.max_fails, proxy.fail_timeout) != (DEFAULTS.max_fails, DEFAULTS.fail_timeout):
-        times = "one failure" if proxy.max_fails == 1 else f"{proxy.max_fails} failures"
-        yield f"down after {times} within {_span(proxy.fail_timeout)}"
+        yield _down_after(proxy.max_fails, proxy.fail_timeout)
     if proxy.on_down == "abort":
         yield "connections of a backend aborted when it goes down"
     if proxy.retries != inf:
@@ -85,7 +84,14 @@ def _health(health: HealthConfig) -> Iterator[str]:
         yield f"down after {health.fall} bad"
 
 
-def _backend(backend: BackendConfig) -> Iterator[str]:
+def _down_after(failures: float, seconds: float) -> str:
+    if failures == inf:
+        return "never down by failures to connect"
+    times = "one failure" if failures == 1 else f"{failures:.0f} failures"
+    return f"down after {times} within {_span(seconds)}"
+
+
+def _backend(backend: BackendConfig, proxy: ProxyConfig) -> Iterator[str]:
     yield str(backend.address)
     if backend.weight != 1:
         yield f"weight {backend.weight}"
@@ -93,6 +99,8 @@ def _backend(backend: BackendConfig) -> Iterator[str]:
         yield "backup"
     if backend.max_connections != inf:
         yield _connections(backend.max_connections)
+    if (backend.max_fails, backend.fail_timeout) != (None, None):
+        yield _down_after(proxy.max_fails_of(backend), proxy.fail_timeout_of(backend))
 
 
 def _connections(number: float) -> str:

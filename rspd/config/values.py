@@ -90,7 +90,8 @@ def whole_number(low: int, high: int, beside: str = "") -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
             also = f", or {beside}" if beside else ""
-            raise ValueError(f"expected a whole number from {low} to {high}{also}, found {text!r}")
+            advice = f"; did you mean {beside}?" if beside and text == "0" else ""
+            raise ValueError(f"expected a whole number from {low} to {high}{also}, found {text!r}{advice}")
         return int(text)
 
     return parse

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from rspd.balancing.backend import Backend, State
 from rspd.balancing.policies import POLICIES
+from rspd.balancing.pool import RETRY
 from rspd.engine.loop import Loop
 from rspd.settings import BackendConfig
 from tests.dialled import Scene, configured, switches
@@ -27,6 +28,8 @@ configurations = st.lists(
         st.sampled_from([1, 1, 2, 5]),
         st.booleans(),
         st.sampled_from([inf, inf, 1, 2]),
+        st.sampled_from([None, None, 1, 2, inf]),
+        st.sampled_from([None, None, 1.0]),
     ),
     min_size=1,
     max_size=4,
@@ -36,7 +39,7 @@ configurations = st.lists(
 proxies = st.fixed_dictionaries(
     {
         "balance": st.sampled_from(sorted(POLICIES)),
-        "max_fails": st.sampled_from([1, 1, 2]),
+        "max_fails": st.sampled_from([1, 1, 2, inf]),
         "fail_timeout": st.sampled_from([0.0, 1.0, 10.0]),
         "queue_timeout": st.sampled_from([0.0, 5.0]),
     }
@@ -58,11 +61,12 @@ events = st.lists(
 )
 
 
-def backends_of(configuration: list[tuple[int, int, bool, float]], addresses: list[str]) -> list[BackendConfig]:
-    return [
-        configured(addresses[number], weight=weight, backup=backup, max_connections=limit)
-        for number, weight, backup, limit in configuration
-    ]
+Configuration = list[tuple[int, int, bool, float, float | None, float | None]]
+
+
+def backends_of(configuration: Configuration, addresses: list[str]) -> list[BackendConfig]:
+    keys = ("weight", "backup", "max_connections", "max_fails", "fail_timeout")
+    return [configured(addresses[number], **dict(zip(keys, rest, strict=True))) for number, *rest in configuration]
 
 
 class Model:
@@ -122,9 +126,11 @@ class World:
             configuration, proxy = value
             self.scene.apply(*backends_of(configuration, ADDRESSES), **proxy)
             self.note_members()
-            latest = self.clock.now + proxy["fail_timeout"]
             for model in self.models.values():
-                model.out_until = model.out_until if model.out_until == inf else min(model.out_until, latest)
+                if model.member and 0 < model.out_until < inf:
+                    model.out_until = min(model.out_until, self.next_trial(model.backend))
+                    if self.scene.pool.config.max_fails_of(model.backend.config) == inf:
+                        model.come_up()
         elif event in ("well", "unwell"):
             self.check(members[value % len(members)], event == "well")
         elif event == "ended" and self.connected:
@@ -132,10 +138,13 @@ class World:
         elif event != "ended" and self.dialled:
             self.answer(event, *self.dialled.pop(value % len(self.dialled)))
 
+    def next_trial(self, backend: Backend) -> float:
+        """When a backend is due that fails now."""
+        return self.clock.now + self.scene.pool.config.fail_timeout_of(backend.config)
+
     def begin(self, number: int) -> None:
         """A client has a backend chosen, as `Pool.dial` does."""
         pool, now = self.scene.pool, self.clock.now
-        next_trial = now + pool.config.fail_timeout
         regular = [one for one in self.scene.members if not one.config.backup]
         spares = [one for one in self.scene.members if one.config.backup]
         serving = any(one.in_service for one in regular)
@@ -144,7 +153,7 @@ class World:
             due = [one for one in spares if one.retry_at <= now and one.has_room]
             if serving:
                 for one in due:
-                    self.models[one].go_out(next_trial)
+                    self.models[one].go_out(self.next_trial(one))
                 due = []
         usual = [one for one in (regular if serving else spares) if one.state == "up"]
         failed = [one for one in self.scene.members if one.retry_at < inf and one.has_room]
@@ -154,7 +163,7 @@ class World:
         assert chosen in allowed if allowed else chosen is None
         if chosen:
             if chosen not in usual:
-                self.models[chosen].go_out(next_trial, on_trial=True)
+                self.models[chosen].go_out(self.next_trial(chosen), on_trial=True)
             self.dialled.append((chosen, chosen.retry_at))
             chosen.enter()
 
@@ -174,12 +183,15 @@ class World:
                 model.go_out(now)
             return
         backend.failed(now, "Connection refused")
+        if config.max_fails_of(backend.config) == inf:
+            return
+        timeout = config.fail_timeout_of(backend.config)
         if model.state in ("up", "full"):
-            model.failures = [when for when in model.failures if when >= now - config.fail_timeout] + [now]
-            if len(model.failures) < config.max_fails:
+            model.failures = [when for when in model.failures if when >= now - timeout] + [now]
+            if len(model.failures) < config.max_fails_of(backend.config):
                 return
         if model.member and model.out_until < inf:
-            model.go_out(now + config.fail_timeout)
+            model.go_out(now + timeout)
 
     def check(self, backend: Backend, well: bool) -> None:
         """The checks of a backend come to another verdict."""
@@ -215,7 +227,7 @@ class World:
 @settings(max_examples=600)
 @given(configurations, proxies, events)
 def test_whatever_happens_each_backend_is_as_the_rules_say_and_the_right_ones_are_chosen(
-    configuration: list[tuple[int, int, bool, float]], proxy: dict[str, Any], sequence: list[tuple[str, Any]]
+    configuration: Configuration, proxy: dict[str, Any], sequence: list[tuple[str, Any]]
 ) -> None:
     clock = FakeClock()
 
@@ -243,15 +255,16 @@ steps = st.lists(
 
 
 def choosable(scene: Scene) -> bool:
-    """Whether some backend is up whose turn it is."""
+    """Whether some backend is up whose turn it is, and nobody has just failed to connect to it."""
     regular = any(one.in_service and not one.config.backup for one in scene.members)
-    return any(one.state == "up" and one.config.backup is not regular for one in scene.members)
+    allowed = [one for one in scene.members if one.state == "up" and one.config.backup is not regular]
+    return any(one.failed_at + RETRY <= scene.loop.now for one in allowed)
 
 
 @settings(max_examples=300)
 @given(configurations, proxies, steps)
 def test_whatever_happens_nobody_waits_while_there_is_room_and_everybody_is_answered(
-    configuration: list[tuple[int, int, bool, float]], proxy: dict[str, Any], sequence: list[tuple[str, Any]]
+    configuration: Configuration, proxy: dict[str, Any], sequence: list[tuple[str, Any]]
 ) -> None:
     clock = FakeClock()
 

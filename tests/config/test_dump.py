@@ -137,9 +137,9 @@ def texts(key: str) -> st.SearchStrategy[Any]:
         return NETWORKS | st.just("all" if key == "allow" else "off")
     if key in ("rise", "fall"):
         return st.integers(1, 100).map(str)
-    if key in ("max_connections", "backlog", "max_fails", "weight"):
+    if key in ("max_connections", "backlog", "weight"):
         return NUMBERS
-    if key in ("retries", "max_connections_per_client"):
+    if key in ("retries", "max_connections_per_client", "max_fails"):
         return NUMBERS | st.just("all" if key == "retries" else "off")
     return DURATIONS | st.just("off") if key in OFF_TOO else DURATIONS
 
@@ -227,7 +227,8 @@ def test_a_value_of_each_field_is_printed() -> None:
     assert told.keys() == (set(ProxyConfig._fields) | set(Config._fields)) - {"name", "proxies", "backends"} | {
         "backend"
     }
-    assert told["backend"].keys() == set(BackendConfig._fields)
+    # What a backend does not say itself, the proxy says.
+    assert told["backend"].keys() == set(BackendConfig._fields) - {"max_fails", "fail_timeout"}
     full = HealthConfig(http="/", host="a", send=b"", expect=b"")
     proxy = ProxyConfig((), (BackendConfig(parse_backend("a:1")),), health=full)
     told = yaml.load(dump(Config((proxy,))), yaml.BaseLoader)

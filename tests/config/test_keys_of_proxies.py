@@ -89,6 +89,7 @@ def backends(*texts: str) -> tuple[BackendConfig, ...]:
         ("retries: 3", "retries", 3),
         ("retries: all", "retries", inf),
         ("max_fails: 1000", "max_fails", 1000),
+        ("max_fails: off", "max_fails", inf),
         ("fail_timeout: 500ms", "fail_timeout", 0.5),
         ("queue_timeout: 5s", "queue_timeout", 5.0),
         ("queue_timeout: 0", "queue_timeout", 0.0),
@@ -151,6 +152,16 @@ def test_a_backend_is_an_address_or_a_mapping(load: Load, key: str) -> None:
     assert load(f"listen: 1\n{key}:\n  address: a:1\n  max_connections: off").proxies[0].backends == backends("a:1")
 
 
+def test_a_backend_may_have_its_own_rules_in_place_of_the_proxy_s(load: Load) -> None:
+    (proxy,) = load(
+        "listen: 1\nmax_fails: 3\nbackends:\n- a:1\n"
+        "- {address: b:1, max_fails: off, fail_timeout: 1m}\n"
+        "- {address: c:1, max_fails: 2}\n"
+    ).proxies
+    assert [proxy.max_fails_of(backend) for backend in proxy.backends] == [3, inf, 2]
+    assert [proxy.fail_timeout_of(backend) for backend in proxy.backends] == [10, 60, 10]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -166,8 +177,8 @@ def test_a_backend_is_an_address_or_a_mapping(load: Load, key: str) -> None:
         ("resolve_interval: 0", f"resolve_interval: {DURATION}, found '0'"),
         ("retries: -1", "retries: expected a whole number from 0 to 1000, or all, found '-1'"),
         ("retries: off", "retries: expected a whole number from 0 to 1000, or all, found 'off'"),
-        ("max_fails: 0", "max_fails: expected a whole number from 1 to 1000, found '0'"),
-        ("max_fails: 1001", "max_fails: expected a whole number from 1 to 1000, found '1001'"),
+        ("max_fails: 0", "max_fails: expected a whole number from 1 to 1000, or off, found '0'; did you mean off?"),
+        ("max_fails: 1001", "max_fails: expected a whole number from 1 to 1000, or off, found '1001'"),
         ("fail_timeout: off", f"fail_timeout: {DURATION}, found 'off'"),
         ("queue_timeout: -1", "queue_timeout: expected a duration, as 500ms, 5s, 2m or 1h, or off, found '-1'"),
         ("on_down: kill", "on_down: expected one of keep, abort, found 'kill'"),
@@ -180,7 +191,10 @@ def test_a_backend_is_an_address_or_a_mapping(load: Load, key: str) -> None:
         ("deny: [10.0.0.0/8, 10.0.0.0/8]", "deny: 10.0.0.0/8 is listed twice"),
         (
             "max_connections_per_client: 0",
-            "max_connections_per_client: expected a whole number from 1 to 1000000, or off, found '0'",
+            (
+                "max_connections_per_client: expected a whole number from 1 to 1000000, or off, found '0'; "
+                "did you mean off?"
+            ),
         ),
         ("health: yes please", f"health: {HEALTH}, found 'yes please'"),
         ("health:", f"health: {HEALTH}, found ''"),
@@ -279,8 +293,12 @@ def test_each_error_names_line_and_key_what_is_expected_and_what_was_found(
         ("{address: a:1, wieght: 2}", "FILE:2: backend.wieght: unknown key, did you mean weight?"),
         (
             "{address: a:1, name: x}",
-            "FILE:2: backend.name: unknown key, expected one of address, weight, backup, max_connections",
+            (
+                "FILE:2: backend.name: unknown key, expected one of address, weight, backup, max_connections, "
+                "max_fails, fail_timeout"
+            ),
         ),
+        ("{address: a:1, fail_timeout: off}", f"FILE:2: backend.fail_timeout: {DURATION}, found 'off'"),
         (
             "\n- a:1\n- address: b:1\n  max_connections: many",
             "FILE:5: backend.max_connections: expected a whole number from 1 to 1000000, or off, found 'many'",

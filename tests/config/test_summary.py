@@ -84,6 +84,11 @@ def test_how_backends_are_checked_is_said(health: HealthConfig, words: str) -> N
     assert line == f"listening on 80; one connection at a time; health {words}"
 
 
+def test_that_failures_take_no_backend_down_is_said() -> None:
+    line, _ = describe(Config((PROXY._replace(max_fails=inf),)))
+    assert line.endswith("; never down by failures to connect")
+
+
 def test_that_no_further_backend_is_tried_is_said() -> None:
     line, _ = describe(Config((PROXY._replace(retries=0),)))
     assert line.endswith("; no further backend tried")
@@ -96,6 +101,18 @@ def test_each_backend_has_a_line_with_what_it_gets() -> None:
         "listening on 80; one connection at a time; round-robin over 2 backends",
         "  10.0.0.1:80, weight 3, one connection at a time",
         "  [::1]:80, backup, 20 connections at a time",
+    ]
+
+
+def test_what_one_backend_has_in_place_of_the_proxy_s_is_in_its_line() -> None:
+    proxy = PROXY._replace(max_fails=3, fail_timeout=20.0)
+    backends = [BACKEND._replace(max_fails=1), BACKEND._replace(fail_timeout=60.0), BACKEND._replace(max_fails=inf)]
+    line, *own = describe(Config((proxy._replace(backends=tuple(backends)),)))
+    assert line.endswith("; down after 3 failures within 20 s")
+    assert own == [
+        "  10.0.0.1:80, down after one failure within 20 s",
+        "  10.0.0.1:80, down after 3 failures within 1 min",
+        "  10.0.0.1:80, never down by failures to connect",
     ]
 
 
