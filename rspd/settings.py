@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rspd.net.address import Address
 from rspd.net.networks import Network
@@ -24,6 +24,34 @@ class StatusRange(NamedTuple):
         return f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
 
 
+class HealthConfig(NamedTuple):
+    """How backends are checked: by connecting, and by an answer to `http` or `send`. Durations are in seconds."""
+
+    interval: float = 5.0
+    timeout: float = 2.0  # of one check, connecting included
+    rise: int = 2  # so many good checks in a row, and a backend is up
+    fall: int = 3  # so many bad checks in a row, and it is down
+    port: int | None = None  # the port of the backend's host to ask; None: the backend's own
+    address: Address | None = None  # what to ask in place of the backend; port 0: at `port`, or at the backend's port
+    http: str = ""  # the path to GET
+    host: str = ""  # the Host header; else the backend's address
+    status: tuple[StatusRange, ...] = (StatusRange(200, 399),)  # the statuses that are good
+    send: bytes = b""  # what to send first
+    expect: bytes = b""  # what the answer has to contain
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the check asks something else than the backend's own address."""
+        return bool(self.port or self.address)
+
+    def target(self, backend: Address) -> Address:
+        """The address that the check of a backend asks."""
+        where = self.address or backend
+        if self.port or not (where.port or where.path):
+            where = where._replace(port=self.port or backend.port)
+        return where
+
+
 class BackendConfig(NamedTuple):
     """One backend of a proxy, and which connections it gets. None: as the proxy says."""
 
@@ -33,23 +61,10 @@ class BackendConfig(NamedTuple):
     max_connections: float = inf  # at once; further ones wait, or go elsewhere
     max_fails: float | None = None
     fail_timeout: float | None = None
+    health: HealthConfig | Literal["off"] | None = None
 
     def __str__(self) -> str:
         return str(self.address)
-
-
-class HealthConfig(NamedTuple):
-    """How backends are checked: by connecting, and by an answer to `http` or `send`. Durations are in seconds."""
-
-    interval: float = 5.0
-    timeout: float = 2.0  # of one check, connecting included
-    rise: int = 2  # so many good checks in a row, and a backend is up
-    fall: int = 3  # so many bad checks in a row, and it is down
-    http: str = ""  # the path to GET
-    host: str = ""  # the Host header; else the backend's address
-    status: tuple[StatusRange, ...] = (StatusRange(200, 399),)  # the statuses that are good
-    send: bytes = b""  # what to send first
-    expect: bytes = b""  # what the answer has to contain
 
 
 class ProxyConfig(NamedTuple):
@@ -88,6 +103,10 @@ class ProxyConfig(NamedTuple):
     def fail_timeout_of(self, backend: BackendConfig) -> float:
         """The `fail_timeout` of a backend."""
         return self.fail_timeout if backend.fail_timeout is None else backend.fail_timeout
+
+    def health_of(self, backend: BackendConfig) -> HealthConfig | None:
+        """How a backend is checked; None: not at all."""
+        return self.health if backend.health is None else None if backend.health == "off" else backend.health
 
 
 class Config(NamedTuple):

@@ -99,8 +99,8 @@ def test_what_the_shipped_configuration_has_in_comments_is_valid(tmp_path: Path)
     keys, proxies = text[: text.index("\n#proxies:")], text[text.index("\n#proxies:") :]
     backends = re.findall(r"^#   (  - .*|backends:)$", keys, re.MULTILINE)
     checks = re.findall(r"^#   (  \w+: .*|health:)$", keys, re.MULTILINE)
-    of_http = [line for line in checks if not re.match(" +(send|expect):", line)]
-    of_bytes = [line for line in checks if not re.match(" +(http|host|status):", line)]
+    of_http = [line for line in checks if not re.match(" +(send|expect|address):", line)]
+    of_bytes = [line for line in checks if not re.match(" +(http|host|status|port):", line)]
     for number, lines in enumerate(
         [
             re.sub(r"^#(?=\w+: )", "", keys, flags=re.MULTILINE).splitlines(),

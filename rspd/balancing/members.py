@@ -16,7 +16,7 @@ from rspd.balancing.health import Checker
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
 from rspd.log import quote
-from rspd.net.address import Address
+from rspd.net.address import Address, SocketAddress, at_port
 from rspd.net.connect import connect, connect_to_one_of, why
 from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Resolver
@@ -82,7 +82,9 @@ class Members:
             self.regular, self.spares = Tier(config.balance), Tier(config.balance)
         self._config = config
         self._preface = preface
-        self._set_sources([one.address for one in config.backends], config.resolve_interval)
+        checks = [health for one in config.backends if (health := config.health_of(one))]
+        asked = [health.address for health in checks if health.address]
+        self._set_sources([one.address for one in config.backends] + asked, config.resolve_interval)
         self._set_members()
 
     def stop(self) -> None:
@@ -125,7 +127,7 @@ class Members:
         task = self._loop.current
         self._learning.add(task)
         try:
-            for address, source in list(self._sources.items()):
+            for address, source in [(one.address, self._sources[one.address]) for one in self._config.backends]:
                 try:
                     await source.first_answer(address, deadline, lambda: client.aborted or bool(self.by_name))
                 except OSError as error:
@@ -202,7 +204,7 @@ class Members:
             log.info("backend taken out%s backend=%s connections=%d", self._tag, backend.name, backend.open)
         self._left.update(leaving)
         for number, backend in enumerate(members.values(), 1):
-            self._check(backend, config.health, number / len(members))
+            self._check(backend, number / len(members))
         for backend in members.values():
             backend.join()
         self._find_only()
@@ -211,28 +213,49 @@ class Members:
         for task in self._learning:
             task.wake()
 
-    def _check(self, backend: Backend, config: HealthConfig | None, part: float) -> None:
+    def _check(self, backend: Backend, part: float) -> None:
         """Have a backend checked as the configuration says.
 
         part: the share of the interval before the second check. It differs, so that the checks are spread.
         """
-        if (config, self._preface) == backend.checked_by or self._stopped:
+        health = self._config.health_of(backend.config)
+        # Another port or address does not expect the PROXY header.
+        preface = b"" if health and health.elsewhere else self._preface
+        if (health, preface) == backend.checked_by or self._stopped:
             return
         backend.stop_checking()
-        backend.checked_by = (config, self._preface)
-        if config is None:
+        backend.checked_by = (health, preface)
+        if health is None:
             if backend.unwell:
                 backend.found_well()
             return
+        target = health.target(backend.address)
         way = Way(self._ways, (self._config.name,))
+        asked: list[SocketAddress] = []  # elsewhere, the one that was reached at the front
 
         def reach(deadline: float) -> Coroutine[Any, Any, Side]:
             way.end()  # the way of the check before
-            return self.reach(backend, deadline, None, way if self._ways.may_return(backend.address) else None)
+            watched = way if self._ways.may_return(target) else None
+            if health.elsewhere:
+                return self._reach_elsewhere(backend, health, asked, deadline, watched)
+            return self.reach(backend, deadline, None, watched)
 
         report = partial(self._checked, backend)
-        first = config.interval * part
-        backend.checker = Checker(self._loop, config, reach, str(backend.address), self._preface, first, report)
+        first = health.interval * part
+        backend.checker = Checker(self._loop, health, reach, str(target), preface, first, report)
+
+    async def _reach_elsewhere(
+        self, backend: Backend, health: HealthConfig, asked: list[SocketAddress], deadline: float, way: Way | None
+    ) -> Side:
+        """Connect to the port or address that `health` names. Raises as `reach` does. asked: kept between checks."""
+        if health.address:
+            source, address = self._sources[health.address], health.address
+            known = source.addresses(address)
+        else:
+            source, address, known = backend.source, backend.address, backend.addresses
+        found = known or await source.first_answer(address, deadline, lambda: False)
+        asked[:] = in_order(asked, [at_port(where, health.target(backend.address).port) for where in found])
+        return await connect_to_one_of(self._loop, self._shortage, asked, deadline, None, way)
 
     # What follows from their states
 
@@ -265,7 +288,7 @@ class Members:
     def _tell(self, backend: Backend, before: State) -> None:
         if backend.state == "down":
             log.warning("backend down%s backend=%s reason=%s", self._tag, backend.name, quote(backend.why_down))
-            if not self._config.health:
+            if not backend.checker:
                 self._on_down(backend)
         elif backend.in_service and before != "gone":
             seconds = self._loop.now - backend.down_since

@@ -6,7 +6,7 @@ import re
 import socket
 from collections.abc import Sequence
 
-from rspd.config.values import accepts
+from rspd.config.values import OFF, ON, accepts
 from rspd.net.address import PASSED, Address
 
 # What can be dialled, and what can be listened on.
@@ -62,6 +62,20 @@ def parse_backend(text: str) -> Address:
     if not address.path and not (address.host and address.port):
         raise _no_address(text, dialled=True)
     return address
+
+
+def parse_target(text: str) -> Address:
+    """An address that can be dialled, or a host alone: its port, 0 here, stands elsewhere. Raises ValueError."""
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if _is_ipv6(host):
+        return Address(host)
+    if text.startswith(("/", "@")) or ":" in text:
+        return parse_backend(text)
+    # YAML's words for a switch, or for nothing, are no names of hosts.
+    if not accepts(parse_backend, f"{text}:1") or text.lower() in (*OFF, *ON, "null"):
+        advice = f"; a port alone is port: {text}" if text.isdigit() else ""
+        raise ValueError(f"expected HOST, {DIALLED}, found {text!r}{advice}")
+    return Address(parse_backend(f"{text}:1").host)
 
 
 def parse_pair(words: Sequence[str]) -> tuple[Address, Address]:

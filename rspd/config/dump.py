@@ -11,6 +11,7 @@ import yaml
 from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS
 from rspd.config.schema import USUAL, Many, Scalar
 from rspd.config.values import OFF, accepts, format_duration
+from rspd.net.address import Address
 from rspd.settings import BackendConfig, Config, HealthConfig
 
 TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
@@ -61,6 +62,8 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, bool):
         yield str(value).lower()
     yield from (OFF[0], "all")
+    if isinstance(value, Address):
+        yield f"[{value.host}]" if ":" in value.host else value.host  # if the port stands elsewhere
     if isinstance(value, float):
         yield format_duration(value)
     yield str(value)

@@ -8,12 +8,12 @@ from math import inf
 from typing import Any
 
 from rspd.config import values
-from rspd.config.addresses import DIALLED, parse_address, parse_backend
+from rspd.config.addresses import DIALLED, parse_address, parse_backend, parse_target
 from rspd.config.schema import USUAL, Many, Report, Scalar, Settings, Table, read_keys
 from rspd.config.yamlfile import Value, read_entries
 from rspd.errors import ConfigError
 from rspd.log import LEVELS
-from rspd.net.address import contradictions, covers, own_listeners
+from rspd.net.address import Address, contradictions, covers, own_listeners
 from rspd.net.networks import parse_network
 from rspd.settings import BALANCES, BackendConfig, Config, HealthConfig, ProxyConfig
 
@@ -28,11 +28,47 @@ def _parse_health(text: str) -> HealthConfig | None:
     return HealthConfig() if on else None
 
 
+def _parse_backend_health(text: str) -> HealthConfig | str:
+    """The same in a backend. If there is no `health` at all, the proxy's counts; `off` is a word of its own then."""
+    return _parse_health(text) or values.OFF[0]
+
+
 def _check_health(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("send", "expect") if "http" in settings else ("host", "status"):
         if key in settings:
             yield key, "cannot stand beside http" if "http" in settings else "needs http beside it"
+    address = settings.get("address")
+    if "port" in settings and address and (address.port or address.path):
+        advice = "which has a port" if address.port else "a unix socket has no port"
+        yield "port", f"cannot stand beside address {address}, {advice}"
 
+
+def _check_backend(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    health, address = settings.get("health"), settings.get("address")
+    if isinstance(health, HealthConfig) and address and _lacks_port(health, address):
+        yield "health", f"{address} is a unix socket, which has no port; write address: HOST:PORT, or health: on"
+
+
+def _lacks_port(health: HealthConfig, backend: Address) -> bool:
+    """Whether a check would ask a port of a unix socket, or a host at the port of one."""
+    if health.address:
+        return not (health.target(backend).port or health.address.path)
+    return bool(health.port and backend.path)
+
+
+HEALTH_KEYS: Mapping[str, Scalar] = {
+    "interval": Scalar(values.parse_finite_duration),
+    "timeout": Scalar(values.parse_finite_duration),
+    "rise": Scalar(values.whole_number(1, 100)),
+    "fall": Scalar(values.whole_number(1, 100)),
+    "port": Scalar(values.whole_number(1, 65535)),
+    "address": Scalar(parse_target),
+    "http": Scalar(values.matching(r"/[!-~]*", "a path that begins with /, without spaces, as /health")),
+    "host": Scalar(values.matching(r"[!-~]+", "a host, as www.example.org")),
+    "status": Many(Scalar(values.parse_status, "a status"), "status", separator=","),
+    "send": Scalar(values.parse_bytes),
+    "expect": Scalar(values.parse_bytes),
+}
 
 _MAX_FAILS = Scalar(values.unless(values.OFF, inf, values.whole_number(1, 1000, "off")))
 _FAIL_TIMEOUT = Scalar(values.parse_finite_duration)
@@ -44,18 +80,7 @@ BACKEND_KEYS: Mapping[str, Scalar] = {
     "max_connections": Scalar(_parse_limit),
     "max_fails": _MAX_FAILS,
     "fail_timeout": _FAIL_TIMEOUT,
-}
-
-HEALTH_KEYS: Mapping[str, Scalar] = {
-    "interval": Scalar(values.parse_finite_duration),
-    "timeout": Scalar(values.parse_finite_duration),
-    "rise": Scalar(values.whole_number(1, 100)),
-    "fall": Scalar(values.whole_number(1, 100)),
-    "http": Scalar(values.matching(r"/[!-~]*", "a path that begins with /, without spaces, as /health")),
-    "host": Scalar(values.matching(r"[!-~]+", "a host, as www.example.org")),
-    "status": Many(Scalar(values.parse_status, "a status"), "status", separator=","),
-    "send": Scalar(values.parse_bytes),
-    "expect": Scalar(values.parse_bytes),
+    "health": Table(HEALTH_KEYS, HealthConfig, _parse_backend_health, "a mapping, on or off", check=_check_health),
 }
 
 _BACKEND = Table(
@@ -64,6 +89,7 @@ _BACKEND = Table(
     values.listed(lambda text: BackendConfig(parse_backend(text)), "a backend"),
     "an address or a mapping",
     required={"address": DIALLED},
+    check=_check_backend,
 )
 _NETWORK = Scalar(values.listed(parse_network, "a network"), "a network")
 
@@ -200,10 +226,27 @@ def _check_proxy(draft: _Draft, proxy: ProxyConfig, given: Mapping[str, Any], re
         entry = draft.settings.seen["backends"]
         report.add(entry.line, draft.prefix + entry.key, "expected one that is no backup, found none")
     lines = {name: draft.settings.seen[name].line for name in _OWN if name in draft.settings.seen and name not in given}
+    _check_targets(draft, proxy, report)
     for what in contradictions(proxy.listen):
         report.add(lines.get("listen", draft.line), draft.key, what)
     for what in own_listeners(proxy.listen, [backend.address for backend in proxy.backends]):
-        report.add(lines.get("backends", draft.line), draft.key, what)
+        report.add(lines.get("backends", draft.line), draft.key, f"backend {what}")
+
+
+def _check_targets(draft: _Draft, proxy: ProxyConfig, report: Report) -> None:
+    """Report health checks for which there is no port, or that would ask the proxy itself."""
+    for backend in proxy.backends:
+        health = proxy.health_of(backend)
+        if not health or not health.elsewhere:
+            continue
+        said = draft.settings.seen.get("backends" if backend.health else "health")
+        line = said.line if said else draft.line
+        key = f"{draft.prefix}{said.key}.health" if said and backend.health else f"{draft.prefix}health"
+        if _lacks_port(health, backend.address):
+            advice = f"write {{address: {backend}, health: on}}, or a port and an address in its health"
+            report.add(line, key, f"backend {backend} is a unix socket, which has no port; {advice}")
+        for what in own_listeners(proxy.listen, [health.target(backend.address)]):
+            report.add(line, key, f"a check of backend {backend} would ask this proxy: {what}")
 
 
 def _check_together(drafts: Sequence[_Draft], proxies: Sequence[ProxyConfig], report: Report) -> None:

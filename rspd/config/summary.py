@@ -67,12 +67,14 @@ def _proxy(proxy: ProxyConfig) -> Iterator[str]:
 
 def _health(health: HealthConfig) -> Iterator[str]:
     default = HealthConfig()
-    how = "connecting"
+    how, where = "connecting", " to "
     if health.http:
-        how = f"GET {health.http}" + (f" of {health.host}" if health.host else "")
+        how, where = f"GET {health.http}" + (f" of {health.host}" if health.host else ""), " at "
     elif health.send or health.expect:
         said = {"sending": health.send, "expecting": health.expect}
-        how = " and ".join(f"{verb} {repr(data)[1:]}" for verb, data in said.items() if data)
+        how, where = " and ".join(f"{verb} {repr(data)[1:]}" for verb, data in said.items() if data), " at "
+    if health.elsewhere:
+        how += where + _asked(health)
     yield f"by {how} every {_span(health.interval)}"
     if health.status != default.status:
         yield "good status " + _list(health.status)
@@ -82,6 +84,14 @@ def _health(health: HealthConfig) -> Iterator[str]:
         yield f"up after {health.rise} good"
     if health.fall != default.fall:
         yield f"down after {health.fall} bad"
+
+
+def _asked(health: HealthConfig) -> str:
+    """What is asked in place of the backend."""
+    if not health.address:
+        return f"port {health.port}"
+    target = health.target(health.address)
+    return str(target) if target.port or target.path else f"the backend's port of {target.host}"
 
 
 def _down_after(failures: float, seconds: float) -> str:
@@ -101,6 +111,10 @@ def _backend(backend: BackendConfig, proxy: ProxyConfig) -> Iterator[str]:
         yield _connections(backend.max_connections)
     if (backend.max_fails, backend.fail_timeout) != (None, None):
         yield _down_after(proxy.max_fails_of(backend), proxy.fail_timeout_of(backend))
+    if backend.health == "off":
+        yield "no health checks"
+    elif backend.health:
+        yield "health " + ", ".join(_health(backend.health))
 
 
 def _connections(number: float) -> str:

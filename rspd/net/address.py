@@ -129,15 +129,15 @@ def contradictions(listen: Sequence[Address]) -> Iterator[str]:
                 yield f"listen {address} covers {other} too, which cannot be bound twice"
 
 
-def own_listeners(listen: Sequence[Address], backends: Sequence[Address]) -> Iterator[str]:
-    """An error for each backend that is the proxy itself."""
+def own_listeners(listen: Sequence[Address], dialled: Sequence[Address]) -> Iterator[str]:
+    """An error for each address to dial that is the proxy itself."""
     # A proxy that dials itself would open connections without end.
     ports = {address.port for address in listen}
-    for backend in [backend for backend in backends if backend.path or backend.port in ports]:
+    for backend in [backend for backend in dialled if backend.path or backend.port in ports]:
         here = backend.host in ("localhost", "0.0.0.0", "::1", "::") or backend.host.startswith("127.")
         for address in listen:
             if backend == address or (here and covers(address, backend)):
-                yield f"backend {backend} is this proxy's own listener {address}"
+                yield f"{backend} is this proxy's own listener {address}"
 
 
 def bound_address(sock: socket.SocketType) -> Address:

@@ -23,7 +23,10 @@ FIRST_RETRY, LAST_RETRY = 0.01, 0.1
 # The lowest port that the kernel may pick for the near end of an outgoing connection.
 UNPRIVILEGED_PORTS = 1024
 
-LATE, GONE = "no answer within the connect timeout", "the client is gone"
+# The text of a timeout: for a client, and for a check.
+LATE, LATE_CHECK = "no answer within the connect timeout", "no answer in time"
+
+GONE = "the client is gone"
 
 REFUSED = frozenset({errno.ECONNREFUSED, errno.ENOENT})
 
@@ -64,7 +67,7 @@ async def connect(
             way.begin(near)
         retry = FIRST_RETRY
         while (code := sock.connect_ex(address)) == errno.EAGAIN:
-            await wait(loop, deadline, LATE, partial(_gone, client), GONE, retry)
+            await wait(loop, deadline, LATE if client else LATE_CHECK, partial(_gone, client), GONE, retry)
             retry = min(2 * retry, LAST_RETRY)
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
@@ -78,7 +81,7 @@ async def connect(
         loop.current.wake_at(deadline)
         await news()
         while not side.ready & (OUT | ERR | HUP):
-            await wait(loop, deadline, LATE, partial(_gone, client), GONE)
+            await wait(loop, deadline, LATE if client else LATE_CHECK, partial(_gone, client), GONE)
         if side.ready & ERR:
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             # These two mean: it was connected, and has aborted since. The relay passes on what it sent before.

@@ -93,10 +93,12 @@ def make_room(config: Config, listeners: int) -> int:
     """Make room for the descriptors that a configuration needs, and for pipes: returns how many. Raises StartError."""
     connections = sum(proxy.max_connections for proxy in config.proxies)
     # Each check of a backend has a socket; each lookup has a socket or a file.
-    checks = sum(len(proxy.backends) for proxy in config.proxies if proxy.health)
-    names = sum(not literal(backend.address) for proxy in config.proxies for backend in proxy.backends)
+    backends = [(proxy, backend) for proxy in config.proxies for backend in proxy.backends]
+    checks = [health for proxy, backend in backends if (health := proxy.health_of(backend))]
+    asked = [backend.address for _, backend in backends] + [health.address for health in checks if health.address]
+    names = sum(not literal(address) for address in asked)
     try:
-        return reserve(connections, listeners + checks + names)
+        return reserve(connections, listeners + len(checks) + names)
     except TooFewError as error:
         needed, limit, fitting = error.args
         advice = f"lower it to {fitting} or raise" if fitting > 0 else "raise"
@@ -143,7 +145,13 @@ def _faults(proxy: ProxyConfig, part: Part, passed: Collection[str]) -> Iterator
             yield f"{place} {address}: no such socket from systemd, {what}"
     if not proxy.listen and not part.adopted:
         yield f"{place}: missing, expected an address, or a socket from systemd named {proxy.name}"
-    yield from own_listeners([one.address for one in part.adopted], [one.address for one in proxy.backends])
+    adopted = [one.address for one in part.adopted]
+    for backend in proxy.backends:
+        health = proxy.health_of(backend)
+        yield from (f"backend {what}" for what in own_listeners(adopted, [backend.address]))
+        if health and health.elsewhere:
+            for what in own_listeners(adopted, [health.target(backend.address)]):
+                yield f"a check of backend {backend} would ask this proxy: {what}"
 
 
 def log_replaced(config: Config, parts: Mapping[str, Part]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.config.addresses import parse_address, parse_backend
+from rspd.config.addresses import parse_address, parse_backend, parse_target
 from rspd.config.dump import dump
 from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, load_config
 from rspd.config.values import format_duration, parse_duration
@@ -121,6 +122,7 @@ WORDS = {
     "reuse_port": ["true", "no"],
     "backup": ["yes", "false"],
     "http": ["/", "/a?b=c#d", "/~"],
+    "address": ADDRESSES,
     "host": ["a.example", "off", "[::1]:80", "'", "~"],
     "status": ["200", "200-299, 304"],
     "send": ["PING\r\n", "\0\x04\xd2\x16/", " ", "\x85\xa0\xff", "off", "%"],
@@ -148,16 +150,27 @@ def mappings(keys: Mapping[str, Any], *without: str) -> st.SearchStrategy[dict[s
     return st.fixed_dictionaries({}, optional={key: texts(key) for key in keys if key not in without})
 
 
-BACKENDS = st.builds(
-    lambda address, keys: {"address": address, **keys},
-    st.sampled_from(ADDRESSES),
-    mappings(BACKEND_KEYS, "address"),
-)
 CHECKS = (
-    mappings(HEALTH_KEYS, "http", "host", "status")
-    | st.builds(lambda keys, http: {**keys, "http": http}, mappings(HEALTH_KEYS, "send", "expect"), texts("http"))
+    mappings(HEALTH_KEYS, "http", "host", "status", "port")
+    | st.builds(
+        lambda keys, http: {**keys, "http": http}, mappings(HEALTH_KEYS, "send", "expect", "port"), texts("http")
+    )
     | st.sampled_from(["on", "off"])
 )
+# With health.port, or a host alone in health.address, no backend may be a unix socket.
+ELSEWHERE = [{"port": "8008"}, {"address": "a.example"}, {"address": "2001:db8::9"}, {"address": "b", "port": "1"}]
+PORTS = st.builds(
+    lambda keys, where: {**keys, **where},
+    mappings(HEALTH_KEYS, "http", "host", "status", "port", "address"),
+    st.sampled_from(ELSEWHERE),
+)
+HOSTS = [address for address in ADDRESSES if address[0] not in "/@"]
+BACKENDS = st.builds(
+    lambda address, keys, own: {"address": address, **keys, **own},
+    st.sampled_from(ADDRESSES),
+    mappings(BACKEND_KEYS, "address", "health"),
+    st.fixed_dictionaries({}, optional={"health": CHECKS}),
+) | st.builds(lambda address, health: {"address": address, "health": health}, st.sampled_from(HOSTS), PORTS)
 PROXIES = st.builds(
     lambda backends, keys, own: {"backends": [{"address": "first:1"}, *backends], **keys, **own},
     st.lists(BACKENDS, max_size=3, unique_by=lambda backend: backend["address"]),
@@ -175,7 +188,9 @@ PROXIES = st.builds(
 def test_what_is_printed_is_a_file_that_means_the_same(
     proxies: list[dict[str, Any]], listen: list[str], general: dict[str, Any], named: bool
 ) -> None:
-    dialled = {parse_address(backend["address"]) for backend in proxies[0]["backends"]}
+    checks = [one.get("health") for one in (proxies[0], *proxies[0]["backends"])]
+    asked = [health["address"] for health in checks if isinstance(health, dict) and "address" in health]
+    dialled = {parse_target(text) for text in [*asked, *(backend["address"] for backend in proxies[0]["backends"])]}
     own = [text for text in listen if parse_address(text) not in dialled]
     first = {**proxies[0], **({"listen": own} if own else {})}
     named = named or len(proxies) > 1
@@ -228,8 +243,10 @@ def test_a_value_of_each_field_is_printed() -> None:
         "backend"
     }
     # What a backend does not say itself, the proxy says.
-    assert told["backend"].keys() == set(BackendConfig._fields) - {"max_fails", "fail_timeout"}
-    full = HealthConfig(http="/", host="a", send=b"", expect=b"")
-    proxy = ProxyConfig((), (BackendConfig(parse_backend("a:1")),), health=full)
-    told = yaml.load(dump(Config((proxy,))), yaml.BaseLoader)
-    assert told["health"].keys() == set(HealthConfig._fields) - {"send", "expect"}
+    assert told["backend"].keys() == set(BackendConfig._fields) - {"max_fails", "fail_timeout", "health"}
+    health = HealthConfig(http="/", host="a", send=b"", expect=b"", address=parse_backend("b:1"))
+    backend = BackendConfig(parse_backend("a:1"), max_fails=inf, fail_timeout=1.0, health=health._replace(port=1))
+    told = yaml.load(dump(Config((ProxyConfig((), (backend,), health=health),))), yaml.BaseLoader)
+    assert told["health"].keys() == set(HealthConfig._fields) - {"send", "expect", "port"}
+    assert told["backend"].keys() == set(BackendConfig._fields)
+    assert told["backend"]["health"].keys() == {*told["health"], "port"}

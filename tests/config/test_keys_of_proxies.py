@@ -24,6 +24,9 @@ from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig, Stat
 MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
 DIAL = "expected HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
 DURATION = "expected a duration above 0, as 500ms, 5s, 2m or 1h"
+TARGET = "expected HOST, HOST:PORT, [IPV6]:PORT, /PATH or @NAME"
+OWN_CHECK = "write {address: /x, health: on}, or a port and an address in its health"
+UNIX = f"backend /x is a unix socket, which has no port; {OWN_CHECK}"
 HEALTH = "expected a mapping, as {http: /health}, or on or off"
 
 TWO = """\
@@ -132,6 +135,14 @@ def backends(*texts: str) -> tuple[BackendConfig, ...]:
             "health",
             HealthConfig(send=b"PING\r\n", expect=b"+PONG"),
         ),
+        ("health: {port: 8008}", "health", HealthConfig(port=8008)),
+        ("health: {address: /run/x}", "health", HealthConfig(address=Address(path="/run/x"))),
+        ("health: {address: a.example}", "health", HealthConfig(address=Address("a.example"))),
+        ("health: {address: 10.0.0.9, port: 1}", "health", HealthConfig(port=1, address=Address("10.0.0.9"))),
+        *(
+            (f'health: {{address: "{text}"}}', "health", HealthConfig(address=Address("::1")))
+            for text in ("::1", "[::1]")
+        ),
         ('health: {send: "\\0\\x04\\xd2\\x16/"}', "health", HealthConfig(send=b"\x00\x04\xd2\x16/")),
     ],
 )
@@ -154,12 +165,41 @@ def test_a_backend_is_an_address_or_a_mapping(load: Load, key: str) -> None:
 
 def test_a_backend_may_have_its_own_rules_in_place_of_the_proxy_s(load: Load) -> None:
     (proxy,) = load(
-        "listen: 1\nmax_fails: 3\nbackends:\n- a:1\n"
+        "listen: 1\nmax_fails: 3\nhealth: {interval: 1s}\nbackends:\n- a:1\n"
         "- {address: b:1, max_fails: off, fail_timeout: 1m}\n"
-        "- {address: c:1, max_fails: 2}\n"
+        "- {address: c:1, max_fails: 2, health: off}\n"
+        "- {address: d:1, health: {port: 2}}\n"
     ).proxies
-    assert [proxy.max_fails_of(backend) for backend in proxy.backends] == [3, inf, 2]
-    assert [proxy.fail_timeout_of(backend) for backend in proxy.backends] == [10, 60, 10]
+    assert [proxy.max_fails_of(backend) for backend in proxy.backends] == [3, inf, 2, 3]
+    assert [proxy.fail_timeout_of(backend) for backend in proxy.backends] == [10, 60, 10, 10]
+    checks = [proxy.health_of(backend) for backend in proxy.backends]
+    assert checks == [HealthConfig(1.0), HealthConfig(1.0), None, HealthConfig(port=2)]
+
+
+def test_a_unix_socket_has_no_port_to_check(load: Load, errors: Errors) -> None:
+    (error,) = errors("listen: 1\nbackends: [a:1, /x]\nhealth: {port: 1}\n")
+    assert error == f"FILE:3: health: {UNIX}"
+    (error,) = errors("health: {port: 1}\nproxies: {p: {listen: 1, backend: /x}}\n")
+    assert error == f"FILE:2: proxies.p.health: {UNIX}"
+    load("listen: 1\nbackends: [a:1, {address: /x, health: {address: a:1}}]\nhealth: {port: 1}\n")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "backend: 127.0.0.1:2\nhealth: {port: 1}",
+            "FILE:3: health: a check of backend 127.0.0.1:2 would ask this proxy: 127.0.0.1:1",
+        ),
+        (
+            "backends:\n- {address: a:2, health: {address: localhost:1}}",
+            "FILE:2: backends.health: a check of backend a:2 would ask this proxy: localhost:1",
+        ),
+    ],
+)
+def test_a_check_of_the_proxy_itself_is_an_error(errors: Errors, lines: str, message: str) -> None:
+    (error,) = errors(f"listen: 1\n{lines}\n")
+    assert error == f"{message} is this proxy's own listener 1"
 
 
 @pytest.mark.parametrize(
@@ -203,8 +243,8 @@ def test_a_backend_may_have_its_own_rules_in_place_of_the_proxy_s(load: Load) ->
         (
             "health: {colour: red}",
             (
-                "health.colour: unknown key, expected one of interval, timeout, rise, fall, http, host, status, send, "
-                "expect"
+                "health.colour: unknown key, expected one of interval, timeout, rise, fall, port, address, http, host, "
+                "status, send, expect"
             ),
         ),
         ("health: {rise: 1, rise: 2}", "health.rise: given a second time, first as rise in line 4"),
@@ -250,13 +290,19 @@ def test_a_backend_may_have_its_own_rules_in_place_of_the_proxy_s(load: Load) ->
         ("health: {expect: a, http: /}", "health.expect: cannot stand beside http"),
         ("health: {host: a}", "health.host: needs http beside it"),
         ("health: {status: 200, send: a}", "health.status: needs http beside it"),
+        ("health: {port: 0}", "health.port: expected a whole number from 1 to 65535, found '0'"),
+        ("health: {address: a:1, port: 1}", "health.port: cannot stand beside address a:1, which has a port"),
+        ("health: {address: /x, port: 1}", "health.port: cannot stand beside address /x, a unix socket has no port"),
+        ("health: {address: off}", f"health.address: {TARGET}, found 'off'"),
+        ("health: {address: ''}", f"health.address: {TARGET}, found ''"),
+        ("health: {address: 8008}", f"health.address: {TARGET}, found '8008'; a port alone is port: 8008"),
         ("proxy: v1", "proxy: unknown key, did you mean proxies?"),
         ("max: 3", "max: unknown key, expected listen, backend, max_connections, or another one of rspd.yaml(5)"),
         (
             "health: {colour:x}",
             (
-                "health.colour:x: unknown key, expected one of interval, timeout, rise, fall, http, host, status, "
-                "send, expect"
+                "health.colour:x: unknown key, expected one of interval, timeout, rise, fall, port, address, http, "
+                "host, status, send, expect"
             ),
         ),
         ("log: debug", "log: unknown key, did you mean log_level?"),
@@ -295,10 +341,20 @@ def test_each_error_names_line_and_key_what_is_expected_and_what_was_found(
             "{address: a:1, name: x}",
             (
                 "FILE:2: backend.name: unknown key, expected one of address, weight, backup, max_connections, "
-                "max_fails, fail_timeout"
+                "max_fails, fail_timeout, health"
             ),
         ),
+        ("{address: a:1, health: {prot: 1}}", "FILE:2: backend.health.prot: unknown key, did you mean port?"),
+        ("{address: a:1, health: 5s}", f"FILE:2: backend.health: {HEALTH}, found '5s'"),
         ("{address: a:1, fail_timeout: off}", f"FILE:2: backend.fail_timeout: {DURATION}, found 'off'"),
+        (
+            "{address: /x, health: {port: 1}}",
+            "FILE:2: backend.health: /x is a unix socket, which has no port; write address: HOST:PORT, or health: on",
+        ),
+        (
+            "{address: /x, health: {address: a}}",
+            "FILE:2: backend.health: /x is a unix socket, which has no port; write address: HOST:PORT, or health: on",
+        ),
         (
             "\n- a:1\n- address: b:1\n  max_connections: many",
             "FILE:5: backend.max_connections: expected a whole number from 1 to 1000000, or off, found 'many'",

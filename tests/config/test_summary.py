@@ -76,6 +76,12 @@ def test_nothing_that_is_not_default_goes_unsaid() -> None:
         (HealthConfig(send=b"PING\r\n", expect=b"+PONG"), r"by sending 'PING\r\n' and expecting '+PONG' every 5 s"),
         (HealthConfig(expect=b"SSH-"), "by expecting 'SSH-' every 5 s"),
         (HealthConfig(send=b"\xff\0"), r"by sending '\xff\x00' every 5 s"),
+        (HealthConfig(port=8008), "by connecting to port 8008 every 5 s"),
+        (HealthConfig(http="/primary", host="a", port=8008), "by GET /primary of a at port 8008 every 5 s"),
+        (HealthConfig(address=Address("a", 1)), "by connecting to a:1 every 5 s"),
+        (HealthConfig(address=Address("::1"), port=1), "by connecting to [::1]:1 every 5 s"),
+        (HealthConfig(address=Address("a")), "by connecting to the backend's port of a every 5 s"),
+        (HealthConfig(send=b"x", address=Address(path="/run/x")), "by sending 'x' at /run/x every 5 s"),
         (HealthConfig(rise=1, fall=9), "by connecting every 5 s, up after 1 good, down after 9 bad"),
     ],
 )
@@ -105,14 +111,18 @@ def test_each_backend_has_a_line_with_what_it_gets() -> None:
 
 
 def test_what_one_backend_has_in_place_of_the_proxy_s_is_in_its_line() -> None:
-    proxy = PROXY._replace(max_fails=3, fail_timeout=20.0)
-    backends = [BACKEND._replace(max_fails=1), BACKEND._replace(fail_timeout=60.0), BACKEND._replace(max_fails=inf)]
+    proxy = PROXY._replace(max_fails=3, fail_timeout=20.0, health=HealthConfig(http="/"))
+    backends = [
+        BACKEND._replace(max_fails=1),
+        BACKEND._replace(fail_timeout=60.0, health=HealthConfig(port=81, rise=1)),
+        BACKEND._replace(max_fails=inf, health="off"),
+    ]
     line, *own = describe(Config((proxy._replace(backends=tuple(backends)),)))
-    assert line.endswith("; down after 3 failures within 20 s")
+    assert line.endswith("; health by GET / every 5 s; down after 3 failures within 20 s")
     assert own == [
         "  10.0.0.1:80, down after one failure within 20 s",
-        "  10.0.0.1:80, down after 3 failures within 1 min",
-        "  10.0.0.1:80, never down by failures to connect",
+        "  10.0.0.1:80, down after 3 failures within 1 min, health by connecting to port 81 every 5 s, up after 1 good",
+        "  10.0.0.1:80, never down by failures to connect, no health checks",
     ]
 
 

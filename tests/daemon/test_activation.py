@@ -213,6 +213,15 @@ def test_a_backend_that_is_the_passed_socket_is_78(web: socket.socket) -> None:
     assert refused("-b", where, sockets={"web": web}) == [f"backend {where} is this proxy's own listener {where}"]
 
 
+def test_a_check_that_would_ask_the_passed_socket_is_78(web: socket.socket, tmp_path: Path) -> None:
+    where = address_of(web)
+    file = tmp_path / "rspd.yaml"
+    file.write_text(f"backend: a:1\nhealth: {{address: '{where}'}}\n")
+    assert refused("-c", str(file), sockets={"web": web}) == [
+        f"a check of backend a:1 would ask this proxy: {where} is this proxy's own listener {where}"
+    ]
+
+
 def test_an_address_in_use_beside_a_passed_socket_is_69(web: socket.socket, tmp_path: Path) -> None:
     with unix_listener(f"{tmp_path}/s"):
         words = ["-l", "fd://web", "-l", f"{tmp_path}/s", "-b", "a:1"]

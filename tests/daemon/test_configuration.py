@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fleet import File
 from tests.support import (
     PATIENCE,
     Backend,
@@ -439,6 +440,20 @@ def test_a_limit_too_low_for_any_connection_is_71_and_only_the_limit_is_to_chang
         r"\(LimitNOFILE= in the unit, ulimit -Hn in a shell\)",
         line,
     )
+
+
+def test_room_is_made_for_the_checks_of_each_backend_and_the_names_that_they_ask(tmp_path: Path) -> None:
+    def needed(**keys: object) -> int:
+        file = File(tmp_path, max_connections=1000, **keys)
+        code, (line,) = refused("-c", str(file.path), limit=64)
+        assert code == 71
+        return int(line.partition(" needs ")[2].split()[0])
+
+    plain = needed(backends=["127.0.0.1:1", "127.0.0.1:2"])
+    checked = {"address": "127.0.0.1:1", "health": {"address": "a.example:1"}}
+    unchecked = {"address": "127.0.0.1:2", "health": "off"}
+    assert needed(backends=[checked, "127.0.0.1:2"]) == plain + 2  # the check, and the lookup
+    assert needed(backends=["127.0.0.1:1", unchecked], health="on") == plain + 1
 
 
 @pytest.mark.parametrize("limit", [5, 6, 7])
