@@ -137,6 +137,10 @@ def test_the_examples_are_valid(tmp_path: Path, text: str) -> None:
     assert load_config(str(file), {}) == config
 
 
+def test_the_example_of_a_database_is_the_same_in_both_places() -> None:
+    assert f"```yaml\n{EXAMPLES['manual 1']}```" in (ROOT / "docs" / "balancing.md").read_text()
+
+
 def test_rspd_8_lists_each_option() -> None:
     items = re.findall(r"^\.It (Fl .*)$", section(RSPD_8, "OPTIONS"), re.MULTILINE)
     assert {f"-{name}" for item in items for name in re.findall(r"Fl (\S+)", item)} == options()
