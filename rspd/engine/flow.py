@@ -108,6 +108,15 @@ class Flow:
         self._keep_rest(b"")
         self._give_back()
 
+    def waste(self) -> int | None:
+        """Read from the source what comes too late, and throw it away; returns what `Side.read_into` does.
+
+        To be called after `drop`, in place of `pump`.
+        """
+        if self._held_back:
+            self._hold_back(False)
+        return self.source.read_into(BUFFER)
+
     def empty_into_memory(self, pace: Pace) -> int:
         """Move the pipe's bytes to `held`; return how many. Another flow gets the pipe; this one copies while slow.
 

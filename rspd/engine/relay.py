@@ -16,6 +16,12 @@ from rspd.engine.side import Side
 # doubled each time up to the second figure. The kernel tells of this in no other way.
 FIRST_LOOK, LAST_LOOK = 0.001, 0.1
 
+# Without half-close, a side that was sending when the other ended may have more in its own kernel: at most so many
+# bytes by default (tcp_wmem in tcp(7)), for which there was no room here. Once there is room, they come without a pause
+# that is longer than a round trip: seconds, with some to spare.
+SENDING_MAX = 4 << 20
+PAUSE = 0.2
+
 
 class Relay:
     """What moves a connection's two flows.
@@ -23,12 +29,30 @@ class Relay:
     client, backend: both watched by the task that runs the relay. The caller releases them with `close`.
     idle_timeout: seconds without a byte in either direction; up to twice as long while the kernel holds bytes.
     half_close_timeout: the same once one flow has ended, if it is shorter.
+    half_close: whether the other flow goes on when one has ended. If not, both sides are ended then.
     """
 
-    __slots__ = ("_half_closed_timeout", "_unsent", "backend", "client", "download", "idle_timeout", "loop", "upload")
+    __slots__ = (
+        "_half_closed_timeout",
+        "_unsent",
+        "backend",
+        "client",
+        "download",
+        "half_close",
+        "idle_timeout",
+        "loop",
+        "upload",
+    )
 
     def __init__(
-        self, loop: Loop, client: Side, backend: Side, pipes: Pipes, idle_timeout: float, half_close_timeout: float
+        self,
+        loop: Loop,
+        client: Side,
+        backend: Side,
+        pipes: Pipes,
+        idle_timeout: float,
+        half_close_timeout: float,
+        half_close: bool = True,
     ) -> None:
         self.loop = loop
         self.client = client
@@ -37,13 +61,15 @@ class Relay:
         self.download = Flow(backend, client, pipes)
         self.idle_timeout = idle_timeout
         self._half_closed_timeout = min(idle_timeout, half_close_timeout)
+        self.half_close = half_close
         self._unsent = 0
 
     @types.coroutine
     def run(self) -> Generator[None, None, Cause]:
         """Relay until both flows have ended, a side has aborted, or a timeout has passed; return which it was.
 
-        By then, what a side had sent before it aborted has been delivered.
+        By then, what a side had sent before it aborted has been delivered. Without half-close, the end of one flow ends
+        the other.
         """
         loop, client, backend, upload, download = self.loop, self.client, self.backend, self.upload, self.download
         task = loop.current
@@ -59,11 +85,13 @@ class Relay:
                 cause = yield from self._deliver_before_abort()
                 return cause
             if upload.finished or download.finished:
-                if upload.finished and download.finished:
+                if upload.finished == download.finished:
                     # Both sides are closed next: this tells a peer the same as passing the end on.
                     return first or "client-closed"
-                if not first:
-                    first = self._half_close()
+                first = first or self._half_close()
+                if not self.half_close:
+                    cause = yield from self._end_both(first)
+                    return cause
             if loop.now >= task.deadline and (cause := self._silence()):
                 return cause
             if more:
@@ -101,10 +129,13 @@ class Relay:
         deadline = max(self.upload.moved_at, self.download.moved_at) + timeout
         if deadline <= loop.now:
             if not self._acknowledged():
-                return "half-close-timeout" if timeout < self.idle_timeout else "idle-timeout"
+                return self._cause_after(timeout)
             deadline = loop.now + timeout
         loop.current.wake_at(deadline)
         return None
+
+    def _cause_after(self, timeout: float) -> Cause:
+        return "half-close-timeout" if timeout < self.idle_timeout else "idle-timeout"
 
     def _acknowledged(self) -> bool:
         """Whether a peer has taken bytes from the kernel's buffers since the last call: slow is not idle."""
@@ -112,6 +143,72 @@ class Relay:
         changed = unsent != self._unsent
         self._unsent = unsent
         return changed
+
+    async def _end_both(self, first: Cause) -> Cause:
+        """Deliver what the side that has not ended has sent until now, then tell the other that nothing more comes.
+
+        first: whose end it was. Returned if all went well; else why the relay ends.
+        """
+        loop, task = self.loop, self.loop.current
+        flow = self.download if self.upload.finished else self.upload
+        source, target = flow.source, flow.target
+        here = flow.held_back + source.unread()
+        # If nothing is here, the source was not sending, and the end comes at once. If it was, it may send for ever.
+        enough = flow.total + (here + SENDING_MAX if here else 0)
+        latest = loop.now + self._half_closed_timeout
+        while True:
+            more = flow.pump()
+            if (source.ready | target.ready) & ERR:
+                return await self._deliver_before_abort()
+            if flow.finished or flow.total >= enough:
+                break
+            if flow.waiting or source.ready & IN:
+                if loop.now >= task.deadline and (cause := self._silence()):
+                    return cause
+            elif loop.now >= (until := min(flow.moved_at + PAUSE, latest)):
+                break
+            else:
+                task.wake_at(until)
+            if more:
+                task.wake()
+            await news()
+        flow.drop()
+        target.end()
+        return await self._let_go(flow) or first
+
+    async def _let_go(self, flow: Flow) -> Cause | None:
+        """Wait until the source of a flow, which may still send, has acknowledged what was sent to it.
+
+        After the close, the kernel answers what comes with RST, and RST destroys what is not acknowledged.
+        Both sides have been told the end. Returns None, or why the relay ends otherwise.
+        """
+        loop, task = self.loop, self.loop.current
+        last, other = flow.source, flow.target
+        waiting = -1
+        deadline = inf
+        look = FIRST_LOOK
+        while not (last.ready | other.ready) & ERR:
+            at_risk = last.at_risk() - last.ended
+            # A peer that writes before it reads would never read if nobody took what it writes.
+            wasted = flow.waste() if at_risk > 0 else 0
+            if wasted == 0 and not last.aborted:
+                last.discard()
+                return None
+            if at_risk != waiting:
+                waiting = at_risk
+                deadline = loop.now + self._half_closed_timeout
+            elif loop.now >= deadline:
+                return self._cause_after(self._half_closed_timeout)
+            if wasted:
+                task.wake()
+            else:
+                task.wake_at(min(loop.now + look, deadline))
+                look = min(2 * look, LAST_LOOK)
+            await news()  # the side may end by itself
+        if other.aborted:
+            return await self._deliver_before_abort()
+        # The other side has its end already: there is no abort to pass on.
+        return "client-aborted" if last is self.client else "backend-aborted"
 
     async def _deliver_before_abort(self) -> Cause:
         """Pass on what the aborted side had sent, and wait until the other has it: the later RST would destroy it.
@@ -153,7 +250,8 @@ class Relay:
 def cut(flow: Flow, other: Flow) -> int:
     """Close the target of a flow, when not all is in order. Returns how many bytes were lost by that."""
     target = flow.target
-    whole = flow.finished and not flow.source.aborted
+    # A flow that `_end_both` has ended has passed on all that it had to, whatever became of its source.
+    whole = not flow.source.aborted if flow.finished else target.ended
     # If a socket is closed while bytes from its peer are unread, the kernel sends RST too (tcp(7)).
     resets = not whole or (not other.finished and target.peek(1))
     lost = at_risk(flow) if resets and not target.aborted else 0

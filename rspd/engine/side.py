@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
@@ -28,6 +29,9 @@ LINGER_0 = struct.pack("ii", 1, 0)
 
 # The kernel had no memory for this one call (send(2)); the connection has not changed.
 NO_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
+
+# Bytes that a side throws away at once.
+DISCARDED = 1 << 16
 
 # Seconds after which to make such a call again: no event tells when there is memory.
 RETRY = 0.01
@@ -202,6 +206,26 @@ class Side(Watch):
         except OSError:
             return 0
 
+    def unread(self) -> int:
+        """How many bytes of the peer wait in the kernel, or more if they cannot be counted (FIONREAD, tcp(7)).
+
+        `IN`, and `PRI` for urgent data, are in `ready` then: epoll may have yet to tell.
+        """
+        self.ready |= IN
+        urgent = select.poll()
+        urgent.register(self.fd, PRI)  # `ready` may not tell: while a flow holds back, PRI is ignored
+        if urgent.poll(0):
+            self.ready |= PRI
+            # The kernel counts up to the urgent byte only. It has no more than the size of its buffer.
+            return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        return int(struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, b"\0\0\0\0"))[0])
+
+    def discard(self) -> None:
+        """Take nothing more from the peer, which has been told the end; the close comes next.
+
+        Here, there is nothing to do: a TCP peer gets FIN first, and then RST for what nobody has read.
+        """
+
     def keep_alive(self) -> None:
         """Have the kernel ask a silent peer whether it is still there, and abort when it is not (tcp(7))."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -231,3 +255,9 @@ class UnixSide(Side):
     def at_risk(self) -> int:
         """How many bytes an abort now would destroy: none, the peer has them."""
         return 0
+
+    def discard(self) -> None:
+        """Take nothing more from the peer. If bytes were left, the peer would read ECONNRESET before its end."""
+        self.sock.shutdown(socket.SHUT_RD)
+        while self.read(DISCARDED):
+            pass

@@ -89,9 +89,15 @@ def converse(
 
 
 def outcome_of(
-    script: Script, idle: float = PATIENCE, half_close: float = PATIENCE, pipes: int = 4, pair: Pair = tcp_pair
+    script: Script,
+    idle: float = PATIENCE,
+    half_close: float = PATIENCE,
+    pipes: int = 4,
+    pair: Pair = tcp_pair,
+    *,
+    together: bool = False,
 ) -> Outcome:
-    """The same, with the bytes that were lost."""
+    """The same, with the bytes that were lost. together: whether both sides end when one does."""
     client, client_far = pair()
     backend, backend_far = pair()
     failures: list[BaseException] = []
@@ -112,7 +118,7 @@ def outcome_of(
         client_side.watch()
         backend_side.watch()
         pool = Pipes(pipes)
-        relay = Relay(loop, client_side, backend_side, pool, idle, half_close)
+        relay = Relay(loop, client_side, backend_side, pool, idle, half_close, not together)
         thread.start()
         try:
             cause = await relay.run()
