@@ -13,15 +13,16 @@ import pytest
 
 import rspd.engine.relay
 from rspd.engine.cause import Cause
-from rspd.engine.flow import BUFFER_SIZE
-from rspd.engine.loop import RDHUP, Loop, news
-from rspd.engine.pipes import Pipes
+from rspd.engine.flow import BUFFER_SIZE, Flow
+from rspd.engine.loop import IN, RDHUP, Loop, news
+from rspd.engine.pipes import PIPE_SIZE, Pipes
 from rspd.engine.relay import PAUSE, SENDING_MAX, Relay
 from rspd.engine.side import Side, UnixSide
 from tests.engine.test_relay import (
     Outcome,
     Pair,
     Script,
+    left_to_read,
     narrow_reader,
     outcome_of,
     pairs,
@@ -35,6 +36,7 @@ from tests.support import (
     FakeClock,
     eventually,
     fill,
+    open_descriptors,
     receive_all,
     reset,
     run,
@@ -155,6 +157,18 @@ class Relayed:
             with suppress(BlockingIOError):
                 got += self.client.recv(100)
         self.client.settimeout(PATIENCE)
+
+    async def tell_both_the_end(self, data: bytes) -> None:
+        """Have both peers send this, and the client end, and wait until both sides have been told the end.
+
+        No peer reads.
+        """
+        self.start()
+        await self.send(self.backend, data)
+        await self.send(self.client, data)
+        self.client.shutdown(socket.SHUT_WR)
+        while not self.relay.client.ended:
+            await self.loop.sleep(0.001)
 
     async def goes_on_for(self, turns: int) -> None:
         for _ in range(turns):
@@ -447,3 +461,283 @@ def test_a_unix_peer_of_which_bytes_are_left_reads_the_end_and_no_error(monkeypa
         assert receive_all(backend) == b""
 
     before_the_relay_looks(bytes(3 * BUFFER_SIZE), check)
+
+
+# What was sent to the other side
+
+
+@pipes_or_none
+@who_ends
+@pytest.mark.parametrize("pair", [narrow_reader, unix_pair])
+def test_a_slow_reader_that_goes_on_sending_gets_all_and_no_reset(who: str, pair: Pair, pipes: int) -> None:
+    """Of a socket that is closed with bytes unread the kernel makes a reset, which destroys what is on its way."""
+    answer = os.urandom(MUCH if pair is narrow_reader else MUCH // 10)  # the kernel takes all of it
+
+    def script(ends: socket.socket, other: socket.socket) -> None:
+        reader = in_thread(lambda: receive_all(ends))
+        ends.sendall(answer)
+        ends.shutdown(socket.SHUT_WR)
+        sender = in_thread(lambda: flood(other))
+        reader.join(PATIENCE)  # it has its end: nothing more is taken from the sender
+        assert receive_all(other) == answer
+        sender.join(PATIENCE)
+        assert not sender.is_alive()
+
+    sent = converse(by_turns(who, script), pipes=pipes, pair=pair)
+    assert (sent.cause, sent.lost) == (ended_by(who), 0)
+
+
+@pipes_or_none
+@who_ends
+def test_a_side_that_sends_much_before_it_reads_gets_all_it_was_sent(who: str, pipes: int) -> None:
+    """If nobody took what it sends, it would never read."""
+    question = os.urandom(MUCH)  # the kernel takes all of it, but not the side's own
+
+    def script(ends: socket.socket, other: socket.socket) -> None:
+        ends.sendall(question)
+        ends.shutdown(socket.SHUT_WR)
+        reader = in_thread(lambda: receive_all(ends))
+        for _ in range(64):
+            other.sendall(bytes(1 << 20))
+        assert receive_all(other) == question
+        reader.join(PATIENCE)
+
+    outcome = converse(by_turns(who, script), inf, pipes, narrow_reader, inf)
+    assert (outcome.cause, outcome.lost) == (ended_by(who), 0)
+
+
+def test_a_flow_that_was_held_back_tells_of_what_is_to_be_thrown_away() -> None:
+    async def main(loop: Loop) -> None:
+        near, source = unix_pair()
+        target, far = unix_pair()
+        with near, far:
+            flow = Flow(side_of(loop, source), side_of(loop, target), Pipes(0))
+            flow.source.watch()
+            flow.target.watch()
+            near.setblocking(False)
+            while not flow.waiting:
+                with suppress(BlockingIOError):
+                    near.send(bytes(BUFFER_SIZE))
+                await loop.yield_turn()
+                flow.pump()
+            flow.drop()
+            while flow.waste() is not None:
+                pass
+            near.send(b"late")
+            while not flow.source.ready & IN:
+                await news()
+            assert flow.waste() == 4
+            flow.source.close()
+            flow.target.close()
+
+    run(main)
+
+
+def test_a_slow_reader_is_let_go_when_it_has_acknowledged_all_though_nothing_else_happens() -> None:
+    data = os.urandom(MUCH)
+    got: list[bytes] = []
+
+    async def main(loop: Loop) -> None:
+        relayed = Relayed(loop, narrow_reader)
+        with relayed.client as client, relayed.backend as backend:
+            relayed.start()
+            await relayed.send(backend, data)
+            backend.shutdown(socket.SHUT_WR)
+            while not relayed.relay.backend.ended:
+                await loop.sleep(0.001)
+            assert not relayed.ends
+            reader = in_thread(lambda: got.append(receive_all(client)))
+            assert await relayed.end() == ("backend-closed", 0)
+            reader.join(PATIENCE)
+
+    run(main)
+    assert got == [data]
+
+
+@pytest.fixture
+def no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second look at what a peer has acknowledged comes too late for any test."""
+    monkeypatch.setattr(rspd.engine.relay, "FIRST_LOOK", 2 * PATIENCE)
+
+
+@pytest.mark.usefixtures("no_look")
+def test_a_side_that_has_acknowledged_all_but_the_end_is_let_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Side, "at_risk", lambda side: int(side.ended))
+
+    async def main(loop: Loop) -> None:
+        relayed = Relayed(loop)
+        with relayed.client as client, relayed.backend as backend:
+            relayed.start()
+            backend.sendall(b"answer")
+            while not relayed.relay.download.total:
+                await loop.yield_turn()
+            assert client.recv(100) == b"answer"
+            backend.shutdown(socket.SHUT_WR)
+            assert await relayed.end() == ("backend-closed", 0)
+            assert receive_all(client) == b""
+            assert receive_all(backend) == b""
+
+    run(main)
+
+
+@pytest.mark.usefixtures("no_look")
+def test_a_slow_reader_that_has_ended_too_is_let_go_at_once() -> None:
+    """It will send nothing more, so nothing makes a reset."""
+    data = os.urandom(MUCH)
+
+    async def main(loop: Loop) -> None:
+        relayed = Relayed(loop, narrow_reader)
+        with relayed.client as client, relayed.backend as backend:
+            relayed.start()
+            await relayed.send(backend, data)
+            backend.shutdown(socket.SHUT_WR)
+            while not relayed.relay.backend.ended:
+                await loop.sleep(0.001)
+            client.shutdown(socket.SHUT_WR)
+            assert await relayed.end() == ("backend-closed", 0)
+            assert receive_all(client) == data
+
+    run(main)
+
+
+# Aborts and timeouts meanwhile
+
+
+@pipes_or_none
+@who_ends
+def test_what_a_side_sent_that_aborts_after_the_end_is_delivered_to_a_slow_reader(who: str, pipes: int) -> None:
+    def script(ends: socket.socket, other: socket.socket) -> None:
+        arrived = send_all_that_goes(other)
+        ends.shutdown(socket.SHUT_WR)
+        assert receive_all(other) == b""
+        reset(other)
+        assert read_to_reset(ends) >= arrived
+
+    outcome = converse(by_turns(who, script), pipes=pipes, pair=narrow_reader)
+    assert (outcome.cause, outcome.lost) == ("backend-aborted" if who == "client" else "client-aborted", 0)
+
+
+@who_ends
+def test_a_side_that_aborts_after_its_end_is_gone_and_the_other_is_reset(who: str) -> None:
+    def script(ends: socket.socket, other: socket.socket) -> None:
+        fill(other)
+        ends.shutdown(socket.SHUT_WR)
+        assert receive_all(other) == b""
+        reset(ends)
+        eventually(lambda: other.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    outcome = converse(by_turns(who, script), pair=narrow_reader)
+    assert (outcome.cause, outcome.lost) == (f"{who}-aborted", 0)
+
+
+def test_a_slow_reader_gets_all_though_the_other_side_aborts_when_both_have_been_told_the_end() -> None:
+    data = os.urandom(MUCH)
+    got: list[int] = []
+
+    async def main(loop: Loop) -> None:
+        relayed = Relayed(loop, narrow_reader)
+        with relayed.client as client, relayed.backend as backend:
+            await relayed.tell_both_the_end(data)
+            reset(client)
+            while not relayed.relay.client.aborted:
+                await loop.sleep(0.001)
+            reader = in_thread(lambda: got.append(read_to_reset(backend)))
+            assert await relayed.end() == ("client-aborted", 0)
+            reader.join(PATIENCE)
+
+    run(main)
+    assert got == [MUCH]
+
+
+def test_a_side_that_aborts_when_both_have_been_told_the_end_takes_nothing_from_the_other() -> None:
+    """Neither side has read what it was sent. The one that aborts gives up its own."""
+    data = os.urandom(MUCH)
+
+    async def main(loop: Loop) -> None:
+        relayed = Relayed(loop, narrow_reader)
+        with relayed.client as client, relayed.backend as backend:
+            await relayed.tell_both_the_end(data)
+            reset(backend)
+            assert await relayed.end() == ("backend-aborted", 0)
+            assert receive_all(client) == data
+
+    run(main)
+
+
+def fill_up(sock: socket.socket) -> None:
+    """Send until nobody takes more; a busy machine may make a pause in between."""
+    while fill(sock):
+        pass
+
+
+@pytest.mark.parametrize("pair", [narrow_reader, unix_pair])
+@pipes_or_none
+@who_ends
+def test_a_reader_that_has_stopped_ends_the_connection_and_what_it_had_not_taken_is_lost(
+    who: str, pair: Pair, pipes: int
+) -> None:
+    got: list[int] = []
+
+    def script(ends: socket.socket, other: socket.socket) -> None:
+        fill_up(other)
+        ends.shutdown(socket.SHUT_WR)
+        got.append(left_to_read(ends))
+
+    outcome = converse(by_turns(who, script), 0.5, pipes, pair)
+    assert outcome.cause == "half-close-timeout"
+    taken = outcome.received if who == "client" else outcome.sent
+    assert 0 <= outcome.lost - (taken - got[0]) <= (PIPE_SIZE if pipes else BUFFER_SIZE)
+    assert outcome.lost > 0
+
+
+def test_the_idle_timeout_holds_for_a_reader_that_has_stopped_if_it_is_shorter() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        fill_up(backend)
+        client.shutdown(socket.SHUT_WR)
+        left_to_read(client)
+
+    outcome = converse(script, pair=narrow_reader, idle=3)
+    assert outcome.cause == "idle-timeout"
+    assert outcome.lost > 0
+
+
+@pytest.mark.parametrize("sends", [False, True])
+def test_a_reader_that_has_stopped_is_let_go_and_loses_something_only_if_it_sends_at_the_last_moment(
+    sends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(MUCH)
+    if sends:
+        monkeypatch.setattr(Flow, "waste", lambda _: None)  # as if it came after the last look
+
+    async def main(loop: Loop) -> None:
+        relayed = Relayed(loop, narrow_reader, half_close=0.3)
+        with relayed.client as client, relayed.backend as backend:
+            relayed.start()
+            await relayed.send(backend, data)
+            backend.shutdown(socket.SHUT_WR)
+            while not relayed.relay.backend.ended:
+                await loop.sleep(0.001)
+            if sends:
+                client.sendall(b"late")
+            cause, lost = await relayed.end()
+            got = left_to_read(client) if sends else len(receive_all(client))
+            assert cause == "half-close-timeout"
+            assert (got == MUCH, lost > 0) == (not sends, sends)
+            assert got + lost >= MUCH
+
+    run(main)
+
+
+def test_a_hundred_connections_leave_no_descriptor() -> None:
+    def script(client: socket.socket, backend: socket.socket) -> None:
+        sender = in_thread(lambda: flood(backend))
+        assert client.recv(1)
+        client.shutdown(socket.SHUT_WR)
+        receive_all(client)
+        sender.join(PATIENCE)
+
+    before = open_descriptors()
+    for _ in range(50):
+        for pair in (tcp_pair, unix_pair):
+            converse(script, pair=pair)
+    assert open_descriptors() == before
