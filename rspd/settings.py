@@ -78,6 +78,7 @@ class ProxyConfig(NamedTuple):
     reuse_port: bool = False  # for TCP listeners, not for sockets from systemd
     connect_timeout: float = 5.0
     idle_timeout: float = 60.0
+    half_close: bool = True  # whether one direction goes on when the other has ended
     half_close_timeout: float = 30.0
     drain_timeout: float = 30.0
     balance: str = "round-robin"  # one of BALANCES

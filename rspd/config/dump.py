@@ -10,7 +10,7 @@ import yaml
 
 from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS
 from rspd.config.schema import USUAL, Many, Scalar
-from rspd.config.values import OFF, accepts, format_duration
+from rspd.config.values import OFF, ON, accepts, format_duration, parse_switch
 from rspd.net.address import Address
 from rspd.settings import BackendConfig, Config, HealthConfig
 
@@ -51,16 +51,20 @@ def _node(reader: Scalar, value: Any) -> yaml.Node | None:
     if isinstance(reader, Many) and value:
         items = [_node(reader.item, item) for item in value]
         return items[0] if len(items) == 1 else yaml.SequenceNode(LIST, items)
-    meant = (_scalar(text) for text in _texts(value) if accepts(reader.parse, text) and reader.parse(text) == value)
+    meant = (
+        _scalar(text) for text in _texts(reader, value) if accepts(reader.parse, text) and reader.parse(text) == value
+    )
     node = next(meant, None)
     assert node or value in ("", (), None), f"nothing means {value!r}"
     return node
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Texts that may mean this value."""
-    if isinstance(value, bool):
+def _texts(reader: Scalar, value: Any) -> Iterator[str]:
+    """Texts that may mean this value, the usual one first."""
+    if reader.parse is parse_switch:
         yield str(value).lower()
+    elif isinstance(value, bool):
+        yield ON[0] if value else OFF[0]
     yield from (OFF[0], "all")
     if isinstance(value, Address):
         yield f"[{value.host}]" if ":" in value.host else value.host  # if the port stands elsewhere

@@ -112,6 +112,7 @@ PROXY_KEYS: Mapping[str, Scalar] = {
     "health": Table(HEALTH_KEYS, HealthConfig, _parse_health, "a mapping, on or off", check=_check_health),
     "on_down": Scalar(values.one_of(("keep", "abort"))),
     "idle_timeout": Scalar(values.parse_duration),
+    "half_close": Scalar(lambda text: values.parse_switch(text, "on or off")),
     "half_close_timeout": Scalar(values.parse_duration),
     "drain_timeout": Scalar(values.parse_duration),
     "allow": Many(_NETWORK, "network", none=("all",)),

@@ -58,6 +58,8 @@ def _proxy(proxy: ProxyConfig) -> Iterator[str]:
         yield f"clients waiting up to {_span(proxy.queue_timeout)} while no backend is up"
     if proxy.send_proxy:
         yield f"a PROXY {proxy.send_proxy} header to backends"
+    if not proxy.half_close:
+        yield "connections end when either side has ended"
     for key in TIMEOUTS:
         if getattr(proxy, key) != getattr(DEFAULTS, key):
             yield f"{key} {_span(getattr(proxy, key))}"

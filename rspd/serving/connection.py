@@ -143,7 +143,15 @@ class Connection:
     def _relay_to(self, backend: Side) -> Relay:
         terms, client = self.terms, self.client
         config = terms.config
-        relay = Relay(client.loop, client, backend, terms.pipes, config.idle_timeout, config.half_close_timeout)
+        relay = Relay(
+            client.loop,
+            client,
+            backend,
+            terms.pipes,
+            config.idle_timeout,
+            config.half_close_timeout,
+            config.half_close,
+        )
         self.relay = relay  # owns the backend's side from here on
         if terms.keep_alive:
             # Nothing else would ever find out that a peer is gone.

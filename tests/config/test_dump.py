@@ -41,6 +41,7 @@ queue_timeout: off
 health: off
 on_down: keep
 idle_timeout: 60s
+half_close: on
 half_close_timeout: 30s
 drain_timeout: 30s
 allow: all
@@ -120,6 +121,7 @@ WORDS = {
     "send_proxy": ["v1", "v2", "off"],
     "log_level": ["debug", "info", "warning", "error"],
     "reuse_port": ["true", "no"],
+    "half_close": ["on", "off", "true", "No"],
     "backup": ["yes", "false"],
     "http": ["/", "/a?b=c#d", "/~"],
     "address": ADDRESSES,

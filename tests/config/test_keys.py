@@ -177,7 +177,9 @@ def test_the_same_in_other_ways_of_yaml_is_the_same(load: Load, content: bytes) 
     [("true", True), ("True", True), ("yes", True), ("on", True), ("false", False), ("no", False), ("off", False)],
 )
 def test_a_switch_is_written_as_yaml_has_it(load: Load, text: str, value: bool) -> None:
-    assert load(f"{MINIMAL}reuse_port: {text}").proxies[0].reuse_port is value
+    proxy = load(f"{MINIMAL}reuse_port: {text}\nhalf_close: {text}").proxies[0]
+    assert proxy.reuse_port is value
+    assert proxy.half_close is value
 
 
 def test_an_alias_is_what_its_anchor_names(load: Load) -> None:
@@ -227,6 +229,7 @@ def test_an_alias_is_what_its_anchor_names(load: Load) -> None:
         ("exit_idle_time: [1s]", "exit_idle_time: expected one value, found a list"),
         ("exit_idle_timeout: 1s", "exit_idle_timeout: unknown key, did you mean exit_idle_time?"),
         ("reuse_port: maybe", "reuse_port: expected true or false, found 'maybe'"),
+        ("half_close: 5s", "half_close: expected on or off, found '5s'"),
         ("reuse_port: 1", "reuse_port: expected true or false, found '1'"),
         ("reuse_port:", "reuse_port: expected true or false, found ''"),
         ("reuse_port: [true]", "reuse_port: expected one value, found a list"),

@@ -27,6 +27,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "reuse_port": (True, "listening on 80 (ports shared, reuse_port)"),
     "connect_timeout": (0.5, "connect_timeout 500 ms"),
     "idle_timeout": (inf, "idle_timeout off"),
+    "half_close": (False, "connections end when either side has ended"),
     "half_close_timeout": (120.0, "half_close_timeout 2 min"),
     "drain_timeout": (3600.0, "drain_timeout 1 h"),
     "balance": ("source", "source over one backend"),

@@ -182,6 +182,37 @@ def test_a_new_half_close_timeout_is_for_new_connections(tmp_path: Path) -> None
             done.set()
 
 
+def test_half_close_off_and_on_again_is_for_new_connections(tmp_path: Path) -> None:
+    """Each connection keeps the terms that it began with, over two reloads."""
+    ended = threading.Event()
+
+    def hears_the_end(sock: socket.socket) -> None:
+        """Say something, and once more after the client's end and `ended`."""
+        sock.sendall(b"hello")
+        assert sock.recv(1) == b""
+        ended.wait(PATIENCE)
+        sock.sendall(b"late")
+
+    with Backend(hears_the_end) as backend:
+        file = File(tmp_path, listen="127.0.0.1:0", backend=backend.address, max_connections=3)
+        with file.rspd() as daemon, daemon.connect() as first:
+            assert receive(first, 5) == b"hello"
+            file.reload(daemon, half_close="off")
+            with daemon.connect() as second:
+                assert receive(second, 5) == b"hello"
+                file.reload(daemon, half_close="on")
+                with daemon.connect() as third:
+                    assert receive(third, 5) == b"hello"
+                    for client in (first, second, third):
+                        client.shutdown(socket.SHUT_WR)
+                    assert receive_all(second) == b""
+                    (end,) = daemon.wait_for_ends(1)
+                    assert (end["received"], end["cause"]) == ("5", "client-closed")
+                    ended.set()
+                    assert receive_all(first) == receive_all(third) == b"late"
+            daemon.wait_for_ends(3)
+
+
 def test_a_new_connect_timeout_is_in_force_for_the_next_client(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
         where = listener.getsockname()

@@ -8,6 +8,8 @@ import socket
 import tempfile
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -194,6 +196,56 @@ def test_the_path_of_a_unix_client_forges_nothing_in_the_log(path: str, shown: s
             client.close()
             (line,) = daemon.wait_for("connection closed")
         assert f"INFO    connection closed client={shown.format(folder)} backend={backend.address} sent=1 " in line
+
+
+def without_half_close(folder: Path) -> tuple[str, str]:
+    file = folder / "rspd.yaml"
+    file.write_text("half_close: off\n")
+    return "-c", str(file)
+
+
+def test_without_half_close_a_long_answer_that_the_backend_ends_arrives_whole_while_the_client_sends(
+    tmp_path: Path,
+) -> None:
+    size = 20_000_000
+    hashes: list[str] = []
+
+    def respond(sock: socket.socket) -> None:
+        hashes.append(send_hashed(sock, size))
+        sock.shutdown(socket.SHUT_WR)
+        receive_hashed(sock)
+
+    def flood(sock: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                sock.sendall(BLOCK)
+
+    options = *without_half_close(tmp_path), "--max-connections", "1"
+    with Backend(respond) as backend, rspd("-b", backend.address, *options) as daemon, daemon.connect() as client:
+        sender = threading.Thread(target=flood, args=(client,))
+        sender.start()
+        received = receive_hashed(client)
+        assert received == (size, hashes[0])
+        (end,) = daemon.wait_for_ends(1)
+        assert (end["received"], end["cause"], end.get("lost")) == (str(size), "backend-closed", None)
+        sender.join(PATIENCE)
+        assert not sender.is_alive()
+
+
+def test_without_half_close_a_client_that_keeps_its_connection_open_is_let_go_when_the_backend_ends(
+    tmp_path: Path,
+) -> None:
+    """As with HTTP and `Connection: close`: the only place is free again, and no descriptor is left."""
+    with Backend(answer) as backend, rspd("-b", backend.address, *without_half_close(tmp_path)) as daemon:
+        for number in range(20):
+            with daemon.connect() as client:
+                client.sendall(b"?")
+                assert receive_all(client) == b"ok"
+                ends = daemon.wait_for_ends(number + 1)
+                assert [end["cause"] for end in ends] == ["backend-closed"] * (number + 1)
+            if not number:
+                before = daemon.descriptors()
+        assert daemon.descriptors() == before
 
 
 def test_an_abstract_name_and_a_host_name_work_as_addresses() -> None:
