@@ -1,5 +1,6 @@
 # make run    a small web server showing FOLDER, and rspd in front of it: open the address that is printed
 # make test   the tests, as any user; REQUIRED=1 forbids skipping
+# make test-peers    rspd beside other programs, HAProxy and nginx, and the bench; REQUIRED=1 forbids skipping
 # make test-system   the package in booted machines, as root; SUITES='bookworm trixie'; REQUIRED=1 forbids skipping
 # make lint   ruff, mypy and complexipy
 # make deb    the Debian package, into dist/; CHECK=yes runs the tests too
@@ -29,7 +30,7 @@ override DEB_BUILD_PROFILES += nocheck
 endif
 export DEB_BUILD_OPTIONS DEB_BUILD_PROFILES
 
-.PHONY: run test test-system lint deb bench clean
+.PHONY: run test test-peers test-system lint deb bench clean
 
 run: .venv/run
 	@test -d "$(FOLDER)" || { echo 'make run: FOLDER=$(FOLDER) is not a folder' >&2; exit 1; }
@@ -47,6 +48,9 @@ test: .venv/test
 	$(BIN)/coverage run -m pytest -q -rfEs -n 4
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
+
+test-peers: .venv/test
+	$(BIN)/python -m pytest -q -rfEs -n 4 tests/peers
 
 # Two workers for each suite: one of them mostly waits, in the test of a hundred idle exits.
 test-system: .venv/test

@@ -36,13 +36,9 @@ settings.register_profile(
 settings.load_profile("rspd")
 
 
-MARKS = ("large_pipes(count): needs so many at once", "peers: runs HAProxy, nginx or the bench")
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the marks of our own."""
-    for mark in MARKS:
-        config.addinivalue_line("markers", mark)
+    """Name the mark of our own."""
+    config.addinivalue_line("markers", "large_pipes(count): needs so many at once")
 
 
 @pytest.fixture(autouse=True)
