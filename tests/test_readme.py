@@ -15,7 +15,7 @@ import pytest
 from rspd import __version__
 from rspd.cli import main
 from rspd.config.dump import dump
-from rspd.config.keys import HEALTH_KEYS, PROXY_KEYS, load_config
+from rspd.config.keys import GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, load_config
 from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
 from tests.test_documentation import MAN_PAGES, ROOT, SHIPPED, options
 
@@ -149,7 +149,7 @@ def test_the_defaults_that_the_readme_names_are_those_of_the_code() -> None:
 
 
 def test_the_keys_and_values_that_are_advised_are_such() -> None:
-    keys = {**PROXY_KEYS, **HEALTH_KEYS}
+    keys = {**PROXY_KEYS, **GENERAL_KEYS, **HEALTH_KEYS}
     advised = [pair for page in DOCUMENTS.values() for pair in re.findall(r"`([a-z_]+): ([\w-]+)`", page)]
     assert len(advised) > 5
     for key, value in advised:
