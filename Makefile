@@ -1,6 +1,6 @@
 # make run    a small web server showing FOLDER, and rspd in front of it: open the address that is printed
 # make test   the tests, as any user; REQUIRED=1 forbids skipping
-# make test-peers    rspd beside other programs, HAProxy, nginx and NSD, and the bench; REQUIRED=1 forbids skipping
+# make test-peers    rspd beside other programs: HAProxy, nginx, socat, rinetd, NSD, and the bench; REQUIRED=1 forbids skipping
 # make test-system   the package in booted machines, as root; SUITES='bookworm trixie'; REQUIRED=1 forbids skipping
 # make lint   ruff, mypy and complexipy
 # make deb    the Debian package, into dist/; CHECK=yes runs the tests too

@@ -31,9 +31,13 @@ def haproxy(config: str, host: str = "127.0.0.1") -> AbstractContextManager[int]
 
 
 def nginx(config: str, host: str = "127.0.0.1") -> AbstractContextManager[int]:
-    """The same for nginx and its `stream { }` or `http { }` block. Skips the test also without its stream module."""
+    """The same for nginx and its `stream { }` or `http { }` block, after `events { }` if that is to have something.
+
+    Skips the test also without its stream module.
+    """
     module = f"load_module {NGINX.MODULE};\n" if NGINX.MODULE.exists() else ""
-    alone = "daemon off; master_process off; pid @FOLDER@/nginx.pid; error_log stderr; events { }\n"
+    events = "" if config.startswith("events {") else "events { }"
+    alone = f"daemon off; master_process off; pid @FOLDER@/nginx.pid; error_log stderr; {events}\n"
     return _running(NGINX, ["-e", "stderr", "-c"], module + alone + config, host)
 
 
@@ -58,7 +62,7 @@ def _running(peer: Peer, options: Sequence[str], config: str, host: str) -> Iter
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            eventually(lambda: process.poll() is not None or _listening(port), f"{peer.name} listens")
+            eventually(lambda: process.poll() is not None or listening(port), f"{peer.name} listens")
             assert process.poll() is None, f"{peer.name} ended: {Path(output.name).read_text()}"
             yield port
         finally:
@@ -67,7 +71,7 @@ def _running(peer: Peer, options: Sequence[str], config: str, host: str) -> Iter
             process.wait(PATIENCE)
 
 
-def _listening(port: int) -> bool:
+def listening(port: int) -> bool:
     """Whether somebody listens on a TCP port: without connecting, which the peer would pass on (proc_net(5))."""
     rows = [row.split() for name in ("tcp", "tcp6") for row in Path("/proc/net", name).read_text().splitlines()]
     return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
