@@ -67,7 +67,7 @@ def _texts(reader: Scalar, value: Any) -> Iterator[str]:
         yield ON[0] if value else OFF[0]
     yield from (OFF[0], "all")
     if isinstance(value, Address):
-        yield f"[{value.host}]" if ":" in value.host else value.host  # if the port stands elsewhere
+        yield value.host  # where the port stands elsewhere
     if isinstance(value, float):
         yield format_duration(value)
     yield str(value)
