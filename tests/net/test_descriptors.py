@@ -16,6 +16,7 @@ from rspd.engine.loop import Loop, Task, news
 from rspd.net.descriptors import QUIET, RETRY, SHORT, Shortage
 from tests.engine.test_loop import advance, rounds
 from tests.engine.test_pipes import no_descriptors
+from tests.namespaces import in_namespace
 from tests.support import PATIENCE, FakeClock, run
 
 BEGIN = 'accepting pauses; raise LimitNOFILE or ulimit -n reason="Too many open files"'
@@ -259,3 +260,22 @@ def test_a_second_that_the_clock_cannot_tell_exactly_does_not_stop_the_loop() ->
         [sys.executable, "-c", COARSE], cwd=root, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=True
     ).stderr
     assert log.splitlines()[1:] == [END]
+
+
+def test_whether_a_descriptor_is_free_is_tried() -> None:
+    with Loop() as loop:
+        shortage = Shortage(loop)
+        assert not shortage.none_free
+        with no_descriptors():
+            assert shortage.none_free
+        assert not shortage.none_free
+
+
+def tell_whether_none_is_free() -> None:
+    """Run in a namespace."""
+    with Loop() as loop:
+        print(os.path.exists(os.devnull), Shortage(loop).none_free)
+
+
+def test_where_there_is_no_null_device_descriptors_are_not_short_for_that() -> None:
+    assert in_namespace(tell_whether_none_is_free, prepare="mount -t tmpfs tmpfs /dev") == ["False False"]
