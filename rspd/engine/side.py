@@ -16,7 +16,8 @@ import termios
 from rspd.engine.loop import EDGE, ERR, HUP, IN, OUT, PRI, RDHUP, Loop, Watch
 from rspd.engine.pipes import Pipe
 
-EVENTS = IN | OUT | PRI | RDHUP | EDGE
+# Not `OUT`: a new socket has room. It is added at the first write that does not fit.
+EVENTS = IN | PRI | RDHUP | EDGE
 
 # If an event has none of these, a read that gets less than it asked for has emptied the socket. An end of the stream
 # or an error is still to be read. Urgent data (tcp(7)) cuts a read short though more bytes follow.
@@ -41,9 +42,10 @@ class Side(Watch):
     """A connected, non-blocking stream socket, and what epoll says of it. Owns the socket.
 
     can_splice: whether splice_into and splice_from are to be tried.
+    ended: whether `end` was called.
     """
 
-    __slots__ = ("events", "loop", "sock")
+    __slots__ = ("ended", "events", "loop", "sock")
 
     can_splice = True
 
@@ -51,14 +53,20 @@ class Side(Watch):
 
     def __init__(self, loop: Loop, sock: socket.SocketType) -> None:
         self.fd = sock.fileno()
-        self.ready = 0
+        self.ready = OUT
         self.loop = loop
         self.sock = sock
         self.events = EVENTS  # the events that resume the task
+        self.ended = False
+
+    def expect_connection(self) -> None:
+        """To be called before `watch` if the socket is not connected yet. `OUT` in `ready` will mean that it is."""
+        self.ready = 0
+        self.events |= OUT
 
     def watch(self) -> None:
         """Let the running task be resumed by this side. Raises OSError, for want of memory or watches."""
-        self.loop.watch(self, EVENTS)
+        self.loop.watch(self, self.events)
 
     def ignore(self, events: int) -> None:
         """Stop resuming the task by these events, since they would tell it nothing."""
@@ -66,7 +74,7 @@ class Side(Watch):
         self.loop.rewatch(self, self.events)
 
     def heed(self, events: int) -> None:
-        """End `ignore`. What has happened meanwhile is told then."""
+        """Resume the task by these events too. What has happened meanwhile is told then."""
         self.events |= events
         self.loop.rewatch(self, self.events)
 
@@ -126,7 +134,7 @@ class Side(Watch):
             self.note_failure(error)
             return 0
         if count < len(data):
-            self.ready &= ~OUT
+            self._note_full()
         return count
 
     def splice_into(self, pipe: Pipe, size: int) -> int | None:
@@ -158,7 +166,7 @@ class Side(Watch):
         try:
             count = os.splice(pipe.read_fd, self.fd, pipe.held, flags=SPLICE)
         except BlockingIOError:
-            self.ready &= ~OUT
+            self._note_full()
             return 0
         except OSError as error:
             if error.errno == errno.EINVAL:
@@ -167,6 +175,12 @@ class Side(Watch):
             return 0
         pipe.held -= count
         return count
+
+    def _note_full(self) -> None:
+        """The socket takes no more for now. Epoll will tell when there is room."""
+        self.ready &= ~OUT
+        if not self.events & OUT:
+            self.heed(OUT)
 
     def note_failure(self, error: OSError) -> bool:
         """Note that a call failed. Returns True if the connection broke, False if there was no memory for the call.
@@ -186,13 +200,7 @@ class Side(Watch):
         except OSError:
             self.ready |= ERR
         else:
-            # The peer's acknowledgement makes room to write, but nothing more will be written.
-            self.ignore(OUT)
-
-    @property
-    def ended(self) -> bool:
-        """Whether `end` was called."""
-        return not self.events & OUT
+            self.ended = True
 
     def unsent(self) -> int:
         """How many bytes in the kernel the peer has not acknowledged; an end counts as one (SIOCOUTQ, tcp(7))."""

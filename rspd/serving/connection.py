@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rspd.balancing.backend import Backend
 from rspd.balancing.pool import DialError, Pool
 from rspd.engine.cause import UNSERVED, Cause
-from rspd.engine.loop import Cancelled, Task
+from rspd.engine.loop import IN, Cancelled, Task
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
 from rspd.engine.side import Side
@@ -106,6 +106,8 @@ class Connection:
                 await step(self)
             # A client that says nothing is served too: the backend may be the one to speak first.
             self.backend, side = await terms.pool.dial(self)
+            # Most clients have spoken by now. If the relay looks at once, that saves a turn of the loop.
+            self.client.ready |= IN
             cause = await self._relay_to(side).run()
         except (DialError, RefusedError) as error:
             cause, reason = error.cause, str(error)

@@ -59,6 +59,7 @@ def connecting(loop: Loop, where: Any, until: int = OUT) -> Connect:
             code = side.sock.connect_ex(where)
             if code not in (0, errno.EINPROGRESS):
                 raise OSError(code, os.strerror(code))
+            side.expect_connection()
             side.watch()
             loop.current.wake_at(deadline)
             while not side.ready & (until | ERR | HUP):

@@ -829,6 +829,7 @@ def test_what_was_said_to_a_backend_before_the_relay_began_is_not_lost() -> None
         near, source = tcp_pair()
         target, far = tcp_pair()
         relay = Relay(loop, side_of(loop, source), side_of(loop, target), Pipes(0), PATIENCE, PATIENCE)
+        relay.backend.watch()
         while relay.backend.write(bytes(100_000)):
             pass
         assert relay.backend.at_risk()

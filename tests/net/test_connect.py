@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,12 +143,53 @@ def test_a_backend_that_resets_at_once_was_reached_and_what_it_said_can_be_read(
                 reset(accepted)
                 side = await attempt.end()
                 assert isinstance(side, Side)
+                if not side.aborted:  # the loop has yet to tell
+                    await loop.yield_turn()
                 assert side.aborted
                 buffer = bytearray(100)
                 assert side.read_into(memoryview(buffer)) == len(says)
                 assert buffer.startswith(says)
 
     run(main)
+
+
+def test_within_a_host_success_and_refusal_are_known_at_once() -> None:
+    async def outcome(loop: Loop, port: int) -> Side | OSError | None:
+        with Attempt(loop, f"127.0.0.1:{port}") as attempt:
+            attempt.start()
+            known = attempt.outcome
+            await attempt.end()
+            return known
+
+    async def main(loop: Loop) -> None:
+        for listens in (True, False):
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                port = listener.getsockname()[1]
+                if not listens:
+                    listener.shutdown(socket.SHUT_RD)  # the port stays ours, and nobody listens there
+                # On a busy machine, ksoftirqd may pass packets on a little later.
+                known = [await outcome(loop, port) for _ in range(20)]
+                assert (Side if listens else ConnectionRefusedError) in map(type, known)
+
+    run(main)
+
+
+def test_an_end_wakes_nobody_when_it_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "SocketType", with_info("pending"))  # as with a backend of another host
+
+    async def main(loop: Loop) -> int:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            with Attempt(loop, f"127.0.0.1:{listener.getsockname()[1]}") as attempt:
+                side = await attempt.side()
+                accepted, _ = listener.accept()
+                await loop.sleep(0.01)
+                before = loop.turn
+                side.end()
+                await loop.sleep(0.05)
+                accepted.close()
+                return loop.turn - before
+
+    assert run(main) <= 1
 
 
 # Why not
@@ -428,7 +471,33 @@ def test_a_share_is_an_even_part_of_the_time_that_is_left(
 # A connection to itself
 
 
-def dial_a_port_that_is_picked_for_the_near_end(address: str) -> None:
+# What TCP_INFO may say: what it does say, nothing at all, what it says where the answer comes a little later
+# (TCP_SYN_RECV, one segment), and what a kernel says that does not count segments.
+INFOS: dict[str, Callable[[bytes], bytes] | None] = {
+    "as it is": lambda info: info,
+    "refused": None,
+    "early": lambda info: b"\3" + info[1:140] + (1).to_bytes(4, sys.byteorder),
+    "old": lambda info: info[:104],
+    "pending": lambda info: b"\2" + info[1:],
+}
+
+
+def with_info(kind: str) -> type[socket.SocketType]:
+    """A socket for which TCP_INFO says that."""
+
+    class Told(socket.SocketType):
+        def getsockopt(self, level: int, name: int, *size: int) -> Any:
+            found: Any = super().getsockopt(level, name, *size)
+            if (level, name) != (socket.IPPROTO_TCP, socket.TCP_INFO):
+                return found
+            if change := INFOS[kind]:
+                return change(found)
+            raise PermissionError(errno.EPERM, "a program in the kernel refuses it")
+
+    return Told
+
+
+def dial_a_port_that_is_picked_for_the_near_end(address: str, info: str) -> None:
     """Print what a plain socket reaches that way, and then what rspd does. Changes the network namespace."""
     host, _, port = address.rpartition(":")
 
@@ -443,6 +512,7 @@ def dial_a_port_that_is_picked_for_the_near_end(address: str) -> None:
                 print(error.strerror)
             # With RST, since a port in TIME_WAIT would not be picked again.
             reset(sock)
+            socket.SocketType = with_info(info)
             attempt.start()
             outcome = await attempt.end()
             print(cause_of(outcome) if isinstance(outcome, OSError) else "reached")
@@ -451,10 +521,15 @@ def dial_a_port_that_is_picked_for_the_near_end(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1:40000", "[::1]:40000", "127.0.0.1:20000", "0.0.0.0:40000", "[::]:40000"]
+    ("address", "info"),
+    [
+        *((address, "as it is") for address in ("127.0.0.1:40000", "[::1]:40000", "127.0.0.1:20000")),
+        *((address, "as it is") for address in ("0.0.0.0:40000", "[::]:40000")),
+        *(("127.0.0.1:40000", info) for info in ("refused", "early", "old")),
+    ],
 )
-def test_a_connection_that_the_kernel_made_to_itself_is_taken_for_refused(address: str) -> None:
-    plain, outcome = in_namespace(dial_a_port_that_is_picked_for_the_near_end, address)
+def test_a_connection_that_the_kernel_made_to_itself_is_taken_for_refused(address: str, info: str) -> None:
+    plain, outcome = in_namespace(dial_a_port_that_is_picked_for_the_near_end, address, info)
     if plain != "itself":
         skip_for_kernel(f"a plain socket does not reach itself ({plain})")
     assert outcome == "backend-refused"
