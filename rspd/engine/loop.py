@@ -8,24 +8,20 @@ one thread: a task that neither waits nor yields keeps the others waiting.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import select
 import time
 import types
 from collections.abc import Callable, Coroutine, Generator
-from itertools import count
 from math import inf
 from typing import Any, TypeVar
 
+from rspd.engine.timers import Timers
 from rspd.engine.wakeups import Wakeups
 
 IN, OUT, PRI = select.EPOLLIN, select.EPOLLOUT, select.EPOLLPRI
 ERR, HUP, RDHUP = select.EPOLLERR, select.EPOLLHUP, select.EPOLLRDHUP
 EDGE, EXCLUSIVE = select.EPOLLET, select.EPOLLEXCLUSIVE
-
-# Seconds. epoll_wait takes no more than 24 days. To wake once a day for nothing costs nothing.
-LONGEST_WAIT = 86400.0
 
 T = TypeVar("T")
 Work = Coroutine[Any, Any, object]
@@ -44,11 +40,11 @@ def news() -> Generator[None, None, None]:
 
 
 class Watch:
-    """A descriptor's readiness, as far as epoll has told.
+    """A descriptor, and what it is believed to be ready for.
 
-    `ready` collects event bits. The user of the descriptor clears a bit when a call shows that it no longer
-    holds (EAGAIN, say). Edge-triggered epoll sets the bit again when that changes, and not before.
-    The caller owns the descriptor, and calls `Loop.unwatch` before closing it.
+    `ready` collects event bits: those that epoll has told, and those that its user assumes. The user clears a bit when
+    a call shows that it does not hold (EAGAIN, say). Edge-triggered epoll sets the bit again when that changes, and not
+    before. The caller owns the descriptor, and calls `Loop.unwatch` before closing it, or `Loop.forget`.
     """
 
     __slots__ = ("fd", "ready", "task")
@@ -61,29 +57,34 @@ class Watch:
 
 
 class Task:
-    """A coroutine that the loop runs; made by `Loop.spawn`."""
+    """A coroutine that the loop runs; made by `Loop.spawn`.
 
-    __slots__ = ("_armed", "_coroutine", "_loop", "_on_done", "_send", "deadline", "done")
+    deadline: when it is to be resumed at the latest. armed: see `Sleeper`.
+    """
+
+    __slots__ = ("_coroutine", "_loop", "_on_done", "_send", "armed", "deadline", "done")
 
     def __init__(self, loop: Loop, coroutine: Work, on_done: Callable[[Task], object] | None) -> None:
         self._loop = loop
         self._coroutine = coroutine
         self._send = coroutine.send
         self._on_done = on_done
-        self._armed = inf  # when this task's entry in the heap of timers is due
+        self.armed = inf
         self.deadline = inf
         self.done = False
 
     def wake(self) -> None:
-        """Resume the task in the loop's next round; of no effect once it is done."""
+        """Resume the task in the loop's next turn; of no effect once it is done."""
         self._loop._queue[self] = None
 
     def wake_at(self, when: float) -> None:
         """Resume the task once at the loop's time `when`, in place of an earlier deadline; `inf` for never."""
         self.deadline = when
         # A deadline that moves away costs nothing here: when the timer is due, it sees the deadline and is set again.
-        if when < self._armed:
-            self._loop._push_timer(when, self)
+        # A deadline after the next look is found by that.
+        loop = self._loop
+        if when < self.armed and when < loop._timers.next_look:
+            loop._timers.arm(when, self, loop.now, len(loop._tasks))
 
     def cancel(self) -> None:
         """Raise `Cancelled` where the task waits."""
@@ -113,12 +114,11 @@ class Loop:
         self._watches: dict[int, Watch] = {}
         self._queue: dict[Task, None] = {}  # to be resumed in the next turn, in this order
         self._stopped = False
-        self._timers: list[tuple[float, int, Task]] = []  # never empty: the loop's own task has one
-        self._sequence = count()
         self.wakeups = Wakeups()
         self.now = clock()
+        self._timers = Timers(self.now)
         self.turn = 0
-        self._tasks: set[Task] = set()
+        self._tasks: dict[Task, None] = {}  # those that are not done, in the order in which they began
         self._to_wake: set[Task] = set()  # by `wake_later`
         self.spawn(self._receive_wakeups())
 
@@ -135,7 +135,7 @@ class Loop:
     def spawn(self, coroutine: Work, on_done: Callable[[Task], object] | None = None) -> Task:
         """Start a task and run it, here and now, up to its first wait. `on_done` is called when it has ended."""
         task = Task(self, coroutine, on_done)
-        self._tasks.add(task)
+        self._tasks[task] = None
         caller = getattr(self, "current", task)
         self.current = task
         try:
@@ -218,17 +218,17 @@ class Loop:
     async def _receive_wakeups(self) -> None:
         self.watch(Watch(self.wakeups.fd), IN | EDGE)
         while True:
-            self.current.wake_at(self.now + LONGEST_WAIT)
             await news()
             self.wakeups.run_calls()
 
     def _run_turns(self) -> None:
         """Wait for events and resume the tasks that they concern, again and again, until the main task is done."""
-        poll, clock, watches, timers = self._epoll.poll, self._clock, self._watches, self._timers
+        poll, clock, watches = self._epoll.poll, self._clock, self._watches
+        timers, heap = self._timers, self._timers.heap
         while not self._stopped:
             self.turn += 1
             queue = self._queue
-            due = timers[0][0]
+            due = min(heap[0][0], timers.next_look) if heap else timers.next_look
             wait = 0.0 if queue else due - clock()
             # A turn has all events that are ready: else tasks that are woken in each turn would run more often.
             events = poll(wait if wait > 0.0 else 0.0, len(watches))  # below 0 is for ever
@@ -250,7 +250,7 @@ class Loop:
                 watch.ready |= mask
                 queue[watch.task] = None
             if late:
-                self._fire_due()
+                timers.fire(now, self._tasks)
             # Tasks woken from here on wait for the next turn, after a look at the descriptors.
             self._queue = {}
             for task in queue:
@@ -265,29 +265,6 @@ class Loop:
         if not isinstance(end, (StopIteration, Cancelled)):
             log.exception("a task failed; this is a bug", exc_info=end)
         task.done = True
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if task._on_done:
             task._on_done(task)
-
-    def _push_timer(self, when: float, task: Task) -> None:
-        timers, now = self._timers, self.now
-        # Stay within what epoll_wait takes: a timer that fires too early is set again.
-        if when > now + LONGEST_WAIT:
-            when = now + LONGEST_WAIT
-        task._armed = when
-        heapq.heappush(timers, (when, next(self._sequence), task))
-        # Outdated entries stay until they are due. When most entries are outdated, these are removed.
-        if len(timers) > 2 * len(self._tasks) + 64:
-            timers[:] = [entry for entry in timers if entry[0] == entry[2]._armed and not entry[2].done]
-            heapq.heapify(timers)
-
-    def _fire_due(self) -> None:
-        timers, now = self._timers, self.now
-        while timers and timers[0][0] <= now:
-            when, _, task = heapq.heappop(timers)
-            if when == task._armed and not task.done:
-                task._armed = inf
-                if task.deadline <= now:
-                    task.wake()
-                else:
-                    task.wake_at(task.deadline)

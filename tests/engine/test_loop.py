@@ -17,7 +17,7 @@ from math import inf
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rspd.engine.loop import EDGE, ERR, HUP, IN, OUT, RDHUP, Cancelled, Loop, Task, Watch, news
@@ -449,12 +449,18 @@ def test_the_last_deadline_set_is_the_one_that_counts(deadlines: list[float], du
 @given(
     st.lists(
         st.one_of(
-            st.tuples(st.just("advance"), st.just(0), st.integers(0, 6)),
-            st.tuples(st.just("set"), st.integers(0, 3), st.one_of(st.integers(-2, 12), st.just(inf))),
+            # A quarter is less than how far the loop sees ahead.
+            st.tuples(st.just("advance"), st.just(0), st.integers(0, 24).map(lambda quarters: quarters / 4)),
+            st.tuples(
+                st.just("set"),
+                st.integers(0, 3),
+                st.one_of(st.integers(-8, 48).map(lambda quarters: quarters / 4), st.just(inf)),
+            ),
         ),
         max_size=60,
     )
 )
+@example([("set", 0, 1.25), ("advance", 0, 0.5), ("set", 1, 10), ("advance", 0, 1)])
 def test_each_deadline_resumes_its_task_once_when_it_has_passed(steps: list[tuple[str, int, float]]) -> None:
     clock = FakeClock()
     resumed: list[tuple[int, float]] = []
@@ -524,9 +530,20 @@ def test_a_deadline_may_be_far_away(seconds: float) -> None:
     assert run(main) == "the loop still runs"
 
 
-def test_a_timer_that_many_tasks_left_behind_keeps_none_of_them_in_memory() -> None:
+def test_a_task_that_waits_for_long_wakes_the_loop_for_one_look_at_its_deadline() -> None:
+    async def main(loop: Loop) -> int:
+        await loop.yield_turn()
+        begun = loop.turn
+        await loop.sleep(2.2)
+        return loop.turn - begun
+
+    assert run(main) <= 2
+
+
+@pytest.mark.parametrize("seconds", [0.5, 60])
+def test_a_timer_that_many_tasks_left_behind_keeps_none_of_them_in_memory(seconds: float) -> None:
     async def child(loop: Loop) -> None:
-        loop.current.wake_at(loop.now + 60)
+        loop.current.wake_at(loop.now + seconds)
 
     async def main(loop: Loop) -> int:
         for _ in range(5000):
