@@ -159,15 +159,7 @@ class Proxy:
         while True:
             try:
                 if self._accept_ready():
-                    # A client that comes now waits in the backlog, in order.
-                    self._pause()
-                    if not self.places.looking:
-                        self.places.look()
-                    while len(self._connections) >= self.config.max_connections:
-                        await news()
-                    # Often a client waits at a listener: accept at once, and save asking epoll first.
-                    for waited_for in self.listeners:
-                        waited_for.ready = IN
+                    await self._wait_for_place()
                 else:
                     if not self._accepting or self.loop.now >= self._look_again:
                         self._pause()
@@ -181,6 +173,21 @@ class Proxy:
                 log.exception("unexpected error while accepting; please report it")
                 self._pause()
                 await self.loop.sleep(AFTER_ERROR)
+
+    async def _wait_for_place(self) -> None:
+        """All places are taken. A client that comes now waits in the backlog, in order."""
+        if not self.places.looking:
+            self.places.look()
+        if self._shared:
+            self._pause()  # else the kernel would wake this process for clients that another one has places for
+        while len(self._connections) >= self.config.max_connections:
+            if any(listener.ready for listener in self.listeners):
+                self._pause()  # the client that waits stays ready: epoll would wake this task in each turn
+            await news()
+        if not self._accepting:
+            # Often a client waits at a listener: accept at once, and save asking epoll first.
+            for waited_for in self.listeners:
+                waited_for.ready = IN
 
     def _accept_ready(self) -> bool:
         """Accept at each listener where a client waits. Returns whether all places are taken. Raises OSError.
@@ -220,7 +227,8 @@ class Proxy:
         connection.task = task = self.loop.spawn(connection.handle(), self._connection_ended)
         if not task.done:
             self._connections[task] = connection
-        self._changed()
+        if self.watchers:
+            self._changed()
 
     def _connection_ended(self, task: Task) -> None:
         self._connections.pop(task, None)
@@ -230,7 +238,8 @@ class Proxy:
         self._last_end = self.loop.now
         if self._leaving and not self._connections:
             self.pool.stop()  # not before: clients may have waited for a backend
-        self._changed()
+        if self.watchers:
+            self._changed()
 
     def _changed(self) -> None:
         for watcher in self.watchers:

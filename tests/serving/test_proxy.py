@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import select
 import socket
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -317,22 +319,68 @@ def test_clients_that_come_at_once_are_accepted_in_few_turns(passed: str | None,
         assert run(main) in turns
 
 
-def test_nobody_is_asked_for_in_vain_where_clients_come_one_by_one() -> None:
-    with Backend(echo) as backend, socket.create_server(("127.0.0.1", 0)) as server:
+@pytest.mark.parametrize("limit", [4, 1])
+def test_nobody_is_asked_for_in_vain_where_clients_come_one_by_one(limit: int) -> None:
+    with ExitStack() as stack:
+        backend = stack.enter_context(Backend(echo))
+        server, other = (stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2))
         server.setblocking(False)
+        other.setblocking(False)
         listen = Address(*server.getsockname())
-        config = ProxyConfig((listen,), (BackendConfig(Address("127.0.0.1", backend.port)),), max_connections=4)
+        config = ProxyConfig((listen,), (BackendConfig(Address("127.0.0.1", backend.port)),), max_connections=limit)
 
         async def main(loop: Loop) -> None:
-            listener = CountedListener(listen, socket.SocketType(fileno=os.dup(server.fileno())))
-            proxy = serve(loop, config, listener)
+            listener, quiet = (
+                CountedListener(listen, socket.SocketType(fileno=os.dup(one.fileno()))) for one in (server, other)
+            )
+            proxy = serve(loop, config, listener, quiet)
             for number in range(1, 11):
                 with socket.create_connection(server.getsockname()):
                     while proxy.served < number:
                         await loop.sleep(0.001)
                 while proxy.open:
                     await loop.sleep(0.001)
-            assert (listener.asked, listener.found) == (10, 10)
+            assert (listener.asked, listener.found, quiet.asked) == (10, 10, 0)
+            proxy.stop_listening()
+            await proxy.drain(lambda: False)
+
+        run(main)
+
+
+def is_watched(fd: int) -> bool:
+    """Whether a descriptor is in an epoll of this process (proc_pid_fdinfo(5))."""
+    folder = Path("/proc/self/fdinfo")
+    texts = (file.read_text() for file in folder.iterdir() if file.exists())
+    return any(re.search(rf"^tfd: +{fd} ", text, re.MULTILINE) for text in texts)
+
+
+@pytest.mark.parametrize("passed", [None, "web"])
+def test_a_proxy_without_a_place_is_woken_by_one_client_at_most_and_by_none_that_another_could_serve(
+    passed: str | None,
+) -> None:
+    with Backend(echo) as backend, socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        listen = Address(*server.getsockname())
+        config = ProxyConfig((listen,), (BackendConfig(Address("127.0.0.1", backend.port)),), idle_timeout=inf)
+
+        async def main(loop: Loop) -> None:
+            listener = Listener(listen, socket.SocketType(fileno=os.dup(server.fileno())), passed=passed)
+            proxy = serve(loop, config, listener)
+            with socket.create_connection(server.getsockname()):
+                while not proxy.open:
+                    await loop.sleep(0.001)
+                await loop.sleep(0.01)
+                assert is_watched(listener.fd) == (passed is None)
+                with socket.create_connection(server.getsockname()):
+                    while is_watched(listener.fd):
+                        await loop.sleep(0.001)
+                    before = loop.turn
+                    await loop.sleep(0.2)
+                    assert loop.turn - before < 5
+            while proxy.served < 2 or proxy.open:
+                await loop.sleep(0.001)
+            while not is_watched(listener.fd):
+                await loop.sleep(0.001)
             proxy.stop_listening()
             await proxy.drain(lambda: False)
 
