@@ -385,7 +385,9 @@ def test_no_bytes_and_no_descriptors_leak_whatever_the_order(limit: int, steps: 
     assert open_descriptors() == before
 
 
-@pytest.mark.parametrize(("flows", "bytes_each"), [(1, MOST), (16, MOST), (64, TURN // 64), (1000, LEAST)])
+@pytest.mark.parametrize(
+    ("flows", "bytes_each"), [(1, MOST), (4, MOST), (16, TURN // 16), (64, TURN // 64), (1000, LEAST)]
+)
 def test_what_a_flow_may_move_in_a_turn_shrinks_with_the_number_of_flows(flows: int, bytes_each: int) -> None:
     pipes = Pipes()
     surge = [pipes.allowance(1) for _ in range(flows)]

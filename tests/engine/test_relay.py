@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import rspd.engine.pipes
 from rspd.engine.cause import Cause
-from rspd.engine.flow import BUFFER_SIZE, Flow
+from rspd.engine.flow import BUFFER_SIZE, BULK, Flow
 from rspd.engine.loop import ERR, IN, OUT, Loop, news
 from rspd.engine.pipes import LOOK, PIPE_SIZE, PROVEN, SLOW, Borrower, Pace, Pipe, Pipes
 from rspd.engine.relay import Relay
@@ -748,6 +748,11 @@ def unacknowledged(sock: socket.socket) -> int:
     return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
+def unread(sock: socket.SocketType) -> int:
+    """How many bytes the kernel has for the reader (FIONREAD, tcp(7))."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def left_to_read(sock: socket.socket) -> int:
     """How many bytes the kernel has for a reader whose connection is over, which is waited for."""
     over = select.poll()
@@ -906,7 +911,7 @@ SAMPLE = os.urandom(8 << 20)
 
 sizes = st.builds(
     lambda edge, more: max(1, edge + more),
-    st.sampled_from([1, 1448, 65483, BUFFER_SIZE, SMALL_PIPE, SMALL_PIPE + BUFFER_SIZE, 2 * SMALL_PIPE]),
+    st.sampled_from([1, 1448, BULK, 65483, BUFFER_SIZE, SMALL_PIPE, SMALL_PIPE + BUFFER_SIZE, 2 * SMALL_PIPE]),
     st.integers(-2, 2),
 )
 moves = st.lists(
@@ -1274,6 +1279,70 @@ def test_flows_with_bulk_data_at_once_share_a_turn(monkeypatch: pytest.MonkeyPat
             flow.source.close()
             flow.target.close()
         pipes.close()
+
+    run(main)
+
+
+# Packets that a network card has merged bring 65,160 bytes at most, 62,636 with jumbo frames.
+@pairs
+@pytest.mark.large_pipes(1)
+@pytest.mark.parametrize(
+    ("sizes", "spliced"),
+    [
+        ([65_160] * 5, [False, True, True, True, True]),
+        ([62_636] * 5, [False, True, True, True, True]),
+        ([40_000] * 5, [False] * 5),
+        # A message that comes when a stream is over may be spliced, the next one is not.
+        ([65_160, 65_160, 20_000, 20_000, 65_160, 65_160], [False, True, True, False, False, True]),
+        # The rest of a packet that did not fit into the pipe is no end of a stream.
+        ([65_160, SMALL_PIPE + 100, 65_160], [False, True, True]),
+    ],
+)
+def test_a_stream_that_comes_a_packet_at_a_time_is_spliced_and_messages_are_copied(
+    pair: Pair, sizes: list[int], spliced: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rspd.engine.pipes, "PIPE_SIZE", SMALL_PIPE)
+    splice = os.splice
+    moved = [0]
+
+    def count(source: int, target: int, size: int, flags: int) -> int:
+        count = splice(source, target, size, flags=flags)
+        moved[0] += count
+        return count
+
+    monkeypatch.setattr(os, "splice", count)
+
+    async def main(loop: Loop) -> None:
+        near, source = pair()
+        target, far = pair()
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            for sock in (near, source, target, far):
+                sock.setsockopt(socket.SOL_SOCKET, option, 16 * BUFFER_SIZE)
+        pipes = Pipes(1)
+        flow = Flow(side_of(loop, source), side_of(loop, target), pipes)
+        flow.source.watch()
+        flow.target.watch()
+        sent, found = 0, []
+        for size in sizes:
+            near.sendall(SAMPLE[sent : sent + size])
+            moved[0] = 0
+            while flow.total < sent + size:
+                await news()
+                if unread(flow.source.sock) == sent + size - flow.total:  # all of it, however many events tell of it
+                    flow.pump()
+            assert moved[0] in (0, 2 * size)
+            found.append(moved[0] > 0)
+            got = b""
+            while len(got) < size:
+                got += far.recv(size)
+            assert got == SAMPLE[sent : sent + size]
+            sent += size
+        assert found == spliced
+        near.close()
+        far.close()
+        pipes.close()
+        flow.source.close()
+        flow.target.close()
 
     run(main)
 
