@@ -20,13 +20,13 @@ FEW = 12
 class Report:
     """What is wrong with a file, and what has been read of it.
 
-    meanings: by reader and id of the value's node: what the value means, the key where it was read, and whether it is
-        right. With aliases, a value may stand in many places; it is read once.
+    meanings: by reader and value: what the value means, the key where it was read, and whether it is right. With
+        aliases, a value may stand in many places; it is read once.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source  # the file's name, or what is in its place
-        self.meanings: dict[tuple[Scalar, int], tuple[Any, str, bool]] = {}
+        self.meanings: dict[tuple[Scalar, Value], tuple[Any, str, bool]] = {}
         self._errors: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
@@ -194,11 +194,11 @@ def read_keys(
 
 def _read_once(reader: Scalar, entry: Entry, key: str, report: Report) -> Any:
     """What the value of an entry means. If an alias had it read before, and it is wrong, one error says so."""
-    known = report.meanings.get((reader, id(entry.value.node)))
+    known = report.meanings.get((reader, entry.value))
     if not known:
         before = len(report)
         meaning = reader.read(entry.value, key, report)
-        report.meanings[reader, id(entry.value.node)] = meaning, key, len(report) == before
+        report.meanings[reader, entry.value] = meaning, key, len(report) == before
         return meaning
     meaning, first, good = known
     if not good:

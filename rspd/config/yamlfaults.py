@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import yaml
+if TYPE_CHECKING:
+    import yaml
 
 # What YAML takes for the end of a line.
 BREAK = r"\r\n|[\n\r\x85\u2028\u2029]"
@@ -22,6 +24,8 @@ Told = tuple[int, str] | None
 
 def describe_fault(content: bytes, error: yaml.YAMLError) -> tuple[int, str]:
     """The line at fault, counted from 1, and what is wrong with it."""
+    import yaml  # slow to import, but who has an error of it has it
+
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     text = content.decode(encoding, "replace")
     if isinstance(error, yaml.reader.ReaderError):
@@ -32,6 +36,8 @@ def describe_fault(content: bytes, error: yaml.YAMLError) -> tuple[int, str]:
         return len(re.split(BREAK, before)), f"{reason}{str(error).splitlines()[0]}"
     assert isinstance(error, yaml.MarkedYAMLError)
     fault = _Fault(re.split(BREAK, text), error)
+    if isinstance(error, yaml.composer.ComposerError) and error.context:
+        fault.problem = f"{error.context}, {error.problem}"
     line, what = fault.describe()
     return min(line, fault.last) + 1, what
 
@@ -56,8 +62,6 @@ class _Fault:
         self.begin = error.context_mark.line if error.context_mark else self.line
         self.context = error.context or ""
         self.problem = error.problem or ""
-        if isinstance(error, yaml.composer.ComposerError) and error.context:
-            self.problem = f"{error.context}, {error.problem}"
 
     def describe(self) -> tuple[int, str]:
         """The line at fault, and what is wrong: for a mistake that people make, else what the reader says."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from math import inf
@@ -540,6 +541,12 @@ def test_a_file_that_cannot_be_read_is_an_oserror(tmp_path: Path, name: str, kin
     (tmp_path / "file").touch()
     with pytest.raises(kind):
         load_config(str(tmp_path / name), {})
+
+
+def test_without_pyyaml_the_error_says_what_to_install(errors: Errors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (error,) = errors("listen: !!str 8080\nbackend: 127.0.0.1:8000\n")
+    assert re.fullmatch(r"FILE: PyYAML is needed to read it: .*yaml.*; install python3-yaml", error)
 
 
 def test_the_command_line_wins_over_the_file(load: Load) -> None:
