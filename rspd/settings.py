@@ -1,7 +1,5 @@
 """What is wanted of rspd, as named tuples. Every default is here, once."""
 
-from __future__ import annotations
-
 from math import inf
 from typing import Literal, NamedTuple
 

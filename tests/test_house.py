@@ -119,6 +119,13 @@ def test_a_file_is_short() -> None:
     assert {module: count for module, count in lines.items() if count > LINES_MAX} == {}
 
 
+@pytest.mark.parametrize("module", FILES)
+def test_the_annotations_of_named_tuples_are_no_text(module: str) -> None:
+    code = FILES[module].read_text()
+    future = "from __future__ import annotations" in code
+    assert not (future and "(NamedTuple)" in code), "typing compiles text, and each start pays for it"
+
+
 def test_each_folder_of_tests_is_among_those_that_pytest_reads() -> None:
     tests = PACKAGE.parent / "tests"
     read = (PACKAGE.parent / "pyproject.toml").read_text().partition("testpaths = [")[2].partition("]")[0]

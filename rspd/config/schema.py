@@ -1,7 +1,5 @@
 """A file's entries read by tables: which keys there are, what each takes, and all that is wrong, each with its line."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from typing import Any, NamedTuple

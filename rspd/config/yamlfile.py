@@ -1,7 +1,5 @@
 """A YAML file as keys and values with their lines, uninterpreted, to any depth."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from rspd.config.yamlfaults import advise_pair, describe_fault

@@ -1,7 +1,5 @@
 """What systemd passes to a service, and what the service tells it (sd_listen_fds(3), sd_notify(3))."""
 
-from __future__ import annotations
-
 import errno
 import os
 import socket

@@ -1,7 +1,5 @@
 """Addresses: as configured, as the socket calls take them, and as people read them."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

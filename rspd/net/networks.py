@@ -1,7 +1,5 @@
 """Networks: as they are written in the configuration, and which clients are in them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from socket import AF_INET, AF_INET6, AF_UNIX, inet_ntop, inet_pton
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Defined by HAProxy's proxy-protocol.txt, whose words are used here.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from functools import cache

@@ -1,7 +1,5 @@
 """What this process listens on: sockets that systemd passed, and its own. The start and a reload both use this."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -1,7 +1,5 @@
 """One client: connect to a backend, relay, close, one log line."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -22,6 +20,11 @@ from rspd.serving.access import Access
 from rspd.settings import ProxyConfig
 
 log = logging.getLogger(__name__)
+
+
+# A step runs between accepting and dialling. It may wait. It may look at first bytes, but takes none that are for the
+# backend. It raises RefusedError to refuse the client.
+Step = Callable[["Connection"], Awaitable[object]]
 
 
 class Terms(NamedTuple):
@@ -49,11 +52,6 @@ class RefusedError(Exception):
     def __init__(self, cause: Cause | None, reason: str) -> None:
         super().__init__(reason)
         self.cause = cause
-
-
-# A step runs between accepting and dialling. It may wait. It may look at first bytes, but takes none that are for the
-# backend. It raises RefusedError to refuse the client.
-Step = Callable[["Connection"], Awaitable[object]]
 
 
 class Connection:
