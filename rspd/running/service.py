@@ -107,6 +107,7 @@ class Service:
         # The objects made so far stay. A connection leaves no cycles behind; only the lookup of a name does.
         gc.freeze()
         gc.set_threshold(GARBAGE)
+        gc.enable()  # it was disabled for the imports
         self._shortage.keep_spare()
         self._heed_signals()
         self._go_by(self._config, plan, listeners)

@@ -5,7 +5,9 @@ These are system calls, calls within Python, and instructions of Python.
 
 from __future__ import annotations
 
+import re
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -34,6 +36,12 @@ CALLS = {
 KEYS = {
     "connection, send_proxy": "send_proxy: v2",
     "connection, who may come": "{deny: 192.0.2.0/24, max_connections_per_client: 9, balance: source}",
+}
+
+# Modules that some configurations need, or some messages. Others are not to pay for them at each start.
+SLOW = {
+    *("yaml", "datetime", "base64", "random", "hashlib", "daemon", "difflib"),
+    *("asyncio", "ipaddress", "json", "pathlib", "shutil", "subprocess", "tempfile"),
 }
 
 CONNECTIONS = 100
@@ -113,3 +121,33 @@ def counted(what: str, work: str, file: Path) -> float:
         return [int(count) for count in file.read_text().split()]
 
     return cost(work, [sys.executable, "-m", "tests.counts", what, str(file)], counts, file.with_suffix(".yaml"))
+
+
+def test_a_start_imports_nothing_that_few_need_and_then_nothing_at_all() -> None:
+    # Each import is a line on stderr, as each line of the log is.
+    traced = ["env", "-u", "COVERAGE_PROCESS_START", "-u", "COVERAGE_PROCESS_CONFIG", "PYTHONPROFILEIMPORTTIME=1"]
+    with Backend(echo) as backend, rspd("-b", backend.address, launcher=traced) as daemon:
+        with daemon.connect() as client:
+            client.sendall(MESSAGE)
+            assert client.recv(1000) == MESSAGE
+        daemon.wait_for_ends(1)
+        assert daemon.stop() == 0
+        start, at_work = daemon.log.split("listening address=")
+    names = re.findall(r"^import time: .* (\S+)$", start, re.MULTILINE)
+    ours = set(names[names.index("rspd") :])
+    assert {"logging", "rspd.cli"} <= ours
+    assert ours & SLOW == set()
+    # Later, the files may be gone, or of another version, or no descriptor be free.
+    assert "import time" not in at_work
+
+
+def test_garbage_is_not_looked_for_until_it_is_at_work() -> None:
+    code = """
+import gc
+from rspd.__main__ import main
+disabled = not gc.isenabled()
+code = main(["--foreground", "--exit-idle-time", "10ms", "127.0.0.1:0", "127.0.0.1:1"])
+print(code, disabled, gc.isenabled(), gc.get_threshold()[0])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "0 True True 20000\n"
