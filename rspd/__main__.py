@@ -1,4 +1,4 @@
-"""Where a process begins: the command rspd, and python3 -m rspd."""
+"""Where a process begins: the command rspd, and python3 -m rspd. To import it stops the garbage collector."""
 
 import gc
 import sys
