@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from math import inf
 from pathlib import Path
@@ -13,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from bench.peers import CONNECTIONS, DIRECT, HAPROXY, OTHER, RSPD, SERIAL
-from bench.targets import TARGETS, Run, full_burst, middle
+from bench.targets import TARGETS, Run, full_burst, middle, ratios
 from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, UNANSWERED, Results
 
 BEGIN, END = "<!-- made by python -m bench -->", "<!-- end of what python -m bench made -->"
@@ -131,8 +132,9 @@ def markdown(about: dict[str, Any], run: Run, image: str) -> str:
     lines += [
         f"Versions: {versions}.",
         "",
-        "Figures are medians of the rounds, with smallest and largest; *rspd ÷ it* is rspd's median over that of the",
-        "contestant: below 1, rspd is cheaper or quicker. CPUs *busy* is CPU time over wall time.",
+        "Figures are medians of the rounds, with smallest and largest. *rspd ÷ it* is the median of what the single",
+        "rounds give, rspd's figure of a round ÷ the contestant's of the same round; smallest to largest in brackets.",
+        "Below 1, rspd is cheaper or quicker. CPUs *busy* is CPU time over wall time.",
         "[How it was done, and the limits](../README.md).",
         "",
         f"![bars]({image})",
@@ -161,10 +163,18 @@ def targets_table(run: Run) -> list[str]:
     lines = ["| target | at most | measured | met |", "| --- | ---: | ---: | --- |"]
     for target in TARGETS:
         value = target.measured(run)
-        shown = "not measured" if value is None else f"{_short(value, target.most)}{target.unit}"
+        shown = "not measured"
+        if value is not None:
+            spread = _spread(target.found(run), partial(_short, most=target.most))
+            shown = f"{_short(value, target.most)}{spread}{target.unit}"
         most = f"{target.most:,g}{target.unit}" + (" (aim)" if target.aim else "")
         lines.append(f"| {target.text} | {most} | {shown} | {target.verdict(run)} |")
     return lines
+
+
+def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """Smallest to largest, in brackets; nothing if there is one only."""
+    return f" ({show(min(values))} to {show(max(values))})" if len(values) > 1 else ""
 
 
 def _short(value: float, most: float) -> str:
@@ -206,11 +216,18 @@ def table(wanted: Sequence[Column], results: Results) -> list[str]:
 def _compared(results: Results, name: str, column: Column) -> str:
     if name == RSPD:
         return "1"
+    found = _ratios({"": results}, "", name, column.figure, column.ceiling)
+    return f"{median(found):.2f}{_spread(found, lambda ratio: f'{ratio:.2f}')}" if found else "-"
+
+
+def _ratios(run: Run, work: str, name: str, figure: str, ceiling: float) -> list[float]:
+    """rspd ÷ the contestant in each round; nothing if one of the two has no figures, or is only a bound."""
     try:
-        ours, its = (middle({"": results}, "", who, column.figure) for who in (RSPD, name))
-        return "-" if max(ours, its) >= column.ceiling else f"{ours / its:.2f}"
-    except (KeyError, ZeroDivisionError):
-        return "-"
+        if max(middle(run, work, who, figure) for who in (RSPD, name)) < ceiling:
+            return ratios(run, work, RSPD, name, figure)
+    except KeyError:
+        pass
+    return []
 
 
 # -- what docs/speed.md and the picture show -------------------------------------------------------------------------
@@ -280,14 +297,14 @@ def summary(about: dict[str, Any], run: Run) -> str:
                 continue
             shown = panel.show(values[name])
             cell = f"**{shown}**" if name in best else shown
-            cells.append(cell if name == RSPD else cell + _ratio(panel, values, name))
+            cells.append(cell if name == RSPD else cell + _ratio(panel, run, name))
         lines.append(f"| {panel.title}, {panel.unit} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Figures are medians. The best of each row is bold.",
-        "In brackets is rspd ÷ the contestant: below 1, rspd is cheaper or quicker.",
+        "In brackets is rspd ÷ the contestant, the median over the rounds: below 1, rspd is cheaper or quicker.",
         "",
-        *_standing(rows),
+        *_standing(rows, run),
         "",
         *_serial(run),
         *_price(run),
@@ -305,13 +322,13 @@ def winners(panel: Panel, values: dict[str, float]) -> list[str]:
     return [] if best >= panel.ceiling else [name for name in values if panel.show(values[name]) == panel.show(best)]
 
 
-def _ratio(panel: Panel, values: dict[str, float], name: str) -> str:
+def _ratio(panel: Panel, run: Run, name: str) -> str:
     """rspd ÷ the contestant, in brackets; nothing if one of the two is only a bound."""
-    both = values[RSPD], values[name]
-    return f" ({both[0] / both[1]:.2f})" if max(both) < panel.ceiling else ""
+    found = _ratios(run, panel.key, name, panel.figure, panel.ceiling)
+    return f" ({median(found):.2f})" if found else ""
 
 
-def _standing(rows: Sequence[tuple[Panel, dict[str, float]]]) -> list[str]:
+def _standing(rows: Sequence[tuple[Panel, dict[str, float]]], run: Run) -> list[str]:
     """Which rows rspd wins, and to whom it loses the others by how much; who is alone in a row does neither."""
     won, lost = [], []
     for panel, values in rows:
@@ -319,7 +336,7 @@ def _standing(rows: Sequence[tuple[Panel, dict[str, float]]]) -> list[str]:
         if RSPD in best:
             won.append(f"*{panel.title}*")
         elif best:
-            lost.append(f"*{panel.title}* to {' and '.join(best)}{_ratio(panel, values, best[0])}")
+            lost.append(f"*{panel.title}* to {' and '.join(best)}{_ratio(panel, run, best[0])}")
     lines = [f"rspd wins {'; '.join(won)}."] if won else []
     return lines + ([f"rspd loses {'; '.join(lost)}."] if lost else [])
 
@@ -340,10 +357,8 @@ def _price(run: Run) -> list[str]:
     if not full_burst(run, BESIDE):
         return []
     try:
-        rate, cpu = (
-            middle(run, BESIDE, RSPD, figure) / middle(run, BESIDE, HAPROXY, figure) for figure in ("meanwhile", "cpu")
-        )
-    except (KeyError, ZeroDivisionError):
+        rate, cpu = (median(ratios(run, BESIDE, RSPD, HAPROXY, figure)) for figure in ("meanwhile", "cpu"))
+    except KeyError:
         return []
     meanwhile = f"rspd gave the busy ones {rate:.2f} times as many answers a second as HAProxy"
     price = f"over the whole of this work, rspd's CPU time for each answer was {cpu:.2f} times HAProxy's"

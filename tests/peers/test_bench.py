@@ -30,7 +30,6 @@ from bench.peers import (
     HAPROXY,
     NGINX,
     RSPD,
-    SOCKET_PROXYD_NAME,
     AsyncioRelay,
     Nginx,
     PeerError,
@@ -483,9 +482,9 @@ def test_the_report_shows_who_failed_and_which_targets_are_missed() -> None:
     about = ABOUT
     run = {"new-64": results}
     text = report.markdown(about, run, "x.svg")
-    assert "| CPU per new connection, 64 at a time: rspd ÷ nginx | 1.2 | 2.00 | **no** |" in text
+    assert "| CPU per new connection, 64 at a time: rspd ÷ nginx | 1.3 | 2.00 (2.00 to 2.00) | **no** |" in text
     assert "| CPU per new connection, 64 at a time: rspd ÷ socat | 0.2 | not measured | - |" in text
-    assert "| nginx | 100.0 | 100.0 to 100.0 | 2.00 |" in text
+    assert "| nginx | 100.0 | 100.0 to 100.0 | 2.00 (2.00 to 2.00) |" in text
     assert "| socat | failed: died |" in text
     assert "| no proxy | - | - | - | 9 |" in text
     assert "not quiet: 0.50 CPUs" in text
@@ -497,16 +496,15 @@ def test_the_report_shows_who_failed_and_which_targets_are_missed() -> None:
 
 
 def test_a_target_that_is_missed_by_little_shows_so_much_of_the_figure_that_it_is_seen() -> None:
-    run = {"new-64": Results("new", "connection", {RSPD: figures(cpu=1.2004), NGINX: figures(cpu=1)})}
-    assert "rspd ÷ nginx | 1.2 | 1.2004 | **no** |" in "\n".join(report.targets_table(run))
+    run = {"new-64": Results("new", "connection", {RSPD: figures(cpu=1.3004), NGINX: figures(cpu=1)})}
+    assert "rspd ÷ nginx | 1.3 | 1.3004 (1.3004 to 1.3004) | **no** |" in "\n".join(report.targets_table(run))
 
 
 def test_an_aim_is_reached_or_not_but_never_missed() -> None:
     for cpu, verdict in ((0.5, "aim reached"), (2, "aim not reached")):
         run = {"new-1": Results("new", "connection", {RSPD: figures(cpu=cpu), HAPROXY: figures(cpu=1)})}
-        assert f"1 at a time: rspd ÷ HAProxy | 1 (aim) | {cpu:.2f} | {verdict} |" in "\n".join(
-            report.targets_table(run)
-        )
+        row = f"1 at a time: rspd ÷ HAProxy | 1 (aim) | {cpu:.2f} ({cpu:.2f} to {cpu:.2f}) | {verdict} |"
+        assert row in "\n".join(report.targets_table(run))
 
 
 @pytest.mark.parametrize(
@@ -515,18 +513,49 @@ def test_an_aim_is_reached_or_not_but_never_missed() -> None:
 def test_latency_is_not_judged_where_it_is_there_without_a_proxy(floor: float, verdict: str) -> None:
     rounds = {RSPD: figures(p99=0.005), NGINX: figures(p99=0.005), DIRECT: figures(p99=floor)}
     text = "\n".join(report.targets_table({"rate": Results("rate", "request", rounds)}))
-    assert f"top rate: rspd ÷ nginx | 1.5 | 1.00 | {verdict} |" in text
+    assert f"top rate: rspd ÷ nginx | 1.5 | 1.00 (1.00 to 1.00) | {verdict} |" in text
 
 
-def test_bulk_is_judged_beside_all_good_peers_and_idle_connections_if_there_are_5000() -> None:
-    bulk = Results("down", "GB", {RSPD: figures(cpu=1), NGINX: figures(cpu=2), HAPROXY: figures(cpu=2)})
-    idle = Results("idle", "connection", {RSPD: figures(memory=1, growth=1, count=4999)})
-    run = {"down-1": bulk, "idle": idle}
-    assert [target.text for target in targets.TARGETS if target.measured(run) is not None] == []
-    bulk.rounds[SOCKET_PROXYD_NAME] = figures(cpu=4)
-    idle.rounds[RSPD] = figures(memory=1, growth=1, count=5000)
-    judged = [target.measured(run) for target in targets.TARGETS]
-    assert [value for value in judged if value is not None] == [0.5, 1, 1]
+def ratios_of(run: targets.Run) -> dict[str, list[float]]:
+    """What the rounds say of each target of which there are figures."""
+    return {target.text: found for target in targets.TARGETS if (found := target.found(run))}
+
+
+def test_a_ratio_is_that_of_the_rounds_in_which_both_took_part() -> None:
+    ours, its = ([{"cpu": cpu} for cpu in cpus] for cpus in ((1.0, 8.0, 3.0), (2.0, 4.0, 2.0)))
+    run = {"new-64": Results("new", "connection", {RSPD: ours, NGINX: its})}
+    text = "CPU per new connection, 64 at a time: rspd ÷ nginx"
+    assert ratios_of(run) == {text: [0.5, 2, 1.5]}
+    assert f"| {text} | 1.3 | 1.50 (0.50 to 2.00) | **no** |" in report.targets_table(run)
+    wanted = [report.Column("cpu", "CPU", compared=True)]
+    assert report.table(wanted, run["new-64"])[-1] == "| nginx | 2.0 | 1.50 (0.50 to 2.00) |"
+    # Without a pair for each round, it is that of the medians.
+    its.pop()
+    assert ratios_of(run) == {text: [1]}
+    assert f"| {text} | 1.3 | 1.00 | yes |" in report.targets_table(run)
+    assert report.table(wanted, run["new-64"])[-1] == "| nginx | 3.0 | 1.00 |"
+
+
+def test_serial_mode_is_judged_beside_rspd_with_room_for_many() -> None:
+    rounds = {RSPD: figures(cpu=1), "rspd, serial": figures(cpu=1.1)}
+    text = "CPU per new connection, 1 at a time: rspd, serial ÷ rspd"
+    assert ratios_of({"new-1": Results("new", "connection", rounds)}) == {text: pytest.approx([1.1] * 3)}
+
+
+def test_the_start_is_judged_over_bare_python_in_the_same_round() -> None:
+    def starts(*seconds: float) -> list[Figures]:
+        return [{"seconds": one, "resident": 13e6} for one in seconds]
+
+    rounds = {RSPD: starts(0.05, 0.09, 0.06), "python3 -c pass": starts(0.02, 0.05, 0.04)}
+    over, resident = ratios_of({"start": Results("start", "", rounds)}).values()
+    assert over == pytest.approx([30, 40, 20])
+    assert resident == [13] * 3
+
+
+def test_idle_connections_are_judged_if_there_are_5000() -> None:
+    for count, judged in ((4999, 0), (5000, 2)):
+        rounds = {RSPD: figures(memory=1, growth=1, count=count)}
+        assert len(ratios_of({"idle": Results("idle", "connection", rounds)})) == judged
 
 
 @pytest.mark.parametrize(("key", "busy"), [(BESIDE, "1,000 busy ones"), (BESIDE_DOWN, "300 downloads")])
@@ -546,7 +575,8 @@ def test_new_connections_beside_busy_ones_are_judged_by_the_better_of_nginx_and_
         text.format(what) for what in ("p50", "p99", "until all have an answer")
     ]
     assert [target.measured(run) for target in judged] == pytest.approx([2, 1.5, 0.8])
-    row = "| nginx | 60.0 | 60.0 to 60.0 | 0.50 | 1.0 | 2.00 | 80.0 | 0.50 | 400 | 7 |"
+    half, twice = "0.50 (0.50 to 0.50)", "2.00 (2.00 to 2.00)"
+    row = f"| nginx | 60.0 | 60.0 to 60.0 | {half} | 1.0 | {twice} | 80.0 | {half} | 400 | 7 |"
     assert row in report.markdown(ABOUT, run, "x.svg")
     assert "ms, p99 of 400 | **30** | 60 (0.50) |" in report.summary(ABOUT, run)
 
@@ -600,7 +630,8 @@ def test_who_has_one_backend_only_takes_no_part_where_there_are_four() -> None:
     about = {**ABOUT, "versions": {RSPD: "1", NGINX: "2", "socat": "3"}}
     run = {FOUR_64: results}
     text = report.markdown(about, run, "x.svg")
-    assert "| CPU per new connection, four backends, 64 at a time: rspd ÷ nginx | 1.2 | 2.00 | **no** |" in text
+    target = "CPU per new connection, four backends, 64 at a time: rspd ÷ nginx"
+    assert f"| {target} | 1.35 | 2.00 (2.00 to 2.00) | **no** |" in text
     assert "| socat | takes no part: one backend only |" in text
     row = "| New connection, four backends, CPU µs, 64 at a time | 100 | **50** (2.00) | one backend only |"
     assert row in report.summary(about, run)
