@@ -8,6 +8,7 @@ targets        what rspd is to reach, and whether a run's figures do
 works          what each contestant is given to do, and what is read of it
 peers          the contestants: what is started, with which settings, and where to get what is missing
 counters       CPU time and memory of processes
+turns          a program of its own: rspd with a clock in its loop
 asyncio_relay  a program of its own: the Python baseline
 load.c         a program of its own: the load and the backend
 settings/      the contestants' settings; @NAME@ is filled in

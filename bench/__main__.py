@@ -31,6 +31,7 @@ from bench.works import (
     QUICK,
     RATE,
     START,
+    TURNS,
     WORKS,
     Results,
     Sizes,
@@ -40,6 +41,7 @@ from bench.works import (
     run_beside,
     run_idle,
     run_start,
+    run_turns,
     run_work,
     say,
     top_rate,
@@ -215,8 +217,10 @@ def run(
                     found[work.key].absent = [peer.name for peer in proxies if not peer.balances]
         if "requests" in groups:
             whose, rate = top_rate(found["requests-16"])
-            found[RATE] = run_work(at_rate(round(rate / 2, -2) or 100), here, place)
+            work = at_rate(round(rate / 2, -2) or 100)
+            found[RATE] = run_work(work, here, place)
             found[RATE].notes.append(f"Half of {whose}'s top rate in this run.")
+            found[TURNS] = run_turns(work, peers.timed(here), place)
         if IDLE in groups:
             found[IDLE] = run_idle(proxies, place, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         if BESIDE in groups:

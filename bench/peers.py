@@ -136,6 +136,17 @@ class Rspd(Peer):
         return [self.python, "-m", "rspd", "--foreground", "-c", config]
 
 
+class TimedRspd(Rspd):
+    """rspd under turns.py, which times each turn of its loop."""
+
+    TURNS = "turns.json"  # in its folder, once it has ended
+
+    def command(self, place: Place) -> list[str]:
+        """The same arguments after another beginning."""
+        python, _, _, *arguments = super().command(place)
+        return [python, str(Path(__file__).with_name("turns.py")), str(place.folder / self.TURNS), *arguments]
+
+
 class Nginx(Peer):
     """nginx with its stream module."""
 
@@ -257,6 +268,11 @@ def contestants(python: str, other: Path | None) -> list[Peer]:
 def serial(python: str) -> Peer:
     """rspd with `max_connections: 1`, its default."""
     return Rspd(SERIAL, python=python, connections=1)
+
+
+def timed(here: Sequence[Peer]) -> list[TimedRspd]:
+    """Whoever is rspd, of this tree or another one, with a look at each turn of its loop."""
+    return [TimedRspd(peer.name, tree=peer.tree, python=peer.python) for peer in here if isinstance(peer, Rspd)]
 
 
 def in_two_processes(python: str) -> list[Peer]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.peers import CONNECTIONS, DIRECT, HAPROXY, OTHER, RSPD, SERIAL
 from bench.targets import TARGETS, Run, full_burst, middle, ratios
-from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, UNANSWERED, Results
+from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, TURNS, UNANSWERED, Results
 
 BEGIN, END = "<!-- made by python -m bench -->", "<!-- end of what python -m bench made -->"
 
@@ -82,6 +82,14 @@ def columns(key: str, results: Results) -> list[Column]:
             Column("seconds", "ms until the first answer", 1e3, 1, True, True),
             Column("memory", "memory then, MB (Pss)", 1e-6, 1),
             Column("resident", "resident then, MB (Rss)", 1e-6, 1),
+        ]
+    if key == TURNS:
+        return [
+            Column("cpu_longest", "longest, ms of CPU time", 1e3, 2),
+            Column("wall_longest", "longest, ms of wall time", 1e3, 2),
+            Column("turns", "turns", 1, 0),
+            Column("cpu_over", "over 1 ms of CPU time", 1, 0),
+            Column("wall_over", "over 1 ms of wall time", 1, 0),
         ]
     rate = Column("rate", "GB/s", 1, 2) if results.unit == "GB" else Column("rate", f"{results.unit}s/s", 1, 0)
     if key == "rate":
@@ -307,6 +315,7 @@ def summary(about: dict[str, Any], run: Run) -> str:
         *_standing(rows, run),
         "",
         *_serial(run),
+        *_turns(run),
         *_price(run),
         *_later(run),
         "What rspd is to reach, and whether it does, stands in `bench/results/results.md` in the source (*Targets*).",
@@ -350,6 +359,17 @@ def _serial(run: Run) -> list[str]:
     room = f"rspd's figures are with room for many clients (`max_connections: {CONNECTIONS}`)"
     cost = f"a new connection costs {one} CPU µs one at a time, and {many} CPU µs 64 at a time"
     return [f"{room}; in serial mode, its default, {cost}."]
+
+
+def _turns(run: Run) -> list[str]:
+    """How long rspd keeps a request waiting by its own work at most, beside the row of the latency."""
+    try:
+        count, cpu, wall = (middle(run, TURNS, RSPD, what) for what in ("turns", "cpu_longest", "wall_longest"))
+    except KeyError:
+        return []
+    longest = f"The longest of {number(count, 0)} turns of rspd's loop took {1e3 * cpu:.2f} ms of CPU time"
+    machine = "the difference is what the machine did meanwhile"
+    return [f"{longest} at the rate of *Latency, p99*, and the longest {1e3 * wall:.2f} ms of wall time: {machine}."]
 
 
 def _price(run: Run) -> list[str]:

@@ -18,7 +18,7 @@ from bench.peers import (
     SOCAT,
     SOCKET_PROXYD_NAME,
 )
-from bench.works import BARE, BESIDE, BESIDE_DOWN, FOUR_1, FOUR_64, HUNDRED, Results
+from bench.works import BARE, BESIDE, BESIDE_DOWN, FOUR_1, FOUR_64, HUNDRED, TURNS, Results
 
 Run = dict[str, Results]
 IDLE_OPEN = 5000  # idle connections, without which nothing is said about them
@@ -108,6 +108,10 @@ def _over_bare(run: Run) -> list[float]:
     return [1000 * (ours - bare) for ours, bare in pairs]
 
 
+def _longest_turn(run: Run) -> list[float]:
+    return [1000 * longest for longest in figures_of(run, TURNS, RSPD, "cpu_longest")]
+
+
 def full_burst(run: Run, work: str) -> bool:
     """Whether as many new connections came beside busy ones as the names of targets and panels say."""
     try:
@@ -177,6 +181,7 @@ def _list() -> list[Target]:
         Target("CPU per kept-alive request: rspd ÷ nginx", 1.4, _ratio("requests-16", NGINX)),
         Target("CPU per kept-alive request: rspd ÷ socket-proxyd", 0.8, _ratio("requests-16", SOCKET_PROXYD_NAME)),
         Target("p99 at half of nginx's top rate: rspd ÷ nginx", 1.5, _ratio("rate", NGINX, "p99"), hidden=_slow_ground),
+        Target("longest turn of rspd's loop at that rate, CPU time", 1, _longest_turn, " ms"),
         *beside,
         Target("memory of an idle connection", 3000, _idle("memory"), " B"),
         Target("CPU per new connection, 5,000 idle ones open ÷ none", 1.1, _idle("growth")),

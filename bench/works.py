@@ -25,6 +25,7 @@ from bench.peers import (
     Peer,
     PeerError,
     Running,
+    TimedRspd,
     environment,
     first_answer,
     running,
@@ -51,7 +52,7 @@ class Sizes:
     requests_one: int = 8000  # over one connection
     requests: int = 30_000
     bytes: int = 1_000_000_000
-    rate_seconds: float = 3.0
+    rate_seconds: float = 0.4  # short, so that a stall of the machine spoils few rounds
     idle: int = 5000
     beside_idle: int = 1000
     burst: int = 400  # new connections beside busy ones
@@ -236,7 +237,8 @@ def at_rate(rate: float) -> Work:
     def words(sizes: Sizes, share: float) -> list[object]:
         return ["rate", count(sizes, share), CONNECTIONS, rate]
 
-    return Work("rate", "requests", f"kept-alive requests, {rate:.0f} per second", "request", words, count)
+    title = f"kept-alive requests, {rate:.0f} per second"
+    return Work(RATE, "requests", title, "request", words, count, often=4)
 
 
 FOUR_1, FOUR_64, HUNDRED = "four-1", "four-64", "hundred-64"
@@ -261,7 +263,7 @@ WORKS = [
     _connections("two-new-64", f"two processes: new connections, {MANY} at a time", MANY, "two"),
     _requests("two-requests-64", f"two processes: kept-alive requests, {MANY} connections", MANY, two=True),
 ]
-IDLE, RATE, START, BARE = "idle", "rate", "start", "python3 -c pass"
+IDLE, RATE, TURNS, START, BARE = "idle", "rate", "turns", "start", "python3 -c pass"
 BESIDE, BESIDE_DOWN = "beside", "beside-down"
 OWN_RUN = "a run of its own: "  # in a note, before the date of the run
 GROUPS = ("bulk", "connections", "requests", "idle", BESIDE, "start", "two", "balancing")
@@ -360,6 +362,44 @@ def run_work(work: Work, peers: Sequence[Peer], place: Ground) -> Results:
         results.silent = [peer.name for peer in peers if not peer.logs]
         results.notes += [f"{name} logs nothing of connections." for name in results.silent]
     return results
+
+
+def run_turns(work: Work, peers: Sequence[TimedRspd], place: Ground) -> Results:
+    """How long the turns of rspd's loop are, over all rounds of a work.
+
+    turns: how many there were; cpu_longest, wall_longest: the seconds of the longest; cpu_over,
+    wall_over: how many took over a millisecond of each.
+    """
+    results = Results(f"turns of the loop: {work.title}")
+    say(results.title)
+    for number, peer in enumerate(peers):
+        folder = place.new_folder()
+        try:
+            with running(peer, folder, [place.ports[number]], False, place.proxy_cpus) as one:
+                first_answer(one, time.monotonic())
+                for _ in range(place.sizes.rounds * work.often):
+                    work.measure(one, place)
+            results.rounds[peer.name] = [read_turns(folder / peer.TURNS)]
+        except PeerError as error:
+            say(f"  {peer.name}: {error}")
+            results.failed[peer.name] = str(error)
+    results.notes.append(
+        "The same load once more, for rspd with a clock in its loop. "
+        "A turn goes from the return of one poll of epoll to the call of the next. "
+        "Wall time has in it what the machine did meanwhile."
+    )
+    return results
+
+
+def read_turns(path: Path) -> Figures:
+    """What turns.py has written. Raises PeerError."""
+    try:
+        found: Figures = json.loads(path.read_text())
+    except OSError:
+        raise PeerError("expected the times of its turns at its end, found none") from None
+    if not found["turns"]:
+        raise PeerError("expected turns of its loop, found none: it does not use select.epoll")
+    return found
 
 
 def run_idle(peers: Sequence[Peer], place: Ground, descriptors: int) -> Results:

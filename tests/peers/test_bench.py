@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import counters, report, targets
+from bench import counters, report, targets, turns
 from bench.peers import (
     DIRECT,
     HAPROXY,
@@ -42,7 +43,20 @@ from bench.peers import (
     first_answer,
     running,
 )
-from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, WORKS, Figures, Results, check_spread, ground, run, run_work
+from bench.works import (
+    BESIDE,
+    BESIDE_DOWN,
+    FOUR_64,
+    TURNS,
+    WORKS,
+    Figures,
+    Results,
+    check_spread,
+    ground,
+    read_turns,
+    run,
+    run_work,
+)
 from bench.works import QUICK as SIZES
 from tests.support import PATIENCE
 
@@ -117,14 +131,14 @@ def test_a_quick_run_has_a_figure_of_each_contestant_for_each_work(tmp_path: Pat
     assert end.returncode == 0, end.stderr
     works = json.loads((tmp_path / "results.json").read_text())["works"]
     expected = {"down-1", "down-8", "up-1", "up-8", "new-1", "new-64", "new-1-logs", "new-64-logs"}
-    expected |= {"requests-1", "requests-16", "rate", "idle", "start", "two-new-64", "two-requests-64"}
+    expected |= {"requests-1", "requests-16", "rate", "turns", "idle", "start", "two-new-64", "two-requests-64"}
     balancing = {"four-1": ["rspd"], "four-64": ["rspd"], "hundred-64": ["rspd", "rspd, 100 backends"]}
     beside = {"beside": ["rspd", "no proxy"], "beside-down": ["rspd", "no proxy"]}
     expected |= balancing.keys() | beside.keys()
     assert works.keys() == expected
     for key, work in works.items():
         second = "rspd, two processes" if key.startswith("two-") else "asyncio"
-        if some := {**balancing, **beside}.get(key):
+        if some := {**balancing, **beside, "turns": ["rspd"]}.get(key):
             assert list(work["rounds"]) == some
         else:
             assert {"rspd", second} <= work["rounds"].keys(), key
@@ -516,6 +530,48 @@ def test_latency_is_not_judged_where_it_is_there_without_a_proxy(floor: float, v
     assert f"top rate: rspd ÷ nginx | 1.5 | 1.00 (1.00 to 1.00) | {verdict} |" in text
 
 
+def test_a_turn_of_the_loop_is_timed_from_one_poll_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = turns.Turns()
+    monkeypatch.setattr(turns, "TURNS", noted)
+    epoll = turns.TimedEpoll()
+    mine, other = socket.socketpair()
+    with mine, other:
+        epoll.register(mine.fileno(), select.EPOLLIN)
+        assert epoll.poll(0.02, 1) == []
+        until = time.thread_time() + 0.003
+        while time.thread_time() < until:
+            pass
+        other.send(b"x")
+        assert epoll.poll(0.0, 1) == [(mine.fileno(), select.EPOLLIN)]
+        time.sleep(0.02)
+        epoll.poll(0.0, 1)
+    epoll.close()
+    found = noted.figures()
+    assert (found["turns"], found["wall_over"]) == (2, 2)
+    assert found["cpu_over"] >= 1
+    assert found["cpu_longest"] >= 0.003
+    assert found["wall_longest"] >= 0.02
+
+
+def test_no_turns_are_no_figures(tmp_path: Path) -> None:
+    path = tmp_path / "turns.json"
+    with pytest.raises(PeerError, match="expected the times of its turns at its end, found none"):
+        read_turns(path)
+    path.write_text(json.dumps(turns.Turns().figures()))
+    with pytest.raises(PeerError, match="expected turns of its loop, found none"):
+        read_turns(path)
+
+
+def test_the_longest_turn_is_judged_by_its_cpu_time_and_stands_under_the_short_table() -> None:
+    found = {"turns": 324_339.0, "cpu_longest": 0.0009, "wall_longest": 0.012, "cpu_over": 0.0, "wall_over": 29.0}
+    run = {TURNS: Results("turns", "", {RSPD: [found]})}
+    assert ratios_of(run) == {"longest turn of rspd's loop at that rate, CPU time": [pytest.approx(0.9)]}
+    assert "| **rspd** | 0.90 | 12.00 | 324,339 | 0 | 29 |" in report.markdown(ABOUT, run, "x.svg")
+    made = report.summary(ABOUT, run)
+    assert "The longest of 324,339 turns of rspd's loop took 0.90 ms of CPU time" in made
+    assert "the longest 12.00 ms of wall time" in made
+
+
 def ratios_of(run: targets.Run) -> dict[str, list[float]]:
     """What the rounds say of each target of which there are figures."""
     return {target.text: found for target in targets.TARGETS if (found := target.found(run))}
@@ -620,7 +676,7 @@ def test_each_target_is_judged_by_figures_that_a_run_makes() -> None:
     _, run = report.load(ROOT / "bench" / "results")
     missing = [target.text for target in targets.TARGETS if target.measured(run) is None]
     # Some works may not have been published yet. Those with several backends: a run of them is judged further up.
-    later = ["backends"] * (FOUR_64 not in run) + ["beside"] * (BESIDE not in run)
+    later = ["backends"] * (FOUR_64 not in run) + ["beside"] * (BESIDE not in run) + ["turn"] * (TURNS not in run)
     assert [text for text in missing if not any(word in text for word in later)] == []
 
 
