@@ -28,8 +28,10 @@ from bench.works import (
     HUNDRED,
     IDLE,
     OWN_RUN,
+    PROCESSES,
     QUICK,
     RATE,
+    SEVERAL,
     START,
     TURNS,
     WORKS,
@@ -207,7 +209,7 @@ def run(
     os.sched_setaffinity(0, set(cpus[1:]))
     with ground(program, folder / "pinned", {cpus[0]}, set(cpus[1:]), sizes) as place:
         for work in WORKS:
-            if work.group in groups and not work.two:
+            if work.group in groups and not work.processes:
                 found[work.key] = run_work(work, taking_part(work, here, python), place)
                 if work.key == HUNDRED:
                     found[work.key].notes.append(
@@ -230,19 +232,16 @@ def run(
                 found[key] = run_beside(key, those, place)
         if START in groups:
             found[START] = run_start(proxies, place, python)
-    if "two" in groups:
+    if PROCESSES in groups:
         os.sched_setaffinity(0, set(cpus))
         with ground(program, folder / "all", set(cpus), set(cpus), sizes) as place:
-            names = (peers.RSPD, peers.OTHER, peers.NGINX)
-            pairs = [peer for peer in here if peer.name in names]
-            pairs += [
-                peer
-                for peer in peers.in_two_processes(python)
-                if peer.name.partition(",")[0] in {peer.name for peer in pairs}
-            ]
             for work in WORKS:
-                if work.two:
-                    found[work.key] = run_work(work, pairs, place)
+                if work.processes:
+                    found[work.key] = run_work(work, peers.in_processes(here, SEVERAL), place)
+                    found[work.key].notes.append(
+                        "*The most*, *the least*: what part of the new connections one process of rspd has accepted. "
+                        f"Load and contestants share {len(cpus)} processors."
+                    )
     return found
 
 

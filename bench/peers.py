@@ -72,6 +72,7 @@ class Peer:
     logs: bool = True  # it can write a line for each connection
     processes: int = 1
     passed: bool = False  # it does not listen itself, but takes a listening socket
+    own_backends: bool = False  # each process has a backend of its own, which counts what the process has accepted
     work: float = 1.0  # the share of the full work that it is given, for the slow
     idle_max: int = 5000
     descriptors: int = 2  # that a connection takes
@@ -245,7 +246,6 @@ class Direct(Peer):
 RSPD, SERIAL, OTHER, NGINX, HAPROXY, SOCKET_PROXYD_NAME, SOCAT, DIRECT = (
     *("rspd", "rspd, serial", "rspd, other tree", "nginx", "haproxy", "socket-proxyd", "socat", "no proxy"),
 )
-OURS = (RSPD, SERIAL, OTHER, "rspd, two processes")
 
 
 def contestants(python: str, other: Path | None) -> list[Peer]:
@@ -275,12 +275,18 @@ def timed(here: Sequence[Peer]) -> list[TimedRspd]:
     return [TimedRspd(peer.name, tree=peer.tree, python=peer.python) for peer in here if isinstance(peer, Rspd)]
 
 
-def in_two_processes(python: str) -> list[Peer]:
-    """rspd and nginx in two processes on one listening socket; for nginx its own workers."""
-    return [
-        Rspd("rspd, two processes", python=python, processes=2, passed=True),
-        Nginx("nginx, two workers", "nginx", "nginx libnginx-mod-stream", processes=2),
-    ]
+def in_processes(here: Sequence[Peer], counts: Sequence[int]) -> list[Peer]:
+    """rspd and nginx, each alone, then in so many processes on one listening socket; for nginx its own workers."""
+    those = [peer for peer in here if isinstance(peer, (Rspd, Nginx))]
+    more: list[Peer] = []
+    for count in counts:
+        for peer in those:
+            if isinstance(peer, Rspd):
+                several = replace(peer, processes=count, backends=count, passed=True, own_backends=True)
+                more.append(replace(several, name=f"{peer.name}, {count} processes"))
+            else:
+                more.append(replace(peer, name=f"{peer.name}, {count} workers", processes=count))
+    return [*those, *more]
 
 
 def balancing(here: Sequence[Peer], backends: int) -> list[Peer]:
@@ -359,14 +365,19 @@ def running(peer: Peer, folder: Path, backends: Sequence[int], logs: bool, cpus:
         log = folder / "log" if logs and peer.logs else None
         # rspd and HAProxy log on these; the others put errors there.
         output = log if log and not isinstance(peer, (Nginx, Socat, Rinetd, AsyncioRelay)) else folder / "output"
-        command = peer.command(Place(folder, port, backends, log))
+        places = [Place(folder, port, backends, log)]
         if peer.passed:
-            command = ["sh", "-c", PASS_SOCKET, "sh", *command]
+            places = [replace(places[0], folder=folder / str(number)) for number in range(peer.processes)]
+        if peer.own_backends:
+            places = [replace(place, backends=[backend]) for place, backend in zip(places, backends, strict=True)]
         one = Running(peer, port, backends, output=output)
         try:
             with open(output, "ab") as file:
-                stdin = held.fileno() if peer.passed else subprocess.DEVNULL
-                for _ in range(peer.processes if peer.passed else 1):
+                for place in places:
+                    place.folder.mkdir(exist_ok=True)
+                    command, stdin = peer.command(place), subprocess.DEVNULL
+                    if peer.passed:
+                        command, stdin = ["sh", "-c", PASS_SOCKET, "sh", *command], held.fileno()
                     one.processes.append(start(command, stdin, file.fileno(), peer, cpus))
             yield one
         finally:

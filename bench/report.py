@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.peers import CONNECTIONS, DIRECT, HAPROXY, OTHER, RSPD, SERIAL
 from bench.targets import TARGETS, Run, full_burst, middle, ratios
-from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, TURNS, UNANSWERED, Results
+from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, PROCESSES, TURNS, UNANSWERED, Results
 
 BEGIN, END = "<!-- made by python -m bench -->", "<!-- end of what python -m bench made -->"
 
@@ -101,8 +101,10 @@ def columns(key: str, results: Results) -> list[Column]:
             _cpu(results.unit),
             BUSY,
         ]
-    if key.startswith("two-"):
-        return [Column("rate", f"{results.unit}s/s", 1, 0, True), BUSY, LOAD, _cpu(results.unit)]
+    if key.startswith(PROCESSES):
+        rate = Column("rate", f"{results.unit}s/s", 1, 0, True)
+        shares = [Column("most", "the most, %", 100, 1, True), Column("least", "the least, %", 100, 1, True)]
+        return [rate, *shares, BUSY, LOAD, _cpu(results.unit)]
     return [_cpu(results.unit), rate, BUSY, LOAD]
 
 

@@ -38,6 +38,7 @@ MANY = 64  # connections at a time
 CONNECTIONS = 16  # that carry requests
 STREAMS = 8
 FOUR = 4  # backends
+PROCESSES = "processes"
 PORTS = 256  # of the backend: each contestant has its own, so that none finds the other's ports in TIME_WAIT
 SLOW = 120.0  # seconds after which a load has failed
 UNANSWERED = 10.0  # seconds: the PATIENCE of load.c, what who has no answer by then counts as beside busy ones
@@ -156,40 +157,43 @@ class Work:
     amount: Callable[[Sizes, float], float]  # how many units that is
     logs: bool = False
     serial: bool = False  # rspd, serial takes part
-    two: bool = False  # one process against two
+    processes: bool = False  # one process against several
     often: int = 1  # times as many rounds, where a small difference is looked for
 
     def measure(self, one: Running, place: Ground, share: float = 1.0) -> Figures:
         """One round. Raises PeerError.
 
         cpu: CPU seconds of the contestant for a unit; rate: units per second; busy, load: processors that the
-        contestant, and load and backend together, had at work.
+        contestant, and load and backend together, had at work; most, least: the parts of the new connections that its
+        process with the most, and the one with the least, have accepted.
         """
         share *= one.peer.work
         kind, *rest = self.words(place.sizes, share)
         amount = self.amount(place.sizes, share)
-        accepted = place.accepted(one.backends)
+        earlier = place.accepted(one.backends)
         before = counters.settled(one.cpu)
         backend = counters.cpu_seconds([place.backend.pid])
         found = place.load(kind, one.port, *rest)
         backend = counters.cpu_seconds([place.backend.pid]) - backend
         used = counters.settled(one.cpu) - before
         one.check()
-        if len(one.backends) > 1:
-            check_spread(amount, accepted, place.accepted(one.backends))
+        accepted = [now - then for then, now in zip(earlier, place.accepted(one.backends), strict=True)]
         seconds = found.pop("seconds")
         figures = {"rate": amount / seconds, "load": (found.pop("cpu") + backend) / seconds, **found}
+        if one.peer.own_backends:
+            figures |= {"most": max(accepted) / sum(accepted), "least": min(accepted) / sum(accepted)}
+        elif len(accepted) > 1:
+            check_spread(amount, accepted)
         if not isinstance(one.peer, Direct):
             figures |= {"cpu": used / amount, "busy": used / seconds}
         return figures
 
 
-def check_spread(amount: float, before: Sequence[int], after: Sequence[int]) -> None:
+def check_spread(amount: float, found: Sequence[int]) -> None:
     """Whether so many connections were spread evenly over the backends. Raises PeerError.
 
     Taking turns, each backend gets its part to the connection, or to the next whole number if the parts are not whole.
     """
-    found = [end - begin for begin, end in zip(before, after, strict=True)]
     part = amount / len(found)
     if sum(found) != amount or any(abs(count - part) >= 1 for count in found):
         got = f"from {min(found)} to {max(found)}, {sum(found)} in all"
@@ -215,17 +219,18 @@ def _connections(
     def words(sizes: Sizes, share: float) -> list[object]:
         return ["connections", count(sizes, share), at_a_time]
 
-    return Work(key, group, title, "connection", words, count, logs, group == "connections", group == "two", often)
+    return Work(key, group, title, "connection", words, count, logs, group == "connections", group == PROCESSES, often)
 
 
-def _requests(key: str, title: str, connections: int, two: bool = False) -> Work:
+def _requests(key: str, title: str, connections: int, group: str = "requests") -> Work:
     def count(sizes: Sizes, share: float) -> float:
         return max(connections, int((sizes.requests_one if connections == 1 else sizes.requests) * share))
 
     def words(sizes: Sizes, share: float) -> list[object]:
         return ["requests", count(sizes, share), connections]
 
-    return Work(key, "two" if two else "requests", title, "request", words, count, serial=connections == 1, two=two)
+    several = group == PROCESSES
+    return Work(key, group, title, "request", words, count, serial=connections == 1, processes=several)
 
 
 def at_rate(rate: float) -> Work:
@@ -241,6 +246,8 @@ def at_rate(rate: float) -> Work:
     return Work(RATE, "requests", title, "request", words, count, often=4)
 
 
+SEVERAL = (2, 4)  # processes, beside one
+IN_SEVERAL = "1, 2 and 4 processes"
 FOUR_1, FOUR_64, HUNDRED = "four-1", "four-64", "hundred-64"
 WORKS = [
     _bulk("down-1", "download, 1 stream", 1, True),
@@ -260,13 +267,13 @@ WORKS = [
     ),
     _requests("requests-1", "kept-alive requests, 1 connection", 1),
     _requests("requests-16", f"kept-alive requests, {CONNECTIONS} connections", CONNECTIONS),
-    _connections("two-new-64", f"two processes: new connections, {MANY} at a time", MANY, "two"),
-    _requests("two-requests-64", f"two processes: kept-alive requests, {MANY} connections", MANY, two=True),
+    _connections("processes-new-64", f"{IN_SEVERAL}: new connections, {MANY} at a time", MANY, PROCESSES),
+    _requests("processes-requests-64", f"{IN_SEVERAL}: kept-alive requests, {MANY} connections", MANY, PROCESSES),
 ]
 IDLE, RATE, TURNS, START, BARE = "idle", "rate", "turns", "start", "python3 -c pass"
 BESIDE, BESIDE_DOWN = "beside", "beside-down"
 OWN_RUN = "a run of its own: "  # in a note, before the date of the run
-GROUPS = ("bulk", "connections", "requests", "idle", BESIDE, "start", "two", "balancing")
+GROUPS = ("bulk", "connections", "requests", "idle", BESIDE, "start", PROCESSES, "balancing")
 
 
 @dataclass

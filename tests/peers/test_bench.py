@@ -131,13 +131,14 @@ def test_a_quick_run_has_a_figure_of_each_contestant_for_each_work(tmp_path: Pat
     assert end.returncode == 0, end.stderr
     works = json.loads((tmp_path / "results.json").read_text())["works"]
     expected = {"down-1", "down-8", "up-1", "up-8", "new-1", "new-64", "new-1-logs", "new-64-logs"}
-    expected |= {"requests-1", "requests-16", "rate", "turns", "idle", "start", "two-new-64", "two-requests-64"}
+    expected |= {"requests-1", "requests-16", "rate", "turns", "idle", "start"}
+    expected |= {"processes-new-64", "processes-requests-64"}
     balancing = {"four-1": ["rspd"], "four-64": ["rspd"], "hundred-64": ["rspd", "rspd, 100 backends"]}
     beside = {"beside": ["rspd", "no proxy"], "beside-down": ["rspd", "no proxy"]}
     expected |= balancing.keys() | beside.keys()
     assert works.keys() == expected
     for key, work in works.items():
-        second = "rspd, two processes" if key.startswith("two-") else "asyncio"
+        second = "rspd, 4 processes" if key.startswith("processes-") else "asyncio"
         if some := {**balancing, **beside, "turns": ["rspd"]}.get(key):
             assert list(work["rounds"]) == some
         else:
@@ -147,6 +148,10 @@ def test_a_quick_run_has_a_figure_of_each_contestant_for_each_work(tmp_path: Pat
         for figures in work["rounds"]["rspd"]:
             assert figures.get("cpu", 1) > 0, key
             assert figures.get("count", 40) == (100 if key == "idle" else 40), key
+    for key in ("processes-new-64", "processes-requests-64"):
+        for count in (2, 4):
+            for figures in works[key]["rounds"][f"rspd, {count} processes"]:
+                assert 0 <= figures["least"] <= 1 / count <= figures["most"] <= 1
     text = (tmp_path / "results.md").read_text()
     for work in works.values():
         table = text.split(f"\n## {work['title']}\n")[1].split("\n## ")[0]
@@ -442,19 +447,19 @@ def test_a_contestant_that_does_not_give_each_backend_its_part_has_failed(load: 
 
 
 @pytest.mark.parametrize(
-    ("amount", "after", "even"),
+    ("amount", "found", "even"),
     [
-        (6, [13, 3], True),
-        (7, [14, 3], True),
-        (6, [14, 2], False),
-        (6, [14, 3], False),
-        (6, [13, 2], False),
-        (3, [11, 0], False),
+        (6, [3, 3], True),
+        (7, [4, 3], True),
+        (6, [4, 2], False),
+        (6, [4, 3], False),
+        (6, [3, 2], False),
+        (3, [1, 0], False),
     ],
 )
-def test_parts_are_even_to_the_connection(amount: int, after: list[int], even: bool) -> None:
+def test_parts_are_even_to_the_connection(amount: int, found: list[int], even: bool) -> None:
     with nullcontext() if even else pytest.raises(PeerError, match="connections to each of 2 backends"):
-        check_spread(amount, [10, 0], after)
+        check_spread(amount, found)
 
 
 @pytest.mark.parametrize(("built", "missing"), [("--with-stream --x", False), ("--with-stream=dynamic", True)])
