@@ -5,6 +5,7 @@ The modules, from the top down; each imports only from those below it:
 __main__       the command line, and the order of a run
 report         figures -> tables in Markdown, a picture in SVG, targets met or missed
 targets        what rspd is to reach, and whether a run's figures do
+ab             a work with an ordinary client and an ordinary web server
 works          what each contestant is given to do, and what is read of it
 peers          the contestants: what is started, with which settings, and where to get what is missing
 counters       CPU time and memory of processes

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from bench import peers, report
+from bench import ab, peers, report
 from bench.peers import Peer
 from bench.works import (
     BESIDE,
@@ -223,6 +223,8 @@ def run(
             found[RATE] = run_work(work, here, place)
             found[RATE].notes.append(f"Half of {whose}'s top rate in this run.")
             found[TURNS] = run_turns(work, peers.timed(here), place)
+        if ab.GROUP in groups:
+            found |= ab.run_ab(here, place)
         if IDLE in groups:
             found[IDLE] = run_idle(proxies, place, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         if BESIDE in groups:

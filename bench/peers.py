@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bench import counters
 
@@ -24,6 +25,7 @@ SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 SOCKET_PROXYD = "/lib/systemd/systemd-socket-proxyd"
 CONNECTIONS = 6000  # at once, where a contestant has a limit
 PATIENCE = 10.0
+QUESTION = b"ask".ljust(64)  # what load.c answers
 FEW_BACKENDS, MANY_BACKENDS = 2, 100  # that rspd is compared with itself with
 MANY_SUFFIX = f", {MANY_BACKENDS} backends"
 
@@ -308,7 +310,7 @@ class Running:
     peer: Peer
     port: int
     backends: Sequence[int]  # ports
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: list[subprocess.Popen[Any]] = field(default_factory=list)
     output: Path = Path()
 
     def pids(self) -> list[int]:
@@ -404,7 +406,7 @@ def start(command: Sequence[str], stdin: int, output: int, peer: Peer, cpus: set
     )
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def stop(processes: Sequence[subprocess.Popen[Any]]) -> None:
     """End processes and their descendants."""
     for process in processes:
         process.terminate()
@@ -418,13 +420,13 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def first_answer(one: Running, began: float, patience: float = PATIENCE) -> float:
+def first_answer(one: Running, began: float, patience: float = PATIENCE, question: bytes = QUESTION) -> float:
     """Seconds from `began` (time.monotonic) until a request through it is answered. Raises PeerError if it is not."""
     while True:
         one.check()
         try:
             with socket.create_connection(("127.0.0.1", one.port), timeout=patience) as sock:
-                sock.sendall(b"ask".ljust(64))
+                sock.sendall(question)
                 if sock.recv(256, socket.MSG_WAITALL):
                     return time.monotonic() - began
                 raise PeerError(f"closed the first connection: {one.last_words()}")

@@ -266,6 +266,7 @@ PANELS = [
     Panel("up-1", "cpu", "Upload, 1 stream", "CPU s per GB", 1, 2),
     Panel("new-64", "cpu", "New connection", "CPU µs, 64 at a time", 1e6, 0),
     Panel("new-64-logs", "cpu", "New connection with a log line", "CPU µs, 64 at a time", 1e6, 0),
+    Panel("ab-64", "cpu", "New connection of ab to a web server", "CPU µs, 64 at a time", 1e6, 0, drawn=False),
     Panel(FOUR_64, "cpu", "New connection, four backends", "CPU µs, 64 at a time", 1e6, 0, drawn=False),
     Panel("requests-16", "cpu", "Kept-alive request", "CPU µs, 16 connections", 1e6, 1),
     Panel("rate", "p99", "Latency, p99", "ms, at half of nginx's top rate", 1e3, 2),

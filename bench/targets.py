@@ -160,6 +160,8 @@ def _list() -> list[Target]:
     ]
     for work, title in (("new-1-logs", "1 at a time"), ("new-64-logs", "64 at a time")):
         found.append(Target(f"the same with logs, {title}: rspd ÷ nginx", 1.35, _ratio(work, NGINX)))
+    text = "CPU per new connection of ab to a web server, 64 at a time: rspd ÷ nginx"
+    found.append(Target(text, 1.25, _ratio("ab-64", NGINX)))
     for work, title in ((FOUR_1, "1 at a time"), (FOUR_64, "64 at a time")):
         text = f"CPU per new connection, four backends, {title}: rspd ÷ "
         found += [

@@ -20,6 +20,7 @@ from bench.peers import (
     FEW_BACKENDS,
     MANY_BACKENDS,
     NGINX,
+    QUESTION,
     RSPD,
     Direct,
     Peer,
@@ -78,6 +79,7 @@ class Ground:
     backend: subprocess.Popen[str]
     ports: list[int]
     folders: int = 0
+    question: bytes = QUESTION  # what the backend answers
 
     def new_folder(self) -> Path:
         """A path for a contestant's files."""
@@ -273,7 +275,7 @@ WORKS = [
 IDLE, RATE, TURNS, START, BARE = "idle", "rate", "turns", "start", "python3 -c pass"
 BESIDE, BESIDE_DOWN = "beside", "beside-down"
 OWN_RUN = "a run of its own: "  # in a note, before the date of the run
-GROUPS = ("bulk", "connections", "requests", "idle", BESIDE, "start", PROCESSES, "balancing")
+GROUPS = ("bulk", "connections", "requests", "idle", BESIDE, "start", PROCESSES, "balancing", "ab")
 
 
 @dataclass
@@ -334,7 +336,7 @@ def run(
             own = stack.enter_context(ExitStack())
             one = own.enter_context(running(peer, place.new_folder(), ports, logs, place.proxy_cpus))
             alive[peer.name] = one, own
-            first_answer(one, time.monotonic())
+            first_answer(one, time.monotonic(), question=place.question)
             measure(one, 0.1)
 
         def go(name: str) -> None:

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import counters, report, targets, turns
+from bench import ab, counters, report, targets, turns
 from bench.peers import (
     DIRECT,
     HAPROXY,
@@ -133,13 +133,14 @@ def test_a_quick_run_has_a_figure_of_each_contestant_for_each_work(tmp_path: Pat
     expected = {"down-1", "down-8", "up-1", "up-8", "new-1", "new-64", "new-1-logs", "new-64-logs"}
     expected |= {"requests-1", "requests-16", "rate", "turns", "idle", "start"}
     expected |= {"processes-new-64", "processes-requests-64"}
+    web = {} if ab.missing() else {"ab-1": ["rspd", "no proxy"], "ab-64": ["rspd", "no proxy"]}
     balancing = {"four-1": ["rspd"], "four-64": ["rspd"], "hundred-64": ["rspd", "rspd, 100 backends"]}
     beside = {"beside": ["rspd", "no proxy"], "beside-down": ["rspd", "no proxy"]}
-    expected |= balancing.keys() | beside.keys()
+    expected |= balancing.keys() | beside.keys() | web.keys()
     assert works.keys() == expected
     for key, work in works.items():
         second = "rspd, 4 processes" if key.startswith("processes-") else "asyncio"
-        if some := {**balancing, **beside, "turns": ["rspd"]}.get(key):
+        if some := {**balancing, **beside, **web, "turns": ["rspd"]}.get(key):
             assert list(work["rounds"]) == some
         else:
             assert {"rspd", second} <= work["rounds"].keys(), key
@@ -535,6 +536,41 @@ def test_latency_is_not_judged_where_it_is_there_without_a_proxy(floor: float, v
     assert f"top rate: rspd ÷ nginx | 1.5 | 1.00 (1.00 to 1.00) | {verdict} |" in text
 
 
+REPORT = """\
+Server Port:            8080
+Document Length:        256 bytes
+Time taken for tests:   0.132 seconds
+Complete requests:      1000
+Failed requests:        0
+"""
+
+
+@pytest.mark.parametrize(
+    ("report", "complaint"),
+    [
+        (REPORT, ""),
+        (REPORT.replace("1000", "999"), "ab: complete requests: expected 1000, got 999"),
+        (REPORT.replace("        0\n", "        3\n"), "ab: failed requests: expected 0, got 3"),
+        (REPORT + "Non-2xx responses:      1000\n", "ab: non-2xx responses: expected 0, got 1000"),
+    ],
+)
+def test_ab_has_failed_if_a_single_request_has(report: str, complaint: str) -> None:
+    with pytest.raises(PeerError, match=complaint) if complaint else nullcontext():
+        assert ab.read_report(report, 1000) == 0.132
+
+
+@needs_compiler
+def test_without_ab_its_works_are_left_out_with_a_word(
+    load: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpus = os.sched_getaffinity(0)
+    monkeypatch.setattr(ab, "SEARCH", str(tmp_path))
+    with ground(load, tmp_path, cpus, cpus, SIZES) as place:
+        assert ab.run_ab([], place) == {}
+    advice = "ab is not here: apt install apache2-utils; going on without the works of ab"
+    assert capsys.readouterr().err == f"bench: {advice}\n"
+
+
 def test_a_turn_of_the_loop_is_timed_from_one_poll_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     noted = turns.Turns()
     monkeypatch.setattr(turns, "TURNS", noted)
@@ -682,6 +718,7 @@ def test_each_target_is_judged_by_figures_that_a_run_makes() -> None:
     missing = [target.text for target in targets.TARGETS if target.measured(run) is None]
     # Some works may not have been published yet. Those with several backends: a run of them is judged further up.
     later = ["backends"] * (FOUR_64 not in run) + ["beside"] * (BESIDE not in run) + ["turn"] * (TURNS not in run)
+    later += ["of ab"] * (ab.AB_64 not in run)
     assert [text for text in missing if not any(word in text for word in later)] == []
 
 
