@@ -275,6 +275,35 @@ PANELS = [
     Panel("idle", "memory", "Idle connection", "KB of its memory", 1e-3, 1),
     Panel("start", "seconds", "Start", "ms until the first answer", 1e3, 0),
 ]
+# Why rspd loses a row, whoever wins it.
+COMPILED = "where nginx, HAProxy and rinetd run compiled C"
+PIECES = (
+    "rspd reads first, and again after each short piece, to see whether splicing pays, and Python decides on each "
+    "piece, where socket-proxyd always splices, with two pipes of its own for each connection"
+)
+QUEUE = "rspd accepts at most 64 clients in a turn of its loop, and serves the busy ones in between"
+WHY = {
+    "down-1": PIECES,
+    "up-1": PIECES,
+    "new-64": f"Python runs some 2,500 instructions of its own for each connection, {COMPILED}",
+    "new-64-logs": f"Python runs the instructions of a new connection, and makes the line too, {COMPILED}",
+    "ab-64": (
+        "Python runs the instructions of a new connection; and the server ends it first, so rspd passes this end on, "
+        "and waits for that of the client"
+    ),
+    FOUR_64: f"Python runs the instructions of a new connection, and chooses the backend too, {COMPILED}",
+    "requests-16": f"Python runs some 500 instructions of its own for each request, {COMPILED}",
+    "rate": "a request waits for those before it in the same turn of the loop, and Python takes longer for each",
+    BESIDE: QUEUE,
+    BESIDE_DOWN: QUEUE,
+    "idle": (
+        "a connection is some objects of Python, in C a struct or two; and the pipes that socket-proxyd keeps for each "
+        "connection are memory of the kernel, which is not counted"
+    ),
+    "start": "the interpreter starts first, and then imports what rspd needs; a compiled program does neither",
+}
+WHY_SERIAL = "the listener leaves epoll when the client comes, and enters it again when the client has gone"
+
 HIDDEN = (SERIAL, OTHER, DIRECT)
 
 
@@ -341,27 +370,40 @@ def _ratio(panel: Panel, run: Run, name: str) -> str:
 
 
 def _standing(rows: Sequence[tuple[Panel, dict[str, float]]], run: Run) -> list[str]:
-    """Which rows rspd wins, and to whom it loses the others by how much; who is alone in a row does neither."""
-    won, lost = [], []
+    """Which rows rspd wins, and to whom it loses the others, by how much, and why; not where it is alone."""
+    won, level = [], []
+    lost: dict[str, list[str]] = {}  # rows by their reason
     for panel, values in rows:
         best = winners(panel, values) if len(values) > 1 else []
+        title = f"*{panel.title}*"
         if RSPD in best:
-            won.append(f"*{panel.title}*")
+            won.append(title)
         elif best:
-            lost.append(f"*{panel.title}* to {' and '.join(best)}{_ratio(panel, run, best[0])}")
+            ratio, names = _ratio(panel, run, best[0]), " and ".join(best)
+            found = _ratios(run, panel.key, best[0], panel.figure, panel.ceiling)
+            if found and round(median(found), 2) <= 1:
+                level.append(f"{title} with {names}{ratio}")
+            else:
+                lost.setdefault(WHY[panel.key], []).append(f"{title} to {names}{ratio}")
     lines = [f"rspd wins {'; '.join(won)}."] if won else []
-    return lines + ([f"rspd loses {'; '.join(lost)}."] if lost else [])
+    # The medians are of different rounds: the single rounds may say otherwise.
+    lines += [f"rspd is level in {'; '.join(level)}."] if level else []
+    told = [f"- {'; '.join(titles)}: {why}." for why, titles in lost.items()]
+    return lines + (["rspd loses:", "", *told] if told else [])
 
 
 def _serial(run: Run) -> list[str]:
     """What a new connection costs in serial mode, which the table does not show."""
     try:
         one, many = (number(1e6 * middle(run, work, SERIAL, "cpu"), 0) for work in ("new-1", "new-64"))
+        ratio = median(ratios(run, "new-1", SERIAL, RSPD, "cpu"))
     except KeyError:
         return []
     room = f"rspd's figures are with room for many clients (`max_connections: {CONNECTIONS}`)"
     cost = f"a new connection costs {one} CPU µs one at a time, and {many} CPU µs 64 at a time"
-    return [f"{room}; in serial mode, its default, {cost}."]
+    dearer = f"One at a time, that is {ratio:.2f} times as much as with room for many"
+    lines = [f"{room}; in serial mode, its default, {cost}."]
+    return lines + ([f"{dearer}: {WHY_SERIAL}."] if round(ratio, 2) > 1 else [])
 
 
 def _turns(run: Run) -> list[str]:

@@ -31,6 +31,7 @@ from bench.peers import (
     HAPROXY,
     NGINX,
     RSPD,
+    SERIAL,
     AsyncioRelay,
     Nginx,
     PeerError,
@@ -58,6 +59,7 @@ from bench.works import (
     run_work,
 )
 from bench.works import QUICK as SIZES
+from tests.daemon.test_budget import INSTRUCTIONS
 from tests.support import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
@@ -789,10 +791,12 @@ def test_who_is_not_in_the_table_wins_no_row_of_it() -> None:
 
 
 def test_what_rspd_wins_and_to_whom_it_loses_is_told_as_the_table_has_it() -> None:
-    text = PAGE.read_text()
-    won, lost = ("".join(re.findall(f"^rspd {verb} (.*)\\.$", text, re.MULTILINE)) for verb in ("wins", "loses"))
+    text = report.summary(*report.load(ROOT / "bench" / "results"))
+    won = "".join(re.findall(r"^rspd wins (.*)\.$", text, re.MULTILINE))
+    level = "".join(re.findall(r"^rspd is level in (.*)\.$", text, re.MULTILINE))
     told = dict.fromkeys(re.findall(r"\*(.*?)\*", won), ({RSPD}, ""))
-    for work, names, ratio in re.findall(r"\*(.*?)\* to (.*?) (\(.*?\))", lost):
+    lost = "".join(re.findall(r"^- (\*.*\)): .+\.$", text, re.MULTILINE))
+    for work, names, ratio in re.findall(r"\*(.*?)\* (?:to|with) (.*?) (\([\d.]+\))", lost + level):
         told[work] = set(names.split(" and ")), ratio
     for title, cells in short_table(text).items():
         work = next(panel.title for panel in report.PANELS if title == f"{panel.title}, {panel.unit}")
@@ -801,6 +805,36 @@ def test_what_rspd_wins_and_to_whom_it_loses_is_told_as_the_table_has_it() -> No
         assert names == ({RSPD} if RSPD in best else set(best)), title
         assert not ratio or any(ratio in cells[name] for name in names), title
     assert told == {}
+
+
+@pytest.mark.parametrize("panel", report.PANELS, ids=lambda panel: panel.key)
+def test_each_row_that_is_lost_says_to_whom_by_how_much_and_why(panel: report.Panel) -> None:
+    ours, its = ([{panel.figure: shown / panel.factor, "count": 400.0}] for shown in (3, 2))
+    made = report.summary(ABOUT, {panel.key: Results("x", "", {RSPD: ours, NGINX: its})})
+    assert f"rspd loses:\n\n- *{panel.title}* to nginx (1.50): {report.WHY[panel.key]}.\n" in made
+    won = report.summary(ABOUT, {panel.key: Results("x", "", {RSPD: its, NGINX: ours})})
+    assert f"rspd wins *{panel.title}*.\n" in won
+    assert report.WHY[panel.key] not in won
+
+
+def test_a_row_is_level_if_the_single_rounds_say_otherwise_than_their_medians() -> None:
+    ours, its = ([{"cpu": cpu * 1e-5} for cpu in cpus] for cpus in ((1, 5, 6), (2, 4, 9)))
+    made = report.summary(ABOUT, {"new-64": Results("x", "", {RSPD: ours, NGINX: its})})
+    assert "| 50 | **40** (0.67) |" in made
+    assert "rspd is level in *New connection* with nginx (0.67).\n" in made
+
+
+def test_serial_mode_has_its_reason_if_it_is_dearer() -> None:
+    for cpu in (0.9, 1.1):
+        works = {key: Results(key, "", {RSPD: figures(cpu=1), SERIAL: figures(cpu=cpu)}) for key in ("new-1", "new-64")}
+        told = f"that is 1.10 times as much as with room for many: {report.WHY_SERIAL}."
+        assert (told in report.summary(ABOUT, works)) is (cpu > 1)
+
+
+def test_the_reasons_tell_the_instructions_that_the_budget_allows() -> None:
+    for key, work in (("new-64", "connection"), ("requests-16", "request")):
+        (told,) = re.findall(r"some ([\d,]+) instructions", report.WHY[key])
+        assert int(told.replace(",", "")) == pytest.approx(INSTRUCTIONS[work], rel=0.2)
 
 
 def test_nothing_is_won_where_nobody_else_is() -> None:
