@@ -51,7 +51,7 @@ class Sizes:
 
     one_at_a_time: int = 3000
     many_at_a_time: int = 6000
-    requests_one: int = 8000  # over one connection
+    requests_one: int = 5000  # over one connection
     requests: int = 30_000
     bytes: int = 1_000_000_000
     rate_seconds: float = 0.4  # short, so that a stall of the machine spoils few rounds
