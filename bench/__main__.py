@@ -40,6 +40,7 @@ from bench.works import (
     Work,
     at_rate,
     ground,
+    rounds_told,
     run_beside,
     run_idle,
     run_start,
@@ -185,7 +186,7 @@ def measure(options: argparse.Namespace) -> None:
         whole = json.loads((options.output / "results.json").read_text())
         for key, results in found.items():
             measured = "Measured again, in" if key in whole["works"] else "Measured in"
-            told = f"{about['date']}, {sizes.rounds} rounds, rspd {version}"
+            told = f"{about['date']}, {rounds_told(sizes.rounds)}, rspd {version}"
             results.notes.append(f"{measured} {OWN_RUN}{told}.")
         about, earlier = whole["about"], whole["works"]
     else:

@@ -142,7 +142,7 @@ class Rspd(Peer):
 class TimedRspd(Rspd):
     """rspd under turns.py, which times each turn of its loop."""
 
-    TURNS = "turns.json"  # in its folder, once it has ended
+    TURNS = "turns.json"  # in its folder, after a SIGUSR1
 
     def command(self, place: Place) -> list[str]:
         """The same arguments after another beginning."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.peers import CONNECTIONS, DIRECT, HAPROXY, OTHER, RSPD, SERIAL
+from bench.peers import CONNECTIONS, DIRECT, HAPROXY, OTHER, RSPD, SERIAL, SOCKET_PROXYD_NAME
 from bench.targets import TARGETS, Run, full_burst, middle, ratios
-from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, PROCESSES, TURNS, UNANSWERED, Results
+from bench.works import BESIDE, BESIDE_DOWN, FOUR_64, OWN_RUN, PROCESSES, TURNS, UNANSWERED, Results, rounds_told
 
 BEGIN, END = "<!-- made by python -m bench -->", "<!-- end of what python -m bench made -->"
 
@@ -85,8 +85,8 @@ def columns(key: str, results: Results) -> list[Column]:
         ]
     if key == TURNS:
         return [
-            Column("cpu_longest", "longest, ms of CPU time", 1e3, 2),
-            Column("wall_longest", "longest, ms of wall time", 1e3, 2),
+            Column("cpu_longest", "longest, ms of CPU time", 1e3, 2, True),
+            Column("wall_longest", "longest, ms of wall time", 1e3, 2, True),
             Column("turns", "turns", 1, 0),
             Column("cpu_over", "over 1 ms of CPU time", 1, 0),
             Column("wall_over", "over 1 ms of wall time", 1, 0),
@@ -142,9 +142,9 @@ def markdown(about: dict[str, Any], run: Run, image: str) -> str:
     lines += [
         f"Versions: {versions}.",
         "",
-        "Figures are medians of the rounds, with smallest and largest. *rspd ÷ it* is the median of what the single",
-        "rounds give, rspd's figure of a round ÷ the contestant's of the same round; smallest to largest in brackets.",
-        "Below 1, rspd is cheaper or quicker. CPUs *busy* is CPU time over wall time.",
+        "Figures are medians of the rounds. *smallest to largest* is of the figures of the rounds.",
+        "*rspd ÷ it* is a ratio for each round: rspd's figure ÷ the contestant's. Its median is shown, and in brackets",
+        "its smallest and largest. Below 1, rspd is cheaper or quicker. CPUs *busy* is CPU time over wall time.",
         "[How it was done, and the limits](../README.md).",
         "",
         f"![bars]({image})",
@@ -162,9 +162,10 @@ def markdown(about: dict[str, Any], run: Run, image: str) -> str:
 def describe(about: dict[str, Any]) -> str:
     """The machine, in a sentence."""
     kind = "a virtual machine with" if about["virtual"] else "a machine with"
+    minutes = f"{about['minutes']} minutes" if about["minutes"] > 1 else "a minute at most"
     return (
         f"{kind} {about['cpus']} CPUs ({about['cpu']}), kernel {about['kernel']}, {about['system']}, "
-        f"Python {about['python']}; {about['rounds']} rounds, {about['minutes']} minutes."
+        f"Python {about['python']}; {rounds_told(about['rounds'])}, {minutes}."
     )
 
 
@@ -177,6 +178,7 @@ def targets_table(run: Run) -> list[str]:
         if value is not None:
             spread = _spread(target.found(run), partial(_short, most=target.most))
             shown = f"{_short(value, target.most)}{spread}{target.unit}"
+            shown += ", says nothing" * bool(target.hidden(run))
         most = f"{target.most:,g}{target.unit}" + (" (aim)" if target.aim else "")
         lines.append(f"| {target.text} | {most} | {shown} | {target.verdict(run)} |")
     return lines
@@ -276,33 +278,33 @@ PANELS = [
     Panel("start", "seconds", "Start", "ms until the first answer", 1e3, 0),
 ]
 # Why rspd loses a row, whoever wins it.
-COMPILED = "where nginx, HAProxy and rinetd run compiled C"
-PIECES = (
-    "rspd reads first, and again after each short piece, to see whether splicing pays, and Python decides on each "
-    "piece, where socket-proxyd always splices, with two pipes of its own for each connection"
-)
+PIECES = "Python decides on each piece of data"
 QUEUE = "rspd accepts at most 64 clients in a turn of its loop, and serves the busy ones in between"
 WHY = {
     "down-1": PIECES,
     "up-1": PIECES,
-    "new-64": f"Python runs some 2,500 instructions of its own for each connection, {COMPILED}",
-    "new-64-logs": f"Python runs the instructions of a new connection, and makes the line too, {COMPILED}",
-    "ab-64": (
-        "Python runs the instructions of a new connection; and the server ends it first, so rspd passes this end on, "
-        "and waits for that of the client"
-    ),
-    FOUR_64: f"Python runs the instructions of a new connection, and chooses the backend too, {COMPILED}",
-    "requests-16": f"Python runs some 500 instructions of its own for each request, {COMPILED}",
+    "new-64": "rspd runs some 2,500 bytecode instructions of Python for each connection",
+    "new-64-logs": "rspd runs the instructions of a new connection, and Python makes the line too",
+    "ab-64": "rspd passes the web server's end on, and waits for the client's before it closes",
+    FOUR_64: "rspd runs the instructions of a new connection, and Python chooses the backend too",
+    "requests-16": "rspd runs some 500 bytecode instructions of Python for each request",
     "rate": "a request waits for those before it in the same turn of the loop, and Python takes longer for each",
     BESIDE: QUEUE,
     BESIDE_DOWN: QUEUE,
-    "idle": (
-        "a connection is some objects of Python, in C a struct or two; and the pipes that socket-proxyd keeps for each "
-        "connection are memory of the kernel, which is not counted"
-    ),
-    "start": "the interpreter starts first, and then imports what rspd needs; a compiled program does neither",
+    "idle": "rspd keeps some objects of Python for each connection",
+    "start": "Python starts first, and then imports what rspd needs",
 }
-WHY_SERIAL = "the listener leaves epoll when the client comes, and enters it again when the client has gone"
+# The same, if socket-proxyd wins it.
+SPLICES = "rspd first reads, to see whether splicing pays; socket-proxyd always splices"
+PROXYD_WHY = {
+    "down-1": SPLICES,
+    "up-1": SPLICES,
+    "idle": "socket-proxyd keeps its buffers in pipes, which are memory of the kernel and not counted",
+}
+WHY_SERIAL = (
+    "rspd sleeps once more for each connection, since it waits for the backend's end before it accepts the next client"
+)
+LEVEL = 1.03  # so close is level: the noise of a run is larger
 
 HIDDEN = (SERIAL, OTHER, DIRECT)
 
@@ -329,7 +331,7 @@ def summary(about: dict[str, Any], run: Run) -> str:
         if RSPD not in values:
             continue
         rows.append((panel, values))
-        best = winners(panel, values)
+        best = winners(panel, values, run)
         cells = []
         for name in names:
             if name not in values:
@@ -341,7 +343,7 @@ def summary(about: dict[str, Any], run: Run) -> str:
         lines.append(f"| {panel.title}, {panel.unit} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Figures are medians. The best of each row is bold.",
+        "Figures are medians. The best of each row is bold, and who is within 3 % of it, by the ratios.",
         "In brackets is rspd ÷ the contestant, the median over the rounds: below 1, rspd is cheaper or quicker.",
         "",
         *_standing(rows, run),
@@ -357,10 +359,19 @@ def summary(about: dict[str, Any], run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def winners(panel: Panel, values: dict[str, float]) -> list[str]:
-    """Who has the best figure: several if it is shown alike, nobody if it is only a bound."""
-    best = min(values.values())
-    return [] if best >= panel.ceiling else [name for name in values if panel.show(values[name]) == panel.show(best)]
+def winners(panel: Panel, values: dict[str, float], run: Run) -> list[str]:
+    """Who has the best figure, and who is level with it, by the ratios that are shown.
+
+    A ratio compares figures of the same round, so it may differ from that of the medians. Where rspd has only a bound,
+    there are no ratios: then those win whose medians are shown as the best. Nobody wins if all are only bounds.
+    """
+    if values[RSPD] >= panel.ceiling:
+        best = min(values.values())
+        shown = panel.show(best)
+        return [] if best >= panel.ceiling else [name for name in values if panel.show(values[name]) == shown]
+    found = {name: _ratios(run, panel.key, name, panel.figure, panel.ceiling) for name in values}
+    times = {name: round(median(each), 2) for name, each in found.items() if each} | {RSPD: 1.0}
+    return [name for name, time in times.items() if time * LEVEL >= max(times.values())]
 
 
 def _ratio(panel: Panel, run: Run, name: str) -> str:
@@ -374,22 +385,25 @@ def _standing(rows: Sequence[tuple[Panel, dict[str, float]]], run: Run) -> list[
     won, level = [], []
     lost: dict[str, list[str]] = {}  # rows by their reason
     for panel, values in rows:
-        best = winners(panel, values) if len(values) > 1 else []
+        best = winners(panel, values, run) if len(values) > 1 else []
         title = f"*{panel.title}*"
-        if RSPD in best:
+        others = " and ".join(name + _ratio(panel, run, name) for name in best if name != RSPD)
+        if best == [RSPD]:
             won.append(title)
+        elif RSPD in best:
+            level.append(f"{title} with {others}")
         elif best:
-            ratio, names = _ratio(panel, run, best[0]), " and ".join(best)
-            found = _ratios(run, panel.key, best[0], panel.figure, panel.ceiling)
-            if found and round(median(found), 2) <= 1:
-                level.append(f"{title} with {names}{ratio}")
-            else:
-                lost.setdefault(WHY[panel.key], []).append(f"{title} to {names}{ratio}")
+            lost.setdefault(_why(panel, best), []).append(f"{title} to {others}")
     lines = [f"rspd wins {'; '.join(won)}."] if won else []
-    # The medians are of different rounds: the single rounds may say otherwise.
     lines += [f"rspd is level in {'; '.join(level)}."] if level else []
     told = [f"- {'; '.join(titles)}: {why}." for why, titles in lost.items()]
     return lines + (["rspd loses:", "", *told] if told else [])
+
+
+def _why(panel: Panel, best: Sequence[str]) -> str:
+    """Why rspd loses a row to these."""
+    only_proxyd = list(best) == [SOCKET_PROXYD_NAME]
+    return PROXYD_WHY.get(panel.key, WHY[panel.key]) if only_proxyd else WHY[panel.key]
 
 
 def _serial(run: Run) -> list[str]:
@@ -412,9 +426,13 @@ def _turns(run: Run) -> list[str]:
         count, cpu, wall = (middle(run, TURNS, RSPD, what) for what in ("turns", "cpu_longest", "wall_longest"))
     except KeyError:
         return []
-    longest = f"The longest of {number(count, 0)} turns of rspd's loop took {1e3 * cpu:.2f} ms of CPU time"
-    machine = "the difference is what the machine did meanwhile"
-    return [f"{longest} at the rate of *Latency, p99*, and the longest {1e3 * wall:.2f} ms of wall time: {machine}."]
+    rounds, over = rounds_told(len(run[TURNS].rounds[RSPD])), number(middle(run, TURNS, RSPD, "wall_over"), 0)
+    return [
+        f"At the rate of *Latency, p99*, rspd's loop made {number(count, 0)} turns in a round.",
+        f"The longest took {1e3 * cpu:.2f} ms of CPU time.",
+        f"Turns of over a millisecond of wall time: {over}; the longest took {1e3 * wall:.2f} ms.",
+        f"In wall time, the machine may have stopped rspd. These are medians of {rounds}.",
+    ]
 
 
 def _price(run: Run) -> list[str]:

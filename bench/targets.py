@@ -112,6 +112,10 @@ def _longest_turn(run: Run) -> list[float]:
     return [1000 * longest for longest in figures_of(run, TURNS, RSPD, "cpu_longest")]
 
 
+def _most(processes: int) -> Callable[[Run], list[float]]:
+    return lambda run: figures_of(run, "processes-new-64", f"{RSPD}, {processes} processes", "most")
+
+
 def full_burst(run: Run, work: str) -> bool:
     """Whether as many new connections came beside busy ones as the names of targets and panels say."""
     try:
@@ -185,6 +189,12 @@ def _list() -> list[Target]:
         Target("p99 at half of nginx's top rate: rspd ÷ nginx", 1.5, _ratio("rate", NGINX, "p99"), hidden=_slow_ground),
         Target("longest turn of rspd's loop at that rate, CPU time", 1, _longest_turn, " ms"),
         *beside,
+        *(
+            Target(
+                f"new connections, 64 at a time, {count} processes: part of the process with the most", most, found_by
+            )
+            for count, most, found_by in ((2, 0.65, _most(2)), (4, 0.45, _most(4)))
+        ),
         Target("memory of an idle connection", 3000, _idle("memory"), " B"),
         Target("CPU per new connection, 5,000 idle ones open ÷ none", 1.1, _idle("growth")),
         Target("start, over bare python3 -c pass", 30, _over_bare, " ms"),

@@ -1,14 +1,18 @@
 """Run rspd and time each turn of its loop: python bench/turns.py FILE rspd's ARGUMENT...
 
 A turn is what happens between the return of one poll of epoll and the call of the next. CPU time is that of the loop's
-thread alone. Wall time has in it what the machine did meanwhile, too. At its end, FILE gets one object of JSON: how
-many turns there were, the longest in seconds, and how many took over a millisecond, of CPU time and of wall time.
+thread alone. Wall time has in it what the machine did meanwhile, too. Turns in which a connection begins or ends are
+left out: at a fixed rate there are none, but before and after. At SIGUSR1, FILE gets one object of JSON: how many turns
+there were since the last SIGUSR1, the longest in seconds, and how many took over a millisecond, of CPU time and of wall
+time.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import select
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +20,7 @@ from time import monotonic_ns, thread_time_ns
 from typing import Any
 
 LONG = 1_000_000  # nanoseconds
+ENDS = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
 class Turns:
@@ -55,10 +60,15 @@ class TimedEpoll:
 
     def __init__(self) -> None:
         self._epoll = self.make()
-        self._began: tuple[int, int] | None = None
+        self._began: tuple[int, int] | None = None  # None in a turn that is left out
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._epoll, name)
+
+    def register(self, *arguments: Any) -> None:
+        """The same: a connection begins."""
+        self._began = None
+        self._epoll.register(*arguments)
 
     def poll(self, *arguments: Any) -> list[tuple[int, int]]:
         """The same, and the end of one turn and the beginning of the next."""
@@ -66,12 +76,23 @@ class TimedEpoll:
         if self._began:
             TURNS.note(cpu - self._began[0], wall - self._began[1])
         events = self._epoll.poll(*arguments)
-        self._began = thread_time_ns(), monotonic_ns()
+        ends = any(event & ENDS for _, event in events)
+        self._began = None if ends else (thread_time_ns(), monotonic_ns())
         return events
 
 
-def main(arguments: Sequence[str]) -> int:
+def hand_out(path: Path) -> None:
+    """Write down what is known, whole at once, and begin anew."""
+    global TURNS
+    found, TURNS = TURNS, Turns()
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(found.figures()))
+    os.replace(new, path)
+
+
+def main(path: Path, arguments: Sequence[str]) -> int:
     """Run rspd with these arguments. Returns its exit code."""
+    signal.signal(signal.SIGUSR1, lambda *_: hand_out(path))
     select.epoll = TimedEpoll  # type: ignore[assignment,misc]
     from rspd.cli import main as rspd
 
@@ -79,8 +100,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[2:])
-    finally:
-        Path(sys.argv[1]).write_text(json.dumps(TURNS.figures()))
-    sys.exit(code)
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -303,6 +304,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def rounds_told(count: int) -> str:
+    """How many rounds, in words."""
+    return f"{count} round{'s' * (count != 1)}"
+
+
 def run(
     results: Results,
     peers: Sequence[Peer],
@@ -366,7 +372,7 @@ def run_work(work: Work, peers: Sequence[Peer], place: Ground) -> Results:
     results = Results(work.title, work.unit)
     run(results, peers, place, work.logs, measure, place.sizes.rounds * work.often)
     if work.often > 1:
-        results.notes.append(f"{place.sizes.rounds * work.often} rounds.")
+        results.notes.append(f"{rounds_told(place.sizes.rounds * work.often)}.")
     if work.logs:
         results.silent = [peer.name for peer in peers if not peer.logs]
         results.notes += [f"{name} logs nothing of connections." for name in results.silent]
@@ -374,9 +380,9 @@ def run_work(work: Work, peers: Sequence[Peer], place: Ground) -> Results:
 
 
 def run_turns(work: Work, peers: Sequence[TimedRspd], place: Ground) -> Results:
-    """How long the turns of rspd's loop are, over all rounds of a work.
+    """How long the turns of rspd's loop are, in each round of a work.
 
-    turns: how many there were; cpu_longest, wall_longest: the seconds of the longest; cpu_over,
+    turns: how many there were in the round; cpu_longest, wall_longest: the seconds of the longest; cpu_over,
     wall_over: how many took over a millisecond of each.
     """
     results = Results(f"turns of the loop: {work.title}")
@@ -386,18 +392,35 @@ def run_turns(work: Work, peers: Sequence[TimedRspd], place: Ground) -> Results:
         try:
             with running(peer, folder, [place.ports[number]], False, place.proxy_cpus) as one:
                 first_answer(one, time.monotonic())
+                work.measure(one, place)  # to warm up
+                ask_turns(one, folder / peer.TURNS)
+                rounds = []
                 for _ in range(place.sizes.rounds * work.often):
                     work.measure(one, place)
-            results.rounds[peer.name] = [read_turns(folder / peer.TURNS)]
+                    rounds.append(ask_turns(one, folder / peer.TURNS))
+            results.rounds[peer.name] = rounds
         except PeerError as error:
             say(f"  {peer.name}: {error}")
             results.failed[peer.name] = str(error)
     results.notes.append(
         "The same load once more, for rspd with a clock in its loop. "
         "A turn goes from the return of one poll of epoll to the call of the next. "
+        "Turns in which a connection begins or ends are left out. "
+        "Each round has a longest turn of its own. "
         "Wall time has in it what the machine did meanwhile."
     )
     return results
+
+
+def ask_turns(one: Running, path: Path) -> Figures:
+    """What turns.py knows since it was asked before. Raises PeerError."""
+    path.unlink(missing_ok=True)
+    one.processes[0].send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + UNANSWERED
+    while not path.exists() and time.monotonic() < deadline:
+        one.check()
+        time.sleep(0.001)
+    return read_turns(path)
 
 
 def read_turns(path: Path) -> Figures:
@@ -405,7 +428,7 @@ def read_turns(path: Path) -> Figures:
     try:
         found: Figures = json.loads(path.read_text())
     except OSError:
-        raise PeerError("expected the times of its turns at its end, found none") from None
+        raise PeerError("expected the times of its turns, found none") from None
     if not found["turns"]:
         raise PeerError("expected turns of its loop, found none: it does not use select.epoll")
     return found
