@@ -27,7 +27,7 @@ from bench.peers import (
     Running,
     first_answer,
 )
-from bench.works import MANY, SLOW, Ground, Results, Sizes, Work, run_work, say
+from bench.works import MANY, Ground, Results, Sizes, Work, run_work, say
 
 GROUP = "ab"
 PAGE = 256  # bytes
@@ -45,17 +45,7 @@ class WebGround(Ground):
         path = shutil.which(program, path=SEARCH) or ""
         url = f"http://127.0.0.1:{port}/"
         before = _children_seconds()
-        try:
-            run = subprocess.run(
-                [path, "-q", "-n", count, "-c", at_a_time, url],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=SLOW,
-                preexec_fn=lambda: os.sched_setaffinity(0, self.load_cpus),
-            )
-        except subprocess.TimeoutExpired:
-            raise PeerError(f"not done after {SLOW:.0f} s") from None
+        run = self.run([path, "-q", "-n", count, "-c", at_a_time, url])
         if run.returncode:
             raise PeerError(f"ab: {(run.stderr or run.stdout).strip().splitlines()[-1]}")
         return {"seconds": read_report(run.stdout, int(count)), "cpu": _children_seconds() - before}

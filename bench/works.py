@@ -89,22 +89,26 @@ class Ground:
 
     def load(self, *words: object) -> dict[str, float]:
         """Run the load to its end, and return what it reports. Raises PeerError."""
-        command = [str(self.program), *map(str, words)]
+        run = self.run([str(self.program), *map(str, words)])
+        if run.returncode:
+            raise PeerError(run.stderr.strip().removeprefix("load: "))
+        found: dict[str, float] = json.loads(run.stdout)
+        return found
+
+    def run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """Run a load on its processors to its end. Raises PeerError if that takes too long."""
         try:
-            run = subprocess.run(
+            return subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
+                check=False,
                 timeout=SLOW,
                 preexec_fn=lambda: os.sched_setaffinity(0, self.load_cpus),
             )
         except subprocess.TimeoutExpired:
             raise PeerError(f"not done after {SLOW:.0f} s") from None
-        if run.returncode:
-            raise PeerError(run.stderr.strip().removeprefix("load: "))
-        found: dict[str, float] = json.loads(run.stdout)
-        return found
 
     def accepted(self, ports: Sequence[int]) -> list[int]:
         """How many connections the backend has accepted so far on each of these ports of it."""
