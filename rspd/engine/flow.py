@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rspd.engine.loop import IN, OUT, PRI
 from rspd.engine.pipes import Pace, Pipe, Pipes
-from rspd.engine.side import Side
+from rspd.engine.side import Handed, Side
 
 # One buffer serves all copying: nothing stays in it between two calls.
 BUFFER_SIZE = 1 << 16
@@ -114,6 +116,39 @@ class Flow:
         if self._held_back:
             self._hold_back(False)
         return self.source.read_into(BUFFER)
+
+    @property
+    def pipe_descriptors(self) -> list[int]:
+        """Those of its pipe, while it has one."""
+        return [self._pipe.read_fd, self._pipe.write_fd] if self._pipe else []
+
+    def hand_over(self) -> Handed:
+        """What `resume` takes, in the next process. What is held goes there too: bytes, or a pipe with them."""
+        handed: dict[str, Any] = {"total": self.total, "moved_at": self.moved_at} if self.total else {}
+        if self.eof:
+            handed["eof"] = True
+        if self.held:
+            handed.update(held=self.held, from_pipe=self._from_pipe)
+        if pipe := self._pipe:
+            handed["pipe"] = pipe.read_fd, pipe.write_fd, pipe.held
+        return handed
+
+    def resume(self, handed: Handed, descriptors: dict[int, int]) -> None:
+        """Go on where a flow of the process before was when it handed it over. Nothing has been moved yet.
+
+        descriptors: by their numbers in that process. It takes those of its pipe.
+        """
+        self.total = handed.get("total", 0)
+        self.moved_at = handed.get("moved_at", 0.0)
+        self.eof = handed.get("eof", False)
+        self.held = handed.get("held") or b""
+        if pipe := handed.get("pipe"):
+            self._pipe = Pipe((descriptors.pop(pipe[0]), descriptors.pop(pipe[1])), pipe[2])
+            self._pipes.adopt(self._pipe, self, self.source.loop.now)
+        self._from_pipe = handed.get("from_pipe", 0)
+        self._pipes.in_memory += self._from_pipe
+        self.waiting = bool(self.held or self._pipe)
+        self.finished = self.eof and not self.waiting
 
     def empty_into_memory(self, pace: Pace) -> int:
         """Move the pipe's bytes to `held`; return how many. Another flow gets the pipe; this one copies while slow.
@@ -226,3 +261,27 @@ class Flow:
         self._bulk = False
         self._give_back()
         return True
+
+
+def cut(flow: Flow, other: Flow) -> int:
+    """Close the target of a flow, when not all is in order. Returns how many bytes were lost by that."""
+    target = flow.target
+    # A flow that `_end_both` has ended has passed on all that it had to, whatever became of its source.
+    whole = not flow.source.aborted if flow.finished else target.ended
+    # If a socket is closed while bytes from its peer are unread, the kernel sends RST too (tcp(7)).
+    resets = not whole or (not other.finished and target.peek(1))
+    lost = at_risk(flow) if resets and not target.aborted else 0
+    if whole:
+        target.close()
+    else:
+        flow.drop()
+        target.abort()
+    return lost
+
+
+def at_risk(flow: Flow) -> int:
+    """How many bytes from a flow's source would be lost by RST to its target now: those in rspd and in the kernel."""
+    # The kernel counts an end as one byte. It may also hold what was said before the relay: no byte of the flow.
+    target = flow.target
+    in_kernel = max(target.at_risk() - target.ended, 0)
+    return flow.held_back + min(in_kernel, flow.total)

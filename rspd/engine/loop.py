@@ -185,6 +185,12 @@ class Loop:
             self._to_wake.add(task)
             self.spawn(wake())
 
+    def abandon(self) -> None:
+        """Resume no task any more, not even in this turn: the running task ends the loop. Nothing is closed."""
+        for task in self._tasks:
+            task.done = True
+        self._stopped = True
+
     async def yield_turn(self) -> None:
         """Go to the back of the ready queue: what else is ready comes first."""
         self.current.wake()

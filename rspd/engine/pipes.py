@@ -79,9 +79,10 @@ class Pipe:
 
     __slots__ = ("held", "read_fd", "size", "write_fd")
 
-    def __init__(self) -> None:
-        self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.held = 0
+    def __init__(self, ends: tuple[int, int] | None = None, held: int = 0) -> None:
+        """ends: of a pipe that exists, to be read and to be written, with so many bytes in it; ours from now on."""
+        self.read_fd, self.write_fd = ends or os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.held = held
         try:
             self.size = fcntl.fcntl(self.write_fd, F_SETPIPE_SZ, PIPE_SIZE)
         except OSError:
@@ -154,6 +155,11 @@ class Pipes:
         if pipe:
             self._lent[pipe] = (borrower, Pace(borrower.total, now))
         return pipe
+
+    def adopt(self, pipe: Pipe, borrower: Borrower, now: float) -> None:
+        """A borrower of the process before has bytes in this pipe. It is one of ours from now on."""
+        self.made += 1
+        self._lent[pipe] = (borrower, Pace(borrower.total, now))
 
     def _make(self) -> Pipe | None:
         if self.made >= self.limit:

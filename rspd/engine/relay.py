@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Generator
+from collections.abc import Coroutine, Generator
 from math import inf
+from typing import Any
 
 from rspd.engine.cause import Cause
-from rspd.engine.flow import Flow
+from rspd.engine.flow import Flow, cut
 from rspd.engine.loop import ERR, IN, Loop, news
 from rspd.engine.pipes import Pipes
-from rspd.engine.side import Side
+from rspd.engine.side import Handed, Side
+from rspd.engine.side import resume as resume_side
 
 # How long to wait before looking again whether a peer has acknowledged all that was sent to it: seconds,
 # doubled each time up to the second figure. The kernel tells of this in no other way.
@@ -33,6 +35,9 @@ class Relay:
     """
 
     __slots__ = (
+        "_bounds",
+        "_deadline",
+        "_first",
         "_half_closed_timeout",
         "_unsent",
         "backend",
@@ -63,6 +68,23 @@ class Relay:
         self._half_closed_timeout = min(idle_timeout, half_close_timeout)
         self.half_close = half_close
         self._unsent = 0
+        self._deadline = loop.now + idle_timeout  # the first one
+        self._first: Cause | None = None  # whose end has been passed on
+        self._bounds: tuple[int, float] | None = None  # of `_end_both`, once it has begun: of bytes, and of time
+
+    def hand_over(self) -> Handed:
+        """What `resume` makes this relay from, in the next process. To be asked while its task waits."""
+        handed: dict[str, Any] = {
+            "client": self.client.hand_over(),
+            "backend": self.backend.hand_over(),
+            "upload": self.upload.hand_over(),
+            "download": self.download.hand_over(),
+            "timeouts": (self.idle_timeout, self._half_closed_timeout),
+            "deadline": self.client.task.deadline if hasattr(self.client, "task") else self._deadline,
+        }
+        if not self.half_close or self._first or self._unsent:
+            handed.update(half_close=self.half_close, first=self._first, bounds=self._bounds, unsent=self._unsent)
+        return handed
 
     @types.coroutine
     def run(self) -> Generator[None, None, Cause]:
@@ -73,9 +95,8 @@ class Relay:
         """
         loop, client, backend, upload, download = self.loop, self.client, self.backend, self.upload, self.download
         task = loop.current
-        first: Cause | None = None
         cause: Cause | None
-        task.wake_at(loop.now + self.idle_timeout)
+        task.wake_at(self._deadline)
         while True:
             more = (client.ready & IN or upload.waiting) and upload.pump()
             if (backend.ready & IN or download.waiting) and download.pump():
@@ -87,16 +108,23 @@ class Relay:
             if upload.finished or download.finished:
                 if upload.finished == download.finished:
                     # Both sides are closed next: this tells a peer the same as passing the end on.
-                    return first or "client-closed"
-                first = first or self._half_close()
+                    return self._first or "client-closed"
+                self._first = self._first or self._half_close()
                 if not self.half_close:
-                    cause = yield from self._end_both(first)
+                    cause = yield from self._end_both(self._first)
                     return cause
             if loop.now >= task.deadline and (cause := self._silence()):
                 return cause
             if more:
                 task.wake()
             yield  # as `news` does, without an object each time
+
+    def go_on(self) -> Coroutine[Any, Any, Cause]:
+        """`run` for a relay that `resume` has made. The running task watches both sides."""
+        if not (self._bounds and self._first):
+            return self.run()
+        self.loop.current.wake_at(self._deadline)
+        return self._end_both(self._first)
 
     def close(self) -> int:
         """Close both sides: each with FIN if all that was sent to it has been passed on, else with RST.
@@ -110,6 +138,12 @@ class Relay:
             client.close()
             return 0
         return cut(upload, download) + cut(download, upload)
+
+    def abort(self) -> None:
+        """Close both sides with RST, and give up what has not been passed on."""
+        for flow in (self.upload, self.download):
+            flow.drop()
+            flow.source.abort()
 
     def _half_close(self) -> Cause:
         """Pass the end of the first flow on; return whose end it is. The other flow may be silent for less long."""
@@ -150,13 +184,15 @@ class Relay:
         first: whose end it was. Returned if all went well; else why the relay ends.
         """
         loop, task = self.loop, self.loop.current
-        flow = self.download if self.upload.finished else self.upload
+        flow = self.download if first == "client-closed" else self.upload
         source, target = flow.source, flow.target
-        here = flow.held_back + source.unread()
-        # If nothing is here, the source was not sending, and the end comes at once. If it was, it may send for ever.
-        enough = flow.total + (here + SENDING_MAX if here else 0)
-        latest = loop.now + self._half_closed_timeout
-        while True:
+        if not self._bounds:
+            here = flow.held_back + source.unread()
+            # If nothing is here, the source was not sending: the end comes at once. If it was, it may send for ever.
+            enough = flow.total + (here + SENDING_MAX if here else 0)
+            self._bounds = enough, loop.now + self._half_closed_timeout
+        enough, latest = self._bounds
+        while not target.ended:
             more = flow.pump()
             if (source.ready | target.ready) & ERR:
                 return await self._deliver_before_abort()
@@ -173,7 +209,8 @@ class Relay:
                 task.wake()
             await news()
         flow.drop()
-        target.end()
+        if not target.ended:
+            target.end()
         return await self._let_go(flow) or first
 
     async def _let_go(self, flow: Flow) -> Cause | None:
@@ -247,25 +284,25 @@ class Relay:
         return cause
 
 
-def cut(flow: Flow, other: Flow) -> int:
-    """Close the target of a flow, when not all is in order. Returns how many bytes were lost by that."""
-    target = flow.target
-    # A flow that `_end_both` has ended has passed on all that it had to, whatever became of its source.
-    whole = not flow.source.aborted if flow.finished else target.ended
-    # If a socket is closed while bytes from its peer are unread, the kernel sends RST too (tcp(7)).
-    resets = not whole or (not other.finished and target.peek(1))
-    lost = at_risk(flow) if resets and not target.aborted else 0
-    if whole:
-        target.close()
-    else:
-        flow.drop()
-        target.abort()
-    return lost
+def resume(loop: Loop, pipes: Pipes, handed: Handed, descriptors: dict[int, int]) -> Relay:
+    """The relay that was handed over by the process before, to `go_on`. It takes its own from the descriptors.
 
-
-def at_risk(flow: Flow) -> int:
-    """How many bytes from a flow's source would be lost by RST to its target now: those in rspd and in the kernel."""
-    # The kernel counts an end as one byte. It may also hold what was said before the relay: no byte of the flow.
-    target = flow.target
-    in_kernel = max(target.at_risk() - target.ended, 0)
-    return flow.held_back + min(in_kernel, flow.total)
+    descriptors: by their numbers in that process. If this fails, those that were taken are closed.
+    """
+    sides: list[Side] = []
+    try:
+        sides.append(client := resume_side(loop, handed["client"], descriptors))
+        sides.append(backend := resume_side(loop, handed["backend"], descriptors))
+        idle_timeout, half_close_timeout = handed.get("timeouts", (inf, inf))
+        relay = Relay(loop, client, backend, pipes, idle_timeout, half_close_timeout, handed.get("half_close", True))
+        relay._deadline = handed.get("deadline", inf)
+        relay._unsent = handed.get("unsent", 0)
+        relay._first = handed.get("first")
+        relay._bounds = handed.get("bounds")
+        for flow, name in ((relay.upload, "upload"), (relay.download, "download")):
+            flow.resume(handed.get(name, {}), descriptors)
+    except BaseException:
+        for side in sides:
+            side.abort()
+        raise
+    return relay

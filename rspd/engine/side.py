@@ -12,6 +12,8 @@ import select
 import socket
 import struct
 import termios
+from collections.abc import Mapping
+from typing import Any
 
 from rspd.engine.loop import EDGE, ERR, HUP, IN, OUT, PRI, RDHUP, Loop, Watch
 from rspd.engine.pipes import Pipe
@@ -26,7 +28,7 @@ MORE_TO_READ = PRI | RDHUP | HUP | ERR
 SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 # close(2) of a TCP socket that lingers for 0 seconds sends RST and drops what was not sent (socket(7)).
-LINGER_0 = struct.pack("ii", 1, 0)
+LINGER_0, NO_LINGER = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 # The kernel had no memory for this one call (send(2)); the connection has not changed.
 NO_MEMORY = frozenset({errno.ENOBUFS, errno.ENOMEM})
@@ -36,6 +38,13 @@ DISCARDED = 1 << 16
 
 # Seconds after which to make such a call again: no event tells when there is memory.
 RETRY = 0.01
+
+# What the next process has to know: plain values and bytes; descriptors by their numbers here. A reader takes a default
+# for what is missing, and ignores what it does not know: another version may have written it.
+Handed = Mapping[str, Any]
+
+# tcpi_state in struct tcp_info, linux/tcp.h: both ends have ended, or one has aborted.
+TCP_CLOSE = b"\7"
 
 
 class Side(Watch):
@@ -234,6 +243,24 @@ class Side(Watch):
         Here, there is nothing to do: a TCP peer gets FIN first, and then RST for what nobody has read.
         """
 
+    def hand_over(self) -> Handed:
+        """What `resume` makes this side from, in the next process; its socket goes there too."""
+        handed: dict[str, Any] = {"fd": self.fd, "family": int(self.sock.family)}
+        if self.ended or self.aborted:
+            handed.update(ended=self.ended, aborted=self.aborted)
+        return handed
+
+    def reset_if_nobody_takes(self) -> None:
+        """Have the kernel send RST if the next process does not take the socket. Raises OSError."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+
+    def _has_aborted(self) -> bool:
+        """Whether the connection broke, though no error is left to read: then the kernel reports an end only."""
+        try:
+            return not self.ended and self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == TCP_CLOSE
+        except OSError:
+            return False  # a program in the kernel may refuse it (bpf(2))
+
     def keep_alive(self) -> None:
         """Have the kernel ask a silent peer whether it is still there, and abort when it is not (tcp(7))."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -269,3 +296,15 @@ class UnixSide(Side):
         self.sock.shutdown(socket.SHUT_RD)
         while self.read(DISCARDED):
             pass
+
+
+def resume(loop: Loop, handed: Handed, descriptors: dict[int, int]) -> Side:
+    """The side that was handed over by the process before. It takes its own descriptor, by its number there."""
+    family = handed.get("family", socket.AF_INET)
+    sock = socket.SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, descriptors.pop(handed["fd"]))
+    side = UnixSide(loop, sock) if family == socket.AF_UNIX else Side(loop, sock)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)  # undo it
+    side.ended = bool(handed.get("ended"))
+    if handed.get("aborted") or (family != socket.AF_UNIX and side._has_aborted()):
+        side.ready |= ERR
+    return side
