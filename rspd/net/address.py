@@ -154,6 +154,19 @@ def place_of(address: Peer) -> Place:
     return address.decode(errors="surrogateescape") if isinstance(address, bytes) else address
 
 
+def plain(address: Peer) -> Any:
+    """A socket's address as a plain value, for the next process; `peer` makes the address of it again."""
+    return address.decode("latin-1") if isinstance(address, bytes) else address
+
+
+def peer(value: Any) -> Peer:
+    """The address of a socket that was made a plain value by `plain`."""
+    if isinstance(value, str):
+        # Abstract names are bytes, and begin with a null byte. No path does.
+        return value.encode("latin-1") if value.startswith("\0") else value
+    return tuple(value)
+
+
 def host_of(address: Peer) -> str:
     """The numeric host of a socket's address, an IPv4-mapped one (RFC 4291, 2.5.5.2) as IPv4; empty for a unix one."""
     if not isinstance(address, tuple):

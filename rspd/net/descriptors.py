@@ -57,6 +57,15 @@ def reserve(connections: int, others: int) -> int:
     return min(PIPES_MAX, (soft - needed) // 2)
 
 
+def allow_all() -> None:
+    """Raise the soft limit to the hard one: the process before may have had more connections than are configured."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        pass  # then there are as many as there are
+
+
 class Shortage:
     """Whether descriptors or watches are short.
 

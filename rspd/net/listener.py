@@ -9,12 +9,12 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rspd.engine.loop import Watch
 from rspd.engine.side import Side, UnixSide
-from rspd.net.address import Address, Peer, SocketAddress, bound_address, format_socket_address
+from rspd.net.address import Address, Peer, Place, SocketAddress, bound_address, format_socket_address, place_of
 
 # accept(2): errors that concern the one client that was to be accepted, not the listener.
 UNREACHABLE = {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENONET, errno.ETIMEDOUT}
@@ -50,6 +50,10 @@ PATH_ADVICE = ADVICE | {
     errno.EACCES: UNWRITABLE,
     errno.EROFS: UNWRITABLE,
 }
+
+
+# Listening sockets of the process before, by family and place.
+Kept = Mapping[tuple[int, Place], socket.SocketType]
 
 
 class ListenError(Exception):
@@ -139,12 +143,18 @@ class Listener(Watch):
         self._sock.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
-        """Close the socket, and remove the file of a unix socket if it is still ours."""
+        """Close the socket, and remove the file of a unix socket if it is still ours. Nobody is accepted any more."""
         if self._inode and _inode(self.address.path) == self._inode:
             try:
                 os.unlink(self.address.path)
             except OSError:
                 pass  # rspd may no longer write in the folder; the next start finds the file stale
+        if self.passed is None:
+            try:
+                # systemd may have a copy for the next process; clients that come are to be refused at once.
+                self._sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # `rest` has shut it down already
         self._sock.close()
 
 
@@ -156,29 +166,62 @@ def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
     return Listener(bound_address(sock), sock, passed=name)
 
 
+def kept_listener(sock: socket.SocketType) -> Listener:
+    """A listener on a socket that the process before has kept. It owns our descriptor of the socket."""
+    address = bound_address(sock)
+    listener = Listener(address, sock, _inode(address.path) if address.path else None)
+    listener.backlog = socket.SOMAXCONN  # not known
+    return listener
+
+
+def by_place(kept: Iterable[socket.SocketType]) -> Kept:
+    """These listening sockets, as `open_listeners` takes them."""
+    return {(sock.family, place_of(sock.getsockname())): sock for sock in kept}
+
+
 def open_listeners(
-    address: Address, where: Iterable[SocketAddress], backlog: int, reuse_port: bool = False
+    address: Address, where: Iterable[SocketAddress], backlog: int, reuse_port: bool = False, kept: Kept | None = None
 ) -> list[Listener]:
     """Bind and listen on all socket addresses that a configured address stands for.
 
     On a host without IPv6, or without IPv4, those addresses are left out. Raises ListenError; then nothing stays open.
 
     reuse_port: share TCP ports with other processes, see `Listener.share_port`.
+    kept: sockets to take in place of new ones, where the address is the same. They stay open after an error.
     """
+    kept = kept or {}
     listeners: list[Listener] = []
     missing: ListenError | None = None
     for socket_address in where:
         try:
-            listeners.append(_open(address, socket_address, backlog, reuse_port))
+            sock = kept.get((socket_address.family, place_of(socket_address.address)))
+            if sock is None:
+                listeners.append(_open(address, socket_address, backlog, reuse_port))
+            else:
+                listeners.append(_reopen(address, sock, backlog, reuse_port))
         except OSError as error:
             missing = ListenError(address, socket_address, error, reuse_port)
             if error.errno not in NO_SUCH_ADDRESS:
-                for listener in listeners:
-                    listener.close()
+                close_all(listeners, kept)
                 raise missing from error
     if missing and not listeners:
         raise missing
     return listeners
+
+
+def close_all(listeners: Iterable[Listener], kept: Kept) -> None:
+    """Close listeners but for those on a socket that the process before has kept."""
+    for listener in listeners:
+        if listener.fd not in {sock.fileno() for sock in kept.values()}:
+            listener.close()
+
+
+def _reopen(address: Address, sock: socket.SocketType, backlog: int, reuse_port: bool) -> Listener:
+    listener = Listener(address, sock, _inode(address.path) if address.path else None)
+    listener.listen(backlog)
+    if reuse_port:
+        listener.share_port()
+    return listener
 
 
 def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool) -> Listener:

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
 from rspd.engine.loop import Loop
-from rspd.net.address import Address, Peer, Place, SocketAddress, literal, place_of
+from rspd.engine.side import Handed
+from rspd.net.address import Address, Peer, Place, SocketAddress, literal, peer, place_of, plain
 from rspd.net.listener import Listener
 
 # If a connection to this host is closed before a proxy has accepted it, it stays known for so many seconds: a serial
@@ -104,6 +105,18 @@ class Ways:
         self._forget(near, far)
         return names or None
 
+    def notes(self, near: Place, far: Place) -> bool:
+        """Whether a connection is noted that no proxy has accepted yet."""
+        return bool(self._coming.get(near, {}).get(far))
+
+    def resume(self, handed: Handed) -> Way:
+        """The way of a connection that the process before has handed over."""
+        way = Way(self, tuple(handed.get("names", ())))
+        far = handed.get("far", "")
+        place: Place = far if isinstance(far, str) else (far[0], far[1])
+        way.resume(peer(handed.get("near", "")), place, handed.get("noted", False))
+        return way
+
     def knows(self, near: Place) -> bool:
         """Whether a connection with this near end may come from this process: then ask `take`."""
         return near in self._coming
@@ -154,6 +167,19 @@ class Way:
         place = place_of(near)
         self._ways.begin(place, self._far, self.names)
         self._refuse(self._ways.proxy_at(self._far, place))
+
+    def hand_over(self) -> Handed:
+        """What `Ways.resume` takes, in the next process; nothing if no proxy of this process may be at the far end."""
+        if self.near is None:
+            return {}
+        noted = self._ways.notes(place_of(self.near), self._far)
+        return {"names": self.names, "near": plain(self.near), "far": self._far, "noted": noted}
+
+    def resume(self, near: Peer, far: Place, noted: bool) -> None:
+        """The connection with these ends goes on. noted: whether no proxy has accepted it yet."""
+        self.near, self._far = near, far
+        if noted:
+            self._ways.begin(place_of(near), far, self.names)
 
     def end(self) -> None:
         """That connection is closed, or about to be."""

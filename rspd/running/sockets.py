@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
@@ -10,9 +11,18 @@ from typing import NamedTuple
 from rspd.engine.loop import Loop
 from rspd.errors import ConfigError, StartError
 from rspd.host.systemd import PassedSocket
-from rspd.net.address import Address, SocketAddress, literal, own_listeners
+from rspd.net.address import Address, SocketAddress, literal, own_listeners, place_of
 from rspd.net.descriptors import TooFewError, reserve
-from rspd.net.listener import Listener, ListenError, adopt_listener, open_listeners
+from rspd.net.listener import (
+    Kept,
+    Listener,
+    ListenError,
+    adopt_listener,
+    by_place,
+    close_all,
+    kept_listener,
+    open_listeners,
+)
 from rspd.net.resolver import Resolver
 from rspd.net.waiting import GivenUp
 from rspd.settings import Config, ProxyConfig
@@ -49,9 +59,13 @@ class Sockets:
     adopted: those that systemd passed. They stay to the end.
     """
 
-    def __init__(self, loop: Loop, resolver: Resolver, passed: Sequence[PassedSocket]) -> None:
+    def __init__(
+        self, loop: Loop, resolver: Resolver, passed: Sequence[PassedSocket], kept: Sequence[socket.SocketType] = ()
+    ) -> None:
+        """kept: listening sockets of the process before. The first `open` takes or closes each."""
         self._loop = loop
         self._resolver = resolver
+        self._kept = by_place(kept)
         self.adopted = [adopt_listener(name, sock) for name, sock in passed]
 
     async def plan(self, config: Config, patient: bool, given_up: GivenUp | None = None) -> Plan:
@@ -80,7 +94,9 @@ class Sockets:
         old: those that are open. Those no longer wanted are closed. None may be watched meanwhile.
         Raises ListenError; then nothing has changed.
         """
-        bound = [listener for listener in replace_listeners(old, plan.bindings) if listener.passed is None]
+        everyone = replace_listeners(old, plan.bindings, self._kept)
+        self._kept = {}
+        bound = [listener for listener in everyone if listener.passed is None]
         return {
             name: part.adopted + [listener for listener in bound if listener.address in part.addresses]
             for name, part in plan.parts.items()
@@ -163,19 +179,25 @@ def log_replaced(config: Config, parts: Mapping[str, Part]) -> None:
                 log.info("not listening on %s, systemd passed sockets in place of listen: %s", address, names)
 
 
-def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]) -> list[Listener]:
+def replace_listeners(
+    old: Sequence[Listener], wanted: Mapping[Address, Binding], kept: Kept | None = None
+) -> list[Listener]:
     """Listeners for the wanted addresses. Old listeners that are still wanted stay; the other old ones are closed.
 
     Listeners from systemd always stay: rspd could not get a closed one back.
-    No old listener may be watched meanwhile. Raises ListenError; then the old listeners are as they were.
+    kept: sockets of the process before. Where they are wanted, they are taken; the others are closed.
+    No old listener may be watched meanwhile. Raises ListenError; then old listeners and kept sockets are as they were.
     """
+    kept = kept or {}
     adopted = [listener for listener in old if listener.passed is not None]
     bound = [listener for listener in old if listener.passed is None]
     staying = [listener for listener in bound if listener.address in wanted]
     leaving = [listener for listener in bound if listener.address not in wanted]
     known = {listener.address for listener in bound}
     coming = {address: binding for address, binding in wanted.items() if address not in known}
-    opened = _open_in_place_of(leaving, coming)
+    places = {(where.family, place_of(where.address)) for binding in coming.values() for where in binding.where}
+    leaving += [kept_listener(sock) for place, sock in kept.items() if place not in places]
+    opened = _open_in_place_of(leaving, coming, kept)
     for listener in leaving:
         listener.close()
     for listener in staying:
@@ -186,10 +208,10 @@ def replace_listeners(old: Sequence[Listener], wanted: Mapping[Address, Binding]
     return adopted + staying + opened
 
 
-def _open_in_place_of(leaving: Sequence[Listener], coming: Mapping[Address, Binding]) -> list[Listener]:
+def _open_in_place_of(leaving: Sequence[Listener], coming: Mapping[Address, Binding], kept: Kept) -> list[Listener]:
     """New listeners. Old ones in their way stop listening. Raises ListenError; then the old ones listen again."""
     try:
-        return _open_all(coming)
+        return _open_all(coming, kept)
     except ListenError as error:
         ports = {address.port for address in coming} - {0}
         in_the_way = [listener for listener in leaving if listener.address.port in ports]
@@ -199,20 +221,19 @@ def _open_in_place_of(leaving: Sequence[Listener], coming: Mapping[Address, Bind
         for listener in in_the_way:
             listener.rest()
         try:
-            return _open_all(coming)
+            return _open_all(coming, kept)
         except ListenError:
             for listener in in_the_way:
                 listener.listen(listener.backlog)
             raise
 
 
-def _open_all(bindings: Mapping[Address, Binding]) -> list[Listener]:
+def _open_all(bindings: Mapping[Address, Binding], kept: Kept) -> list[Listener]:
     opened: list[Listener] = []
     try:
         for address, binding in bindings.items():
-            opened += open_listeners(address, binding.where, binding.backlog, binding.reuse_port)
+            opened += open_listeners(address, binding.where, binding.backlog, binding.reuse_port, kept)
     except ListenError:
-        for listener in opened:
-            listener.close()
+        close_all(opened, kept)
         raise
     return opened

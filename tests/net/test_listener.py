@@ -11,6 +11,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import pytest
 
 from rspd.config.addresses import parse_address
 from rspd.net.address import Address, SocketAddress, resolve
-from rspd.net.listener import Listener, ListenError, open_listeners
+from rspd.net.listener import Listener, ListenError, by_place, close_all, kept_listener, open_listeners
 from tests.engine.test_pipes import no_descriptors, unprivileged
 from tests.support import (
     PATIENCE,
     abstract_name,
     eventually,
     free_port,
+    loopback,
     open_descriptors,
     skip_for_kernel,
 )
@@ -464,3 +466,142 @@ def test_a_listener_at_rest_lets_another_socket_take_its_address(open_all: Open)
     listener.rest()
     [other] = open_all(where)
     assert serves(other)
+
+
+# Sockets that the process before has kept
+
+
+def keep(listener: Listener) -> socket.SocketType:
+    """The same socket, as the next process finds it in the store."""
+    return socket.SocketType(fileno=os.dup(listener.fd))
+
+
+def let_go(listener: Listener) -> None:
+    """The process ends, and closes its own copy."""
+    listener._sock.close()
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:{port}", "{port}", "[::1]:{port}", "@{name}", "{folder}/sock"])
+def test_a_kept_socket_is_taken_where_the_address_is_the_same(text: str, open_all: Open, tmp_path: Path) -> None:
+    if "::1" in text:
+        loopback(socket.AF_INET6)
+    address = parse_address(text.format(port=free_port(), name=abstract_name(), folder=tmp_path))
+    before = open_listeners(address, resolve(address), 8)
+    waiting = connect(before[0])
+    kept = by_place([keep(listener) for listener in before])
+    for listener in before:
+        let_go(listener)
+    after = open_listeners(address, resolve(address), 11, kept=kept)
+    try:
+        assert [listener._sock for listener in after] == list(kept.values())
+        assert [listener.name for listener in after] == [listener.name for listener in before]
+        # Who waited in the backlog is served, and so is who comes.
+        sock, _ = accept(after[0])
+        sock.send(b"x")
+        assert waiting.recv(1) == b"x"
+        sock.close()
+        assert all(serves(listener) for listener in after)
+        if not address.path:
+            assert [backlog_of(listener) for listener in after] == [11] * len(after)
+    finally:
+        waiting.close()
+        for listener in after:
+            listener.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_one_family_was_kept_the_other_one_is_opened(open_all: Open) -> None:
+    loopback(socket.AF_INET6)
+    port = free_port()
+    [before] = open_all(f"{port}", SocketAddress(socket.AF_INET, ("0.0.0.0", port)))
+    kept = by_place([keep(before)])
+    address = Address(port=port)
+    after = open_listeners(address, resolve(address), 8, kept=kept)
+    assert sorted(listener.name for listener in after) == [f"0.0.0.0:{port}", f"[::]:{port}"]
+    assert [listener._sock in kept.values() for listener in after] == [
+        listener.name.startswith("0") for listener in after
+    ]
+    assert all(serves(listener) for listener in after)
+    for listener in after:
+        listener.close()
+
+
+def test_a_socket_of_the_other_family_is_not_taken_for_the_same(open_all: Open) -> None:
+    loopback(socket.AF_INET6)
+    port = free_port()
+    [v6] = open_all(f"[::]:{port}")
+    kept = by_place([keep(v6)])
+    address = parse_address(f"0.0.0.0:{port}")
+    [v4] = open_listeners(address, resolve(address), 8, kept=kept)
+    assert v4._sock not in kept.values()
+    assert serves(v4)
+    v4.close()
+    for sock in kept.values():
+        sock.close()
+
+
+def test_a_kept_socket_can_be_shared_from_now_on(open_all: Open) -> None:
+    [before] = open_all(f"127.0.0.1:{free_port()}")
+    [after] = open_listeners(before.address, resolve(before.address), 8, reuse_port=True, kept=by_place([keep(before)]))
+    let_go(before)
+    [second] = open_all(str(before.address), reuse_port=True)
+    assert port_of(second) == port_of(after)
+    after.close()
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:{port}", "@{name}", "{folder}/sock"])
+def test_a_failure_leaves_kept_sockets_listening_and_closes_what_is_new(
+    text: str, open_all: Open, tmp_path: Path
+) -> None:
+    [before] = open_all(text.format(port=free_port(), name=abstract_name(), folder=tmp_path))
+    [own] = resolve(before.address)
+    kept = by_place([keep(before)])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = SocketAddress(socket.AF_INET, other.getsockname())
+        count = open_descriptors()
+        with pytest.raises(ListenError, match="Address already in use"):
+            open_listeners(before.address, [own, LOOPBACK, taken], 8, kept=kept)
+        assert open_descriptors() == count
+    assert serves(before)
+    assert not before.address.path.startswith("/") or os.path.exists(before.address.path)
+    for sock in kept.values():
+        sock.close()
+
+
+def test_closing_all_but_kept_ones_closes_the_others_only(open_all: Open) -> None:
+    [mine], [before] = open_all("127.0.0.1:0"), open_all("127.0.0.1:0")
+    kept = keep(before)
+    again = kept_listener(kept)
+    close_all([mine, again], by_place([kept]))
+    assert not serves(mine)
+    assert serves(again)
+    again.close()
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:{port}", "@{name}", "{folder}/sock"])
+def test_a_kept_socket_that_is_given_up_refuses_clients_at_once_though_another_copy_lives(
+    text: str, open_all: Open, tmp_path: Path
+) -> None:
+    [before] = open_all(text.format(port=free_port(), name=abstract_name(), folder=tmp_path))
+    with connect(before) as waiting:
+        after = kept_listener(keep(before))
+        assert after.address == before.address
+        after.close()
+        with pytest.raises(OSError, match=r"refused|No such file"):
+            connect(before)
+        if before.address.path:
+            let_go(before)  # a unix socket lets them wait until the last copy is closed
+        with suppress(ConnectionResetError):
+            assert waiting.recv(1) == b""
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_file_of_a_kept_socket_stays_until_it_is_given_up(open_all: Open, tmp_path: Path) -> None:
+    [before] = open_all(f"{tmp_path}/sock")
+    file = os.lstat(f"{tmp_path}/sock")
+    kept = keep(before)
+    let_go(before)
+    [after] = open_listeners(before.address, resolve(before.address), 8, kept=by_place([kept]))
+    assert os.path.samestat(os.lstat(f"{tmp_path}/sock"), file)
+    after.close()
+    assert os.listdir(tmp_path) == []

@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 
 from rspd.config.addresses import parse_address
+from rspd.engine.loop import Loop
 from rspd.errors import ConfigError
 from rspd.net.address import Address, resolve
 from rspd.net.listener import Listener, ListenError, adopt_listener
-from rspd.running.sockets import Binding, Part, assign, log_replaced, replace_listeners
+from rspd.net.resolver import Resolver
+from rspd.running.sockets import Binding, Part, Sockets, assign, log_replaced, replace_listeners
 from rspd.settings import BackendConfig, Config, ProxyConfig
 from tests.manager import tcp_listener, unix_listener
-from tests.net.test_listener import accept, backlog_of, connect, port_of, serves
+from tests.net.test_listener import accept, backlog_of, connect, keep, let_go, port_of, serves
 from tests.running.test_sockets_over_reloads import wanted
-from tests.support import PATIENCE, abstract_name
+from tests.support import PATIENCE, abstract_name, free_port, run
 
 # One end systemd keeps, so that what we close listens on.
 Adopt = Callable[..., tuple[socket.socket, Listener]]
@@ -346,3 +348,34 @@ def test_what_is_to_bind_is_bound_beside_what_was_passed(adopt: Adopt, tmp_path:
     assert [listener.passed for listener in listeners] == ["web", None]
     assert all(serves(listener) for listener in listeners)
     listeners[1].close()
+
+
+# Those of the process before
+
+
+def test_the_first_opening_takes_or_closes_what_was_kept_and_a_later_one_knows_nothing_of_it(tmp_path: Path) -> None:
+    texts = [f"127.0.0.1:{free_port()}", f"{tmp_path}/stays", f"127.0.0.1:{free_port()}"]
+    before = replace_listeners([], wanted(*texts))
+    kept = [keep(listener) for listener in before]
+
+    async def main(loop: Loop) -> None:
+        sockets = Sockets(loop, Resolver(loop), [], kept)
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            taken = f"127.0.0.1:{other.getsockname()[1]}"
+            with pytest.raises(ListenError, match="Address already in use"):
+                sockets.open(await sockets.plan(config(*texts[:2], taken), patient=True), [])
+        # After a failure the kept ones are there for the next attempt.
+        first = sockets.open(await sockets.plan(config(*texts[:2]), patient=True), [])[""]
+        assert [os.path.sameopenfile(one.fd, old.fd) for one, old in zip(first, before, strict=False)] == [True, True]
+        assert all(serves(listener) for listener in first)
+        with pytest.raises(ConnectionRefusedError):
+            connect(before[2])
+        second = sockets.open(await sockets.plan(config(texts[2]), patient=True), first)[""]
+        for listener in before:
+            let_go(listener)
+        assert all(serves(listener) for listener in second)
+        assert os.listdir(tmp_path) == []
+        for listener in second:
+            listener.close()
+
+    run(main)

@@ -11,11 +11,11 @@ import pytest
 
 from rspd.config.addresses import parse_address
 from rspd.net.address import Address, resolve
-from rspd.net.listener import Listener, ListenError, open_listeners
+from rspd.net.listener import Listener, ListenError, by_place, open_listeners
 from rspd.running.sockets import Binding, replace_listeners
 from tests.net import test_listener
-from tests.net.test_listener import Open, accept, backlog_of, connect, port_of, serves
-from tests.support import PATIENCE, free_port, open_descriptors
+from tests.net.test_listener import Open, accept, backlog_of, connect, keep, let_go, port_of, serves
+from tests.support import PATIENCE, abstract_name, free_port, loopback, open_descriptors
 
 # A fixture.
 open_all = test_listener.open_all
@@ -147,3 +147,143 @@ def test_a_port_can_be_shared_later_and_from_then_on(open_all: Open) -> None:
         assert replace_listeners([first], wanted("127.0.0.1:0", reuse_port=reuse_port)) == [first]
         [second] = open_all(str(address), reuse_port=True)
         second.close()
+
+
+# Sockets that the process before has kept
+
+
+Kept = Callable[..., list[Listener]]
+
+
+@pytest.fixture
+def before(no_descriptor_is_left_open: None) -> Iterator[Kept]:
+    """Listeners of the process before. At the end, its copies are closed."""
+    opened: list[Listener] = []
+
+    def listen(*texts: str, backlog: int = 8) -> list[Listener]:
+        listeners = replace_listeners([], wanted(*texts, backlog=backlog))
+        opened.extend(listeners)
+        return listeners
+
+    yield listen
+    for listener in opened:
+        let_go(listener)
+
+
+@pytest.fixture
+def start(no_descriptor_is_left_open: None) -> Iterator[Callable[..., list[Listener]]]:
+    """The start of a process that finds these sockets in the store. What it listens on is closed at the end."""
+    now: list[Listener] = []
+
+    def by(found: list[Listener], *texts: str, backlog: int = 8, reuse_port: bool = False) -> list[Listener]:
+        kept = by_place([keep(listener) for listener in found])
+        try:
+            now[:] = replace_listeners([], wanted(*texts, backlog=backlog, reuse_port=reuse_port), kept)
+        except ListenError:
+            for sock in kept.values():
+                sock.close()
+            raise
+        return list(now)
+
+    yield by
+    for listener in now:
+        listener.close()
+
+
+def is_same(one: Listener, other: Listener) -> bool:
+    """Whether both are one socket."""
+    return os.fstat(one.fd).st_ino == os.fstat(other.fd).st_ino
+
+
+def test_a_start_takes_what_was_kept_and_wanted_and_gives_up_the_rest(
+    before: Kept, start: Callable[..., list[Listener]], tmp_path: Path
+) -> None:
+    texts = [f"127.0.0.1:{free_port()}", f"@{abstract_name()}", f"{tmp_path}/stays"]
+    gone = [f"127.0.0.1:{free_port()}", f"@{abstract_name()}", f"{tmp_path}/gone"]
+    comes = f"127.0.0.1:{free_port()}"
+    old = before(*texts, *gone)
+    new = start(old, *texts, comes, backlog=13)
+    assert [str(listener.address) for listener in new] == [*texts, comes]
+    assert all(is_same(listener, other) for listener, other in zip(new[:3], old[:3], strict=True))
+    assert all(serves(listener) for listener in new)
+    assert [backlog_of(listener) for listener in (new[0], new[3])] == [13, 13]
+    assert os.listdir(tmp_path) == ["stays"]
+    for listener in old[3:]:
+        # Although systemd has a copy still.
+        with pytest.raises(OSError, match=r"refused|No such file"):
+            connect(listener)
+
+
+def test_a_client_in_the_backlog_of_a_kept_socket_is_served_and_in_that_of_one_given_up_reset(
+    before: Kept, start: Callable[..., list[Listener]]
+) -> None:
+    stays, goes = before(f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
+    with connect(stays) as served, connect(goes) as reset:
+        [now] = start([stays, goes], str(stays.address))
+        sock, peer = accept(now)
+        assert peer == served.getsockname()
+        sock.close()
+        with pytest.raises(ConnectionResetError):
+            reset.recv(1)
+
+
+def test_of_a_port_in_both_families_what_was_kept_stays_and_the_other_comes(
+    before: Kept, start: Callable[..., list[Listener]]
+) -> None:
+    loopback(socket.AF_INET6)
+    port = free_port()
+    [v4] = before(f"0.0.0.0:{port}")
+    new = {listener.name: listener for listener in start([v4], str(port))}
+    assert set(new) == {f"0.0.0.0:{port}", f"[::]:{port}"}
+    assert is_same(new[f"0.0.0.0:{port}"], v4)
+    assert all(serves(listener) for listener in new.values())
+
+
+@pytest.mark.parametrize(
+    ("kept", "listen"), [("{}", "127.0.0.1:{}"), ("127.0.0.1:{}", "{}"), ("0.0.0.0:{}", "127.0.0.1:{}")]
+)
+def test_an_address_takes_over_from_a_kept_one_that_stood_in_its_way(
+    before: Kept, start: Callable[..., list[Listener]], kept: str, listen: str
+) -> None:
+    port = free_port()
+    old = before(kept.format(port))
+    new = start(old, listen.format(port))
+    assert {str(listener.address) for listener in new} == {listen.format(port)}
+    assert all(serves(listener) for listener in new)
+
+
+@pytest.mark.parametrize("listen", ["{other}", "127.0.0.1:{port} {other}", "{bound} {other}"])
+def test_a_start_that_fails_leaves_kept_sockets_listening_for_another_attempt(
+    before: Kept, start: Callable[..., list[Listener]], listen: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    bound = f"0.0.0.0:{port}"
+    old = before(bound, f"{tmp_path}/sock")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        where = f"127.0.0.1:{other.getsockname()[1]}"
+        texts = listen.format(port=port, other=where, bound=bound).split()
+        with pytest.raises(ListenError, match=f"cannot listen on {where}: Address already in use"):
+            start(old, *texts)
+        assert all(serves(listener) for listener in old)
+    new = start(old, bound, f"{tmp_path}/sock")
+    assert all(is_same(listener, other) for listener, other in zip(new, old, strict=True))
+
+
+def test_a_kept_socket_is_shared_if_the_next_process_wants_that(
+    before: Kept, start: Callable[..., list[Listener]], open_all: Open
+) -> None:
+    old = before(f"127.0.0.1:{free_port()}")
+    [new] = start(old, str(old[0].address), reuse_port=True)
+    for listener in old:
+        let_go(listener)
+    [second] = open_all(str(new.address), reuse_port=True)
+    assert port_of(second) == port_of(new)
+
+
+def test_port_0_is_another_port_each_time(before: Kept, start: Callable[..., list[Listener]]) -> None:
+    """A kept socket has a port of its own, and nobody has asked for it."""
+    [old] = before("127.0.0.1:0")
+    [new] = start([old], "127.0.0.1:0")
+    assert not is_same(new, old)
+    with pytest.raises(ConnectionRefusedError):
+        connect(old)

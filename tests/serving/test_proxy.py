@@ -46,7 +46,9 @@ def test_a_client_that_another_process_has_accepted_first_is_no_error() -> None:
 
         async def main(loop: Loop) -> list[int]:
             proxies = [
-                serve(loop, config, Listener(listen, socket.SocketType(fileno=os.dup(shared.fileno()))))
+                serve(
+                    loop, config, Listener(listen, socket.SocketType(fileno=os.dup(shared.fileno())), passed="shared")
+                )
                 for _ in range(2)
             ]
             clients = []
@@ -405,7 +407,7 @@ class Crowd:
         self.clients = [stack.enter_context(socket.create_connection(self.kept.getsockname())) for _ in range(3)]
 
     def listener(self) -> Listener:
-        return Listener(self.listen, socket.SocketType(fileno=os.dup(self.kept.fileno())))
+        return Listener(self.listen, socket.SocketType(fileno=os.dup(self.kept.fileno())), passed="kept")
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Without time passing."""
