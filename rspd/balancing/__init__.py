@@ -2,6 +2,7 @@
 
 pool       the one door: dialling for a client, choosing, applying a configuration
 queue      who waits for a backend
+wording    the backends in words, for the log and the status
 members    which backends a pool has, and what follows from the state of each
 backend    how a backend is: its states, and every way from one to another
 policies   which of several backends gets the next connection

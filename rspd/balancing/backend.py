@@ -35,6 +35,7 @@ from typing import Literal
 from rspd.balancing.discovery import Source
 from rspd.balancing.health import Checker
 from rspd.balancing.policies import POLICIES, Policy
+from rspd.engine.side import Handed
 from rspd.net.address import Address, SocketAddress
 from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
 
@@ -140,6 +141,32 @@ class Backend:
         """It is configured no longer."""
         self.failures.clear()
         self._go("gone")
+
+    def hand_over(self) -> Handed:
+        """What `resume` takes, in the next process, but for its connections: these say where they go."""
+        return {
+            "down": not self.in_service,
+            "retry_at": self.retry_at,
+            "failed_at": self.failed_at,
+            "down_since": self.down_since,
+            "why_down": self.why_down,
+            "failures": list(self.failures),
+            "checks": self.checker.hand_over() if self.checker else None,
+        }
+
+    def resume(self, handed: Handed) -> None:
+        """Go on as the backend of the process before. This is no news, so nothing is logged."""
+        self.failed_at = handed.get("failed_at", 0.0)
+        self.down_since, self.why_down = handed.get("down_since", 0.0), handed.get("why_down", "")
+        self.failures.extend(handed.get("failures", ()))
+        if self.checker and handed.get("checks"):
+            self.checker.resume(handed["checks"])
+        retry_at = handed.get("retry_at", inf)
+        # A bad check counts only as long as there are checks: nothing else would bring the backend back.
+        if handed.get("down") and self.in_service and (self.checker or retry_at < inf):
+            self.tier.note(self, self.state, "gone")
+            self.state, self._rejoins = "down", True
+            self._go("down", retry_at)
 
     def stop_checking(self) -> None:
         """End its health checks. The last verdict stays."""

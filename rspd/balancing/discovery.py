@@ -79,6 +79,9 @@ class Source:
         """
         return [(str(address), self.addresses(address))]
 
+    def resume(self, known: list[SocketAddress]) -> None:
+        """Go on with the addresses that the process before knew. An address that stands for itself needs none."""
+
     def ask_every(self, interval: float) -> None:
         """Ask this often from now on, in seconds. The first call asks at once."""
 
@@ -127,6 +130,10 @@ class HostName(Source):
     def backends(self, address: Address, each: bool) -> list[tuple[str, list[SocketAddress]]]:
         addresses = self.addresses(address)
         return [(str(where), [where]) for where in addresses] if each else [(str(address), addresses)]
+
+    def resume(self, known: list[SocketAddress]) -> None:
+        self._known = known
+        self._changed()
 
     def ask_every(self, interval: float) -> None:
         self._interval = interval

@@ -7,7 +7,7 @@ import re
 from collections.abc import Awaitable, Callable
 
 from rspd.engine.loop import Loop
-from rspd.engine.side import Side
+from rspd.engine.side import Handed, Side
 from rspd.net.connect import OUR_FAULT, send_all
 from rspd.net.waiting import wait
 from rspd.settings import HealthConfig
@@ -173,6 +173,15 @@ class Checker:
             self._up = None
         if self._latest:
             self._in_a_row = 0
+
+    def hand_over(self) -> Handed:
+        """What `resume` takes, in the next process: the verdicts so far."""
+        return {"up": self._up, "latest": self._latest, "in_a_row": self._in_a_row}
+
+    def resume(self, handed: Handed) -> None:
+        """Go on with the verdicts of the process before."""
+        self._up, self._latest = handed.get("up"), handed.get("latest")
+        self._in_a_row = handed.get("in_a_row", 0)
 
     def stop(self) -> None:
         """Make no further check and no report. What a check has open is closed in the loop's next turn."""

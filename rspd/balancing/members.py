@@ -14,7 +14,7 @@ from rspd.balancing.backend import IN_SERVICE, Backend, State, Tier
 from rspd.balancing.discovery import Source, in_order, kind_of
 from rspd.balancing.health import Checker
 from rspd.engine.loop import Loop, Task
-from rspd.engine.side import Side
+from rspd.engine.side import Handed, Side
 from rspd.log import quote
 from rspd.net.address import Address, SocketAddress, at_port
 from rspd.net.connect import connect, connect_to_one_of, why
@@ -22,9 +22,6 @@ from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Way, Ways
 from rspd.settings import HealthConfig, ProxyConfig
-
-# How many backends a line of the log names with the reason why each is down.
-REASONS_MAX = 3
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +93,11 @@ class Members:
             backend.stop_checking()
 
     @property
+    def everyone(self) -> list[Backend]:
+        """The backends, in the order of the configuration."""
+        return list(self.by_name.values())
+
+    @property
     def any_in_service(self) -> bool:
         """Whether some backend is in service."""
         return bool(self.regular.in_service or self.spares.in_service)
@@ -140,25 +142,31 @@ class Members:
             self._learning.discard(task)
         return reasons
 
-    # For people
+    # Handover
 
-    def describe(self) -> str:
-        """Which backends there are, and which are down."""
-        members = list(self.by_name.values())
-        down = [f"{backend.name} down: {backend.why_down}" for backend in members if not backend.in_service]
-        if not members:
-            return "no backend known yet"
-        if len(members) == 1:
-            return f"backend {down[0] if down else members[0].name}"
-        which = f" ({_first(down)})" if down else ""
-        return f"{len(members) - len(down)} of {len(members)} backends up{which}"
+    def find(self, name: str) -> Backend:
+        """The backend with a name. One that is no member, as a connection of the process before has it, is made."""
+        if name not in self.by_name and name not in self._left:
+            backend = self._left[name] = Backend(name, self._changed)
+            backend.tier, backend.limit = self.regular, inf
+        return self.by_name.get(name) or self._left[name]
 
-    def situation(self) -> str:
-        """Why there is no backend to dial."""
-        if self.any_in_service:
-            return "every backend has its max_connections"
-        down = [f"{backend.name} is down: {backend.why_down}" for backend in self.by_name.values()]
-        return _first(down) or "no backend is known"
+    def hand_over(self) -> Handed:
+        """What `resume` takes, in the next process: what is known of names, and of backends. No name is a key."""
+        sources = [source for source in self._sources.values() if source.asks]
+        names = [(source.origin.host, source.addresses(source.origin)) for source in sources]
+        return {"names": names, "backends": [(name, backend.hand_over()) for name, backend in self.by_name.items()]}
+
+    def resume(self, handed: Handed) -> None:
+        """Go on with what the process before knew when it handed them over. To be called before any client comes."""
+        names = dict(handed.get("names", ()))
+        for source in dict.fromkeys(self._sources.values()):
+            if known := names.get(source.origin.host):
+                source.resume([SocketAddress(family, tuple(address)) for family, address in known])
+        for name, known in handed.get("backends", ()):
+            if name in self.by_name:
+                self.by_name[name].resume(known)
+        self._find_only()
 
     # Who they are
 
@@ -300,9 +308,3 @@ class Members:
             (only,) = self.by_name.values()
             if only.state == "up" and only.limit == inf:
                 self.only = only
-
-
-def _first(reasons: Sequence[str]) -> str:
-    """The first reasons, and how many more there are."""
-    more = [f"and {len(reasons) - REASONS_MAX} more"] if len(reasons) > REASONS_MAX else []
-    return "; ".join([*reasons[:REASONS_MAX], *more])

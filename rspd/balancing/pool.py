@@ -11,6 +11,7 @@ from typing import Protocol
 from rspd.balancing.backend import Backend
 from rspd.balancing.members import Members
 from rspd.balancing.queue import Queue
+from rspd.balancing.wording import situation
 from rspd.engine.cause import Cause
 from rspd.engine.loop import Loop
 from rspd.engine.side import Side
@@ -99,10 +100,6 @@ class Pool:
         self.config = config
         self._openings = openings
         self.members.apply(config, b"".join(opening.preface for opening in openings))
-
-    def describe(self) -> str:
-        """Which backends there are, and which are down, for people."""
-        return self.members.describe()
 
     def stop(self) -> None:
         """End all health checks and lookups. Connections go on, and are still to be released."""
@@ -285,7 +282,7 @@ class Attempts:
         if loop.now >= self._give_up or (self.used > self._config.retries and members.any_in_service):
             if self._reasons:
                 raise DialError(self._cause, self._reasons)
-            raise DialError("backend-down", [members.situation()])
+            raise DialError("backend-down", [situation(members.everyone)])
         if self.tried:
             await loop.sleep(RETRY)
         try:
@@ -293,7 +290,7 @@ class Attempts:
         except ConnectionAbortedError:
             raise DialError("client-aborted", []) from None
         except TimeoutError:
-            reasons = self._reasons if members.any_in_service and self._reasons else [members.situation()]
+            reasons = self._reasons if members.any_in_service and self._reasons else [situation(members.everyone)]
             raise DialError("queue-timeout", reasons) from None
         patience = inf if members.any_in_service else self._give_up
         self.deadline = min(loop.now + self._config.connect_timeout, patience)

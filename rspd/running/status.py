@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
+from rspd.balancing.wording import describe
 from rspd.engine.loop import Loop, Task, news
 from rspd.host.systemd import Notifier
 from rspd.running.proxies import Proxies
@@ -82,9 +83,9 @@ class Reporter:
             if self._ending:
                 count = self._proxies.open
                 doing = f"ending, {count} open" if count else "ended"
-            backends = f", {proxies[0].pool.describe()}" if len(proxies) == 1 else ""
+            backends = f", {describe(proxies[0].pool.members.everyone)}" if len(proxies) == 1 else ""
             return f"{doing}, {served}{backends}{failure}"
-        each = (f"{proxy.config.name} {_doing(proxy)}, {proxy.pool.describe()}" for proxy in proxies)
+        each = (f"{proxy.config.name} {_doing(proxy)}, {describe(proxy.pool.members.everyone)}" for proxy in proxies)
         return f"{served}; {'; '.join(each)}{failure}"
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from rspd.balancing.discovery import LOOKUP_TIMEOUT
 from rspd.balancing.pool import DialError
+from rspd.balancing.wording import describe
 from rspd.engine.loop import Loop
 from rspd.settings import HealthConfig
 from tests.dialled import (
@@ -132,7 +133,7 @@ def test_with_resolve_each_every_address_is_a_backend_and_has_its_share() -> Non
             names = {"name": [where(one), where(two)]}
             async with Scene(loop, "name:80", names=names, clock=clock, resolve="each") as scene:
                 assert Counter([await scene.dial() for _ in range(8)]) == {one: 4, two: 4}
-                assert scene.pool.describe() == "2 of 2 backends up"
+                assert describe(scene.pool.members.everyone) == "2 of 2 backends up"
 
     run(main, clock)
 

@@ -9,8 +9,8 @@ from math import inf
 
 import pytest
 
-from rspd.balancing.members import REASONS_MAX
 from rspd.balancing.pool import DialError
+from rspd.balancing.wording import REASONS_MAX, describe
 from rspd.engine.loop import Loop
 from rspd.settings import BALANCES, HealthConfig
 from tests.dialled import Scene, configured, full_unix, nobody, switches, unix_listener, where
@@ -211,10 +211,10 @@ def test_with_a_single_backend_a_client_always_tries_it() -> None:
             async with Scene(loop, only.address) as scene:
                 for _ in range(3):
                     assert await scene.fail() == ("backend-refused", f"{only.address}: Connection refused")
-                assert scene.pool.describe() == f"backend {only.address} down: Connection refused"
+                assert describe(scene.pool.members.everyone) == f"backend {only.address} down: Connection refused"
                 only.on()
                 assert await scene.dial() == only.address
-                assert scene.pool.describe() == f"backend {only.address}"
+                assert describe(scene.pool.members.everyone) == f"backend {only.address}"
 
     run(main)
 
@@ -228,7 +228,7 @@ def test_who_shows_the_backends_hears_when_one_goes_down_or_comes_up_or_is_confi
                     scene.apply(one.address, two.address)
                 if event in ("up", "goes"):
                     scene[one.address].failed(loop.now, "Connection refused")
-                before, text = scene.changes, scene.pool.describe()
+                before, text = scene.changes, describe(scene.pool.members.everyone)
                 if event == "down":
                     scene[one.address].failed(loop.now, "Connection refused")
                 elif event == "up":
@@ -236,7 +236,7 @@ def test_who_shows_the_backends_hears_when_one_goes_down_or_comes_up_or_is_confi
                 else:
                     scene.apply(*[one.address] * (event == "comes"), two.address)
                 assert scene.changes > before
-                assert scene.pool.describe() != text
+                assert describe(scene.pool.members.everyone) != text
 
     run(main)
 
@@ -278,7 +278,7 @@ def test_of_many_that_are_down_three_are_named(count: int, more: str) -> None:
             async with Scene(loop, *addresses, clock=clock, health=HEALTH) as scene:
                 await scene.advance(0.1)
                 down = "; ".join(f"{address} down: Connection refused" for address in addresses[:3])
-                assert scene.pool.describe() == f"0 of {count} backends up ({down}{more})"
+                assert describe(scene.pool.members.everyone) == f"0 of {count} backends up ({down}{more})"
                 is_down = down.replace(" down: ", " is down: ")
                 assert await scene.fail() == ("backend-down", f"{is_down}{more}")
 
@@ -338,7 +338,7 @@ def test_spares_get_connections_only_while_no_other_is_up() -> None:
                 two.off()
                 assert {await scene.dial() for _ in range(6)} == {spare.address}
                 down = "; ".join(f"{switch.address} down: Connection refused" for switch in (one, two))
-                assert scene.pool.describe() == f"1 of 3 backends up ({down})"
+                assert describe(scene.pool.members.everyone) == f"1 of 3 backends up ({down})"
                 one.on()
                 await scene.advance(10.1)
                 assert {await scene.dial() for _ in range(6)} == {one.address}
@@ -794,6 +794,6 @@ def test_a_client_whose_backend_failed_waits_for_another_that_is_full_rather_tha
 def test_the_only_backend_of_all_that_are_left_is_described_by_its_name() -> None:
     async def main(loop: Loop) -> None:
         async with Scene(loop, nobody(), nobody()) as scene:
-            assert scene.pool.describe() == "2 of 2 backends up"
+            assert describe(scene.pool.members.everyone) == "2 of 2 backends up"
 
     run(main)
