@@ -21,7 +21,7 @@ from rspd.config.values import closest, listed, matching
 from rspd.errors import ConfigError, StartError
 from rspd.host.detach import Starter, detach, started_by_systemd
 from rspd.host.pidfile import PidFile
-from rspd.host.systemd import Notifier, take_sockets
+from rspd.host.systemd import Notifier, take_descriptors
 from rspd.log import complain, set_up
 from rspd.running.service import run
 from rspd.settings import DEFAULT_FILE, BackendConfig, Config
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check:
             _check(path, overrides, every_value=options.all)
             return 0
-        sockets = take_sockets()
+        sockets, _ = take_descriptors()
         config = _load_first(path, overrides, sockets=bool(sockets))
         # A daemon works in another folder.
         full_path = path and os.path.abspath(path)

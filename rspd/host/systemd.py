@@ -4,7 +4,9 @@ import errno
 import os
 import socket
 import stat
+import struct
 import time
+from collections.abc import Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -13,6 +15,9 @@ from sdnotify import SystemdNotifier
 from rspd.errors import StartError
 
 FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
+
+# How the names begin that this service gives to what it stores. No socket unit has such a name.
+STORED = "rspd+"
 
 LISTEN_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
@@ -38,7 +43,7 @@ STATUS_MAX = 500
 SIGNS_OF_LIFE = 3
 
 # What send(2) says where a message may be sent later.
-NO_ROOM = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
+NO_ROOM = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 
 USEC_INFINITY = 2**64 - 1
 
@@ -50,21 +55,35 @@ class PassedSocket(NamedTuple):
     sock: socket.SocketType
 
 
-def take_sockets() -> list[PassedSocket]:
-    """The sockets that systemd passed to this process, from now on the caller's; to be called once, before any fork.
+class StoredDescriptor(NamedTuple):
+    """A descriptor from the service's descriptor store, and its name there, without STORED."""
 
-    Raises StartError if one of them is no listening stream socket.
+    name: str
+    fd: int
+
+
+def take_descriptors() -> tuple[list[PassedSocket], list[StoredDescriptor]]:
+    """What systemd passed to this process, from now on the caller's; to be called once, before any fork.
+
+    Raises StartError if a socket from a socket unit is no listening stream socket.
     """
     pid, count, names, _ = (os.environ.pop(name, "") for name in LISTEN_VARIABLES)
     if pid != str(os.getpid()) or not count:
-        return []
+        return [], []
     if not count.isascii() or not count.isdigit() or len(count) > 5:
         raise StartError(f"LISTEN_FDS: expected how many sockets systemd passes, found {count!r}", os.EX_CONFIG)
     # sd_listen_fds_with_names(3) calls them so when names are missing.
     given = names.split(":") if names else ["unknown"] * int(count)
     if len(given) != int(count):
         raise StartError(f"LISTEN_FDNAMES: expected {count} names, as LISTEN_FDS says, found {names!r}", os.EX_CONFIG)
-    return [PassedSocket(name, _take(FIRST_SOCKET + index, name)) for index, name in enumerate(given)]
+    passed, stored = [], []
+    for fd, name in enumerate(given, FIRST_SOCKET):
+        if name.startswith(STORED):
+            os.set_inheritable(fd, False)
+            stored.append(StoredDescriptor(name[len(STORED) :], fd))
+        else:
+            passed.append(PassedSocket(name, _take(fd, name)))
+    return passed, stored
 
 
 def _take(fd: int, name: str) -> socket.SocketType:
@@ -148,17 +167,35 @@ class Notifier:
         """
         self._send(*([f"ERRNO={code}"] if code else []), _status(reason), patience=PATIENCE)
 
+    # The descriptor store. These return False where systemd has no room for the message.
+
+    def store(self, name: str, fds: Sequence[int], poll: bool = True) -> bool:
+        """Have systemd keep these descriptors (FDSTORE=1); it has copies of its own.
+
+        poll: whether systemd closes one that hangs up. A listener hangs up while it rests.
+        """
+        return self._send("FDSTORE=1", f"FDNAME={STORED}{name}", *([] if poll else ["FDPOLL=0"]), fds=fds)
+
+    def remove(self, name: str) -> bool:
+        """Have systemd close what it keeps with this name."""
+        return self._send("FDSTOREREMOVE=1", f"FDNAME={STORED}{name}")
+
+    def barrier(self, fd: int) -> bool:
+        """Have systemd close its copy of this descriptor once it has read all that it was told before."""
+        return self._send("BARRIER=1", fds=[fd])
+
     def _send_pending(self) -> None:
         while self._pending and self._send(*self._pending[0]):
             del self._pending[0]
 
-    def _send(self, *assignments: str, patience: float = 0.0) -> bool:
+    def _send(self, *assignments: str, patience: float = 0.0, fds: Sequence[int] = ()) -> bool:
         """Send a message; False if there was no room for it."""
         if not self._notifier or not self._notifier.socket:
             return True
         self._notifier.socket.settimeout(patience)
         try:
-            self._notifier.socket.send("\n".join(assignments).encode())
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+            self._notifier.socket.sendmsg(["\n".join(assignments).encode()], rights)
         except OSError as error:
             return error.errno not in NO_ROOM  # any other error: nobody is there
         return True

@@ -24,10 +24,10 @@ from tests.support import PATIENCE, abstract_name, skip_for_kernel, tcp_pair
 TAKE = """
 import json, os
 from rspd.errors import StartError
-from rspd.host.systemd import take_sockets
+from rspd.host.systemd import take_descriptors
 found = []
 try:
-    for name, sock in take_sockets():
+    for name, sock in take_descriptors()[0]:
         fd = sock.fileno()
         found.append([name, fd, sock.getsockname(), os.get_inheritable(fd), os.get_blocking(fd)])
     error = None
@@ -45,7 +45,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def take(*passed: HasFileno, **env: str) -> dict[str, Any]:
-    """What take_sockets makes of this in a process of its own."""
+    """What take_descriptors makes of this in a process of its own."""
     command, inherited = launch([sys.executable, "-c", TAKE], passed)
     done = subprocess.run(
         command, env={**os.environ, **env}, pass_fds=inherited, capture_output=True, timeout=PATIENCE, check=False
