@@ -114,3 +114,4 @@ class Config(NamedTuple):
     proxies: tuple[ProxyConfig, ...]
     log_level: str = "info"
     exit_idle_time: float = inf
+    handover: bool = True  # whether connections go on in the next process when the service restarts

@@ -125,6 +125,7 @@ PROXY_KEYS: Mapping[str, Scalar] = {
 
 GENERAL_KEYS: Mapping[str, Scalar] = {
     "exit_idle_time": Scalar(values.parse_duration),
+    "handover": Scalar(lambda text: values.parse_switch(text, "on or off")),
     "log_level": Scalar(values.one_of(LEVELS)),
 }
 
@@ -174,17 +175,19 @@ class _Proxies(Scalar):
 _TOP_KEYS = {**PROXY_KEYS, **GENERAL_KEYS, "proxies": _Proxies(str)}
 
 
-def load_config(path: str | None, options: Mapping[str, Any], *, sockets: bool | None = False) -> Config:
+def load_config(
+    path: str | None, options: Mapping[str, Any], *, sockets: bool | None = False, content: bytes | None = None
+) -> Config:
     """The configuration that a file and the command line make; the command line wins.
 
-    path: None for no file.
+    path: None for no file. content: what to read in place of the file.
     sockets: whether systemd passes sockets. If it does, no address to listen on is needed. None if that is not known:
         then none is needed where there is a backend.
     options: parsed values by the names of the fields of Config and ProxyConfig.
     Raises ConfigError with all that is wrong, or OSError if the file cannot be read.
     """
     report = Report(path or "command line")
-    top = read_keys(_TOP_KEYS, [] if path is None else read_entries(path), "", report)
+    top = read_keys(_TOP_KEYS, [] if path is None else read_entries(path, content), "", report)
     given = {name: value for name, value in options.items() if name in PROXY_KEYS}
     general = {name: value for name, value in {**top.values, **options}.items() if name in GENERAL_KEYS}
     defaults = {name: value for name, value in {"listen": (), **top.values}.items() if name in PROXY_KEYS}

@@ -22,6 +22,8 @@ def describe(config: Config) -> list[str]:
     general = []
     if config.exit_idle_time != inf:
         general.append(f"ends after {_span(config.exit_idle_time)} without a connection")
+    if not config.handover:
+        general.append("hands no connection over at a restart")
     if config.log_level != Config._field_defaults["log_level"]:
         general.append(f"logs from {config.log_level} on")
     return [*lines, "; ".join(general)] if general else lines

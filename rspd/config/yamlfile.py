@@ -41,10 +41,14 @@ class Entry(NamedTuple):
     value: Value
 
 
-def read_entries(path: str) -> list[Entry]:
-    """The keys of a YAML file, in its order. Raises ConfigError for another kind of file, OSError if unreadable."""
-    with open(path, "rb") as file:
-        content = file.read()
+def read_entries(path: str, content: bytes | None = None) -> list[Entry]:
+    """The keys of a YAML file, in its order. Raises ConfigError for another kind of file, OSError if unreadable.
+
+    content: what to read in place of the file.
+    """
+    if content is None:
+        with open(path, "rb") as file:
+            content = file.read()
     root = _read(path, content)
     if root is None:
         return []

@@ -51,6 +51,7 @@ send_proxy: off
 accept_proxy: off
 accept_proxy_timeout: 5s
 exit_idle_time: off
+handover: on
 log_level: info
 """
 
@@ -88,7 +89,8 @@ def test_each_value_has_a_line_and_several_backends_are_called_so() -> None:
 
 def test_several_proxies_stand_under_their_names_after_what_is_for_all() -> None:
     told = dump(read("idle_timeout: 9s\nproxies: {a: {listen: 1, backend: a:1}, b: {backend: b:1}}"))
-    assert told.startswith("exit_idle_time: off\nlog_level: info\nproxies:\n  a:\n    listen: 1\n    backend:\n")
+    general = "exit_idle_time: off\nhandover: on\nlog_level: info\n"
+    assert told.startswith(f"{general}proxies:\n  a:\n    listen: 1\n    backend:\n")
     assert told.count("\n    idle_timeout: 9s\n") == 2
     assert told.count("listen: ") == 1
 
@@ -122,6 +124,7 @@ WORDS = {
     "log_level": ["debug", "info", "warning", "error"],
     "reuse_port": ["true", "no"],
     "half_close": ["on", "off", "true", "No"],
+    "handover": ["on", "off", "True", "no"],
     "backup": ["yes", "false"],
     "http": ["/", "/a?b=c#d", "/~"],
     "address": ADDRESSES,

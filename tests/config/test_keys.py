@@ -90,7 +90,7 @@ def test_every_key_can_be_set(load: Load) -> None:
         "backends:\n- a:1\n- '[::1]:2'\n- /run/b\n- '@c'\n"
         "max_connections: 100\nbacklog: 500\nreuse_port: true\nconnect_timeout: 500ms\nidle_timeout: off\n"
         "half_close_timeout: 2m\n"
-        "drain_timeout: 1.5h\nlog_level: debug\nexit_idle_time: 5m\n"
+        "drain_timeout: 1.5h\nlog_level: debug\nexit_idle_time: 5m\nhandover: off\n"
     )
     assert config == Config(
         (
@@ -113,6 +113,7 @@ def test_every_key_can_be_set(load: Load) -> None:
         ),
         log_level="debug",
         exit_idle_time=300.0,
+        handover=False,
     )
 
 
@@ -231,6 +232,7 @@ def test_an_alias_is_what_its_anchor_names(load: Load) -> None:
         ("exit_idle_timeout: 1s", "exit_idle_timeout: unknown key, did you mean exit_idle_time?"),
         ("reuse_port: maybe", "reuse_port: expected true or false, found 'maybe'"),
         ("half_close: 5s", "half_close: expected on or off, found '5s'"),
+        ("handover: 1", "handover: expected on or off, found '1'"),
         ("reuse_port: 1", "reuse_port: expected true or false, found '1'"),
         ("reuse_port:", "reuse_port: expected true or false, found ''"),
         ("reuse_port: [true]", "reuse_port: expected one value, found a list"),

@@ -423,13 +423,14 @@ def test_one_proxy_may_have_a_name(load: Load) -> None:
 
 @pytest.mark.parametrize("above", [True, False])
 def test_what_stands_at_the_top_is_for_all_proxies_that_do_not_say_otherwise(load: Load, above: bool) -> None:
-    common = "idle_timeout: 7s\nhealth: {http: /up}\ndeny: 10.0.0.0/8\nlog_level: debug\nexit_idle_time: 9s\n"
+    common = "idle_timeout: 7s\nhealth: {http: /up}\ndeny: 10.0.0.0/8\n"
+    common += "log_level: debug\nexit_idle_time: 9s\nhandover: off\n"
     own = TWO + "    idle_timeout: 8s\n    health: off\n    deny: off\n"
     config = load(common + own if above else own + common)
     web, mail = config.proxies
     assert (web.idle_timeout, web.health, web.deny) == (7.0, HealthConfig(http="/up"), (parse_network("10.0.0.0/8"),))
     assert (mail.idle_timeout, mail.health, mail.deny) == (8.0, None, ())
-    assert (config.log_level, config.exit_idle_time) == ("debug", 9.0)
+    assert (config.log_level, config.exit_idle_time, config.handover) == ("debug", 9.0, False)
 
 
 def test_a_mapping_of_a_proxy_takes_the_place_of_the_whole_one_at_the_top(load: Load) -> None:

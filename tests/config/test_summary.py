@@ -129,12 +129,12 @@ def test_what_one_backend_has_in_place_of_the_proxy_s_is_in_its_line() -> None:
 
 def test_several_proxies_come_in_the_files_order_and_then_what_is_for_all() -> None:
     proxies = (PROXY._replace(name="web"), PROXY._replace(name="mail", listen=()))
-    assert describe(Config(proxies, "debug", 300.0)) == [
+    assert describe(Config(proxies, "debug", 300.0, handover=False)) == [
         "web: listening on 80; one connection at a time",
         "  10.0.0.1:80",
         "mail: listening on what a socket unit passes (there is no listen); one connection at a time",
         "  10.0.0.1:80",
-        "ends after 5 min without a connection; logs from debug on",
+        "ends after 5 min without a connection; hands no connection over at a restart; logs from debug on",
     ]
 
 
