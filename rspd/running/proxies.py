@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
 from rspd.engine.loop import Loop
+from rspd.engine.side import Handed
 from rspd.log import quote
 from rspd.net.listener import Listener
 from rspd.net.ways import Ways
@@ -72,6 +73,42 @@ class Proxies:
                 self._last_end = max(self._last_end, self._loop.now - proxy.idle)
         self._retired = [proxy for proxy in self._retired if proxy.open]
         return [*self.configured.values(), *self._retired]
+
+    def hand_over(self) -> Handed:
+        """What `resume` takes, in the next process, with all connections."""
+        everyone = self.everyone()
+        parts = [proxy.hand_over() | {"retired": proxy in self._retired} for proxy in everyone]
+        return {"served_before": self._served_before, "proxies": parts}
+
+    def resume(self, handed: Handed) -> list[tuple[Proxy, Handed]]:
+        """Go on with what the process before knew. Returns its connections, each with the proxy that is to take it.
+
+        Where that proxy is not configured any more, it is one that was taken out. Call `resumed` at the end.
+        """
+        self._served_before += handed.get("served_before", 0)
+        found = []
+        for known in handed.get("proxies", ()):
+            name, connections = known.get("name", ""), known.get("connections", ())
+            if name in self.configured and not known.get("retired"):
+                proxy = self.configured[name]
+            elif connections:
+                proxy = self._make(ProxyConfig((), (), name, drain_timeout=known.get("drain_timeout", inf)), ())
+                self._retired.append(proxy)
+            else:
+                self._served_before += known.get("accepted", 0) - known.get("refused", 0)
+                continue
+            proxy.resume(known)
+            found += [(proxy, connection) for connection in connections]
+        return found
+
+    def resumed(self) -> None:
+        """All connections have been taken over, in whatever order."""
+        for proxy in [*self.configured.values(), *self._retired]:
+            in_order = sorted(proxy.connections.items(), key=lambda entry: entry[1].started)
+            proxy.connections.clear()
+            proxy.connections.update(in_order)
+        for proxy in self._retired:
+            proxy.stop_listening()
 
     @property
     def open(self) -> int:

@@ -61,6 +61,13 @@ class Access:
             self._open[client] = count + 1
         return ""
 
+    def enter(self, host: str) -> str:
+        """A connection that was admitted by the process before counts from now on, until `leave`. Returns the host."""
+        if self._per_client < inf:
+            client = client_key(host)
+            self._open[client] = self._open.get(client, 0) + 1
+        return host
+
     def leave(self, host: str) -> None:
         """A connection that was admitted, or was among those `present`, has ended."""
         if self._per_client < inf:

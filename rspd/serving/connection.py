@@ -2,22 +2,26 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from math import inf
 from typing import NamedTuple
 
 from rspd.balancing.backend import Backend
 from rspd.balancing.pool import DialError, Pool
 from rspd.engine.cause import UNSERVED, Cause
-from rspd.engine.loop import IN, Cancelled, Task
+from rspd.engine.loop import IN, Cancelled, Loop, Task
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
-from rspd.engine.side import Side
+from rspd.engine.relay import resume as resume_relay
+from rspd.engine.side import Handed, Side
 from rspd.log import LOGGER, quote, write
-from rspd.net.address import Peer, format_peer, host_of
+from rspd.net.address import Peer, format_peer, host_of, peer, plain
 from rspd.net.connect import why
 from rspd.net.descriptors import SHORT, Shortage
-from rspd.net.ways import Way
+from rspd.net.ways import Way, Ways
 from rspd.serving.access import Access
 from rspd.settings import ProxyConfig
+
+UNEXPECTED = "unexpected error, this connection ends; please report it"
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +61,9 @@ class RefusedError(Exception):
 class Connection:
     """A client being served. Owns the client's side. Once there is a relay, it closes both sides for the connection.
 
-    terms: in force when the client was accepted; a later reload does not change them.
+    terms: in force when the client was accepted; a later reload does not change them. A connection that was handed over
+        has those of the next process, with the timeouts that its relay began with.
+    handovers: how often it went from one process to the next.
     """
 
     __slots__ = (
@@ -67,6 +73,7 @@ class Connection:
         "counted",
         "cut_for",
         "destination",
+        "handovers",
         "peer",
         "relay",
         "started",
@@ -89,6 +96,7 @@ class Connection:
         self.destination: tuple[str, int] | None = None  # where the client connected to, if the peer told that
         self.way: Way | None = None  # if a backend may be a proxy of this process
         self.counted: tuple[Access, str] | None = None  # where the client counts, and as which host
+        self.handovers = 0
 
     async def handle(self) -> None:
         """Serve the client to its end, whatever happens."""
@@ -112,11 +120,65 @@ class Connection:
         except Cancelled:
             cause = self.cut_for
         except Exception:
-            log.exception("unexpected error, this connection ends; please report it")
-        finally:
-            lost = self._close(cause)
-            if cause:
-                self._log_end(cause, reason, lost)
+            log.exception(UNEXPECTED)
+        # Not in a `finally`: a connection that was handed over is not closed when its coroutine is dropped.
+        lost = self._close(cause)
+        if cause:
+            self._log_end(cause, reason, lost)
+
+    # Handover
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Those that the next process needs; none if the connection cannot be handed over."""
+        if not self.relay:
+            return []
+        client, backend, upload, download = self.client, self.relay.backend, self.relay.upload, self.relay.download
+        return [client.fd, backend.fd, *upload.pipe_descriptors, *download.pipe_descriptors]
+
+    def hand_over(self) -> Handed:
+        """What `resume` makes it from, in the next process. To be asked while its task waits, if it has a relay."""
+        assert self.relay
+        assert self.backend
+        handed = {
+            "client": plain(self.client_address),
+            "backend": self.backend.name,
+            "started": self.started,
+            "handovers": self.handovers + 1,
+            "descriptors": self.descriptors,
+            "relay": self.relay.hand_over(),
+        }
+        if self.peer is not None:
+            handed["via"] = plain(self.peer)
+        if self.way and (way := self.way.hand_over()):
+            handed["way"] = way
+        return handed
+
+    def reset_if_nobody_takes(self) -> None:
+        """It has been handed over: have the kernel reset both sides if the next process does not take them."""
+        for side in (self.client, self.relay and self.relay.backend):
+            try:
+                if side:
+                    side.reset_if_nobody_takes()
+            except OSError:
+                pass  # a program in the kernel may refuse it (bpf(2))
+
+    async def go_on(self) -> None:
+        """`handle`, for a connection that `resume` has made."""
+        assert self.relay
+        cause: Cause = "error"
+        try:
+            for side in (self.relay.client, self.relay.backend):
+                try:
+                    side.watch()
+                except OSError as error:
+                    await self.terms.shortage.retry(side.watch, error, inf, lambda: False)
+            cause = await self.relay.go_on()
+        except Cancelled:
+            cause = self.cut_for
+        except Exception:
+            log.exception(UNEXPECTED)
+        self._log_end(cause, "", self._close(cause))
 
     def cut(self, cause: Cause) -> None:
         """End the connection in the next turn of the loop, with this cause in the log."""
@@ -199,6 +261,30 @@ class Connection:
                 f"connection closed client={format_peer(self.client_address)}{via}{self.terms.tag} "
                 f"backend={self.backend.name if self.backend else '-'} sent={sent} received={received} "
                 f"seconds={self.client.loop.now - self.started:.3f} cause={cause}"
+                + (f" handovers={self.handovers}" if self.handovers else "")
                 + (f" lost={lost}" if lost else "")
                 + (f" reason={quote(reason)}" if reason else ""),
             )
+
+
+def resume(loop: Loop, ways: Ways, terms: Terms, handed: Handed, descriptors: dict[int, int]) -> Connection:
+    """The connection that was handed over by the process before, to `go_on`. It counts at its backend.
+
+    descriptors: its own, by their numbers in that process. It takes them; if this fails, those that it took are closed.
+    """
+    address = peer(handed.get("client", ""))
+    via = peer(handed["via"]) if "via" in handed else None
+    backend = terms.pool.members.find(handed.get("backend", "-"))
+    relay = resume_relay(loop, terms.pipes, handed["relay"], descriptors)
+    try:
+        connection = Connection(terms, relay.client, address)
+        connection.relay, connection.backend, connection.peer = relay, backend, via
+        if "way" in handed:
+            connection.way = ways.resume(handed["way"])
+        connection.started = handed.get("started", connection.started)
+        connection.handovers = handed.get("handovers", 1)
+    except BaseException:
+        relay.abort()
+        raise
+    backend.enter()
+    return connection

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence, Sized
 from math import inf
 
 from rspd.engine.loop import Loop, Task
+from rspd.engine.side import Handed
 from rspd.net.listener import Listener
 
 # Seconds from when the last place is taken to the first look at who waits, and from one look to the next.
@@ -74,6 +75,17 @@ class Places:
     def look(self) -> None:
         """Look each second, since the last place is taken. Not to be called while `looking`."""
         self.looking = self._loop.spawn(self._watch())
+
+    def hand_over(self) -> Handed:
+        """What `resume` takes, in the next process: what the log has been told."""
+        return {"began": self._began, "last": self._last, "warned_at": self._warned_at, "told": self._told_limit}
+
+    def resume(self, handed: Handed) -> None:
+        """Go on where the places of the process before were: a wait that goes on is told once."""
+        self._began, self._last = handed.get("began", 0.0), handed.get("last")
+        self._warned_at, self._told_limit = handed.get("warned_at", -inf), handed.get("told", 0)
+        if self._last is not None and not self.looking:
+            self.look()
 
     def close(self) -> None:
         """Look no more: nobody will be accepted any more. The task that looks is done a turn later."""

@@ -11,13 +11,15 @@ from rspd.balancing.backend import Backend
 from rspd.balancing.pool import Pool
 from rspd.engine.loop import EXCLUSIVE, IN, Loop, Task, news
 from rspd.engine.pipes import Pipes
+from rspd.engine.side import Handed
+from rspd.net.address import host_of
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import CLIENT_GONE, Listener
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
-from rspd.serving.connection import Connection, Terms
+from rspd.serving.connection import Connection, Terms, resume
 from rspd.serving.openings import openings
 from rspd.serving.places import Places
 from rspd.settings import ProxyConfig
@@ -37,7 +39,10 @@ log = logging.getLogger(__name__)
 
 
 class Proxy:
-    """A proxy at work. Owns its listeners, its connections and its backends."""
+    """A proxy at work. Owns its listeners, its connections and its backends.
+
+    connections: those that are open, in the order in which they were accepted.
+    """
 
     def __init__(
         self,
@@ -64,8 +69,8 @@ class Proxy:
         self._accepted = 0
         self._access = Access((), (), inf)
         self._refusals = Refusals(loop, self.tag)
-        self._connections: dict[Task, Connection] = {}  # in the order in which they were accepted
-        self.places = Places(loop, self.tag, self._connections, self._newest, self._changed)
+        self.connections: dict[Task, Connection] = {}
+        self.places = Places(loop, self.tag, self.connections, self._newest, self._changed)
         self._accepting = False
         self._leaving = False
         self._watched: list[Listener] = []
@@ -79,7 +84,7 @@ class Proxy:
         self.config = config
         self.listeners = list(listeners)
         self._rotation = deque(self.listeners)
-        hosts = [connection.counts_as(self._access) for connection in self._connections.values()]
+        hosts = [connection.counts_as(self._access) for connection in self.connections.values()]
         present = [host for host in hosts if host is not None]
         self._shared = any(listener.passed is not None for listener in self.listeners)
         self.places.apply(config.max_connections, self.listeners)
@@ -103,12 +108,12 @@ class Proxy:
     @property
     def open(self) -> int:
         """How many clients are being served."""
-        return len(self._connections)
+        return len(self.connections)
 
     @property
     def idle(self) -> float:
         """For how many seconds there has been no connection."""
-        return 0.0 if self._connections else self.loop.now - self._last_end
+        return 0.0 if self.connections else self.loop.now - self._last_end
 
     def pause(self) -> None:
         """Accept nobody, and watch no listener, in this turn of the loop: the listeners are about to be replaced."""
@@ -125,17 +130,50 @@ class Proxy:
 
         Clients at a socket of systemd wait on, for the next process.
         """
-        self._acceptor.cancel()
-        self._pause()
-        self.places.close()
+        self.stop_accepting()
         for listener in self.listeners:
             listener.close()
         self.listeners.clear()
         self._rotation.clear()
-        self._refusals.close()
         self._leaving = True
-        if not self._connections:
+        if not self.connections:
             self.pool.stop()
+
+    # Handover
+
+    def stop_accepting(self) -> None:
+        """Accept no client any more. Who comes waits in the backlog, for the next process."""
+        self._acceptor.cancel()
+        self._pause()
+        self.places.close()
+        self._refusals.close()
+
+    def hand_over(self) -> dict[str, object]:
+        """What `resume` takes, in the next process, and its connections, for `take_over`."""
+        counts = {"accepted": self._accepted, "refused": self._refusals.count, "last_end": self._last_end}
+        return counts | {
+            "name": self.config.name,
+            "drain_timeout": self.config.drain_timeout,
+            "places": self.places.hand_over(),
+            "pool": self.pool.members.hand_over(),
+            "connections": [connection.hand_over() for connection in self.connections.values()],
+        }
+
+    def resume(self, handed: Handed) -> None:
+        """Go on with what the proxy of this name knew in the process before, its connections left out."""
+        self._accepted += handed.get("accepted", 0)
+        self._refusals.count += handed.get("refused", 0)
+        self._last_end = handed.get("last_end", self._last_end)
+        self.places.resume(handed.get("places", {}))
+        self.pool.members.resume(handed.get("pool", {}))
+
+    def take_over(self, handed: Handed, descriptors: dict[int, int]) -> None:
+        """Serve on a connection of the process before. As for `connection.resume`."""
+        connection = resume(self.loop, self._ways, self._terms, handed, descriptors)
+        connection.counted = self._access, self._access.enter(host_of(connection.client_address))
+        connection.task = task = self.loop.spawn(connection.go_on(), self._connection_ended)
+        if not task.done:
+            self.connections[task] = connection
 
     async def drain(self, hurry: Callable[[], bool]) -> None:
         """Wait for the open connections to end; abort those still open after `drain_timeout`, or when in a hurry.
@@ -146,11 +184,11 @@ class Proxy:
         self.watchers.add(task)
         deadline = self.loop.now + self.config.drain_timeout
         task.wake_at(deadline)
-        while self._connections and self.loop.now < deadline and not hurry():
+        while self.connections and self.loop.now < deadline and not hurry():
             await news()
-        for connection in self._connections.values():
+        for connection in self.connections.values():
             connection.cut("drain-timeout")
-        while self._connections:
+        while self.connections:
             await news()
         self.watchers.discard(task)
         await self.loop.yield_turn()  # to let the acceptor end
@@ -180,7 +218,7 @@ class Proxy:
             self.places.look()
         if self._shared:
             self._pause()  # else the kernel would wake this process for clients that another one has places for
-        while len(self._connections) >= self.config.max_connections:
+        while len(self.connections) >= self.config.max_connections:
             if any(listener.ready for listener in self.listeners):
                 self._pause()  # the client that waits stays ready: epoll would wake this task in each turn
             await news()
@@ -195,7 +233,7 @@ class Proxy:
         Usually this accepts one client. If clients waited in the turn before too, it accepts as many as wait, up to a
         bound. So only the end of such a rush costs a call that finds nobody.
         """
-        limit, connections, rotation = self.config.max_connections, self._connections, self._rotation
+        limit, connections, rotation = self.config.max_connections, self.connections, self._rotation
         for _ in self.listeners:
             free = limit - len(connections)
             if free <= 0:
@@ -226,17 +264,17 @@ class Proxy:
         connection = Connection(self._terms, listener.side(self.loop, sock), address)
         connection.task = task = self.loop.spawn(connection.handle(), self._connection_ended)
         if not task.done:
-            self._connections[task] = connection
+            self.connections[task] = connection
         if self.watchers:
             self._changed()
 
     def _connection_ended(self, task: Task) -> None:
-        self._connections.pop(task, None)
+        self.connections.pop(task, None)
         self.shortage.relieve()
         if not self._accepting:
             self._acceptor.wake()
         self._last_end = self.loop.now
-        if self._leaving and not self._connections:
+        if self._leaving and not self.connections:
             self.pool.stop()  # not before: clients may have waited for a backend
         if self.watchers:
             self._changed()
@@ -247,11 +285,11 @@ class Proxy:
 
     def _newest(self) -> float:
         """When the newest of the served clients was accepted."""
-        return next(reversed(self._connections.values())).started
+        return next(reversed(self.connections.values())).started
 
     def _backend_down(self, backend: Backend) -> None:
         if self.config.on_down == "abort":
-            for connection in self._connections.values():
+            for connection in self.connections.values():
                 if connection.backend is backend:
                     connection.cut("backend-down")
 
