@@ -16,4 +16,4 @@ log        the log on stderr
 errors     why rspd cannot run, or cannot do what a file says
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

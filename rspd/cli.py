@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rspd import __version__
 from rspd.config.addresses import parse_address, parse_backend, parse_pair
@@ -25,6 +25,10 @@ from rspd.host.systemd import Notifier, take_descriptors
 from rspd.log import complain, set_up
 from rspd.running.service import run
 from rspd.settings import DEFAULT_FILE, BackendConfig, Config
+
+if TYPE_CHECKING:
+    from rspd.host.systemd import StoredDescriptor
+    from rspd.running.handover import Legacy
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check:
             _check(path, overrides, every_value=options.all)
             return 0
-        sockets, _ = take_descriptors()
-        config = _load_first(path, overrides, sockets=bool(sockets))
+        sockets, stored = take_descriptors()
+        legacy = _legacy(stored) if stored else None
+        fault = ""
+        try:
+            config = _load_first(path, overrides, sockets=bool(sockets))
+        except StartError as error:
+            before = legacy and legacy.config()
+            if not before:
+                raise
+            config, fault = before, str(error)
         # A daemon works in another folder.
         full_path = path and os.path.abspath(path)
         pid_file = options.pid_file and os.path.abspath(options.pid_file)
@@ -72,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             starter = detach([sock.fileno() for _, sock in sockets], 2 * connections)
         set_up(config.log_level)
         with PidFile(pid_file) if pid_file else nullcontext():
-            run(config, load, sockets, notifier, lambda: starter.release(0))
+            handed_over = run(config, load, sockets, notifier, lambda: starter.release(0), legacy, fault)
+        if handed_over:
+            # The next process has the connections, and waits: to free what stood for them here takes Python a while.
+            os._exit(0)
         return 0
     except StartError as error:
         notifier.failed(str(error), error.errno)
@@ -83,6 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         set_up(Config._field_defaults["log_level"])
         log.exception("unexpected error, rspd ends; please report it")
         return os.EX_SOFTWARE
+
+
+def _legacy(stored: Sequence[StoredDescriptor]) -> Legacy:
+    """What the process before has left in systemd's store."""
+    from rspd.running.handover import Legacy  # only for a service that was restarted
+
+    set_up(Config._field_defaults["log_level"])
+    return Legacy(stored)
 
 
 def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> None:

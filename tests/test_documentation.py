@@ -173,7 +173,7 @@ def test_rspd_8_names_keys_and_causes_that_there_are() -> None:
 def test_rspd_8_shows_lines_of_the_log_that_the_code_writes() -> None:
     code = "".join(path.read_text() for path in (ROOT / "rspd").rglob("*.py"))
     shown = re.findall(r"^([a-z][a-z ,]+[a-z])(?: \w+=.*)$", section(RSPD_8, "LOG"), re.MULTILINE)
-    assert len(shown) == 11
+    assert len(shown) == 16
     assert [text for text in shown if text not in code] == []
 
 

@@ -18,7 +18,8 @@ Cause = Literal[
     "loop",  # the way to the backend led back to the proxy
     "bad-header",  # no PROXY protocol header where accept_proxy expects one
     "header-timeout",  # no header, or only part of it, within accept_proxy_timeout
-    "drain-timeout",  # still open when drain_timeout had passed, or at the second signal to end
+    "drain-timeout",  # still open after drain_timeout, at a second signal to end, or not relayed at a restart
+    "handover-failed",  # it was handed over, and the next process could not go on with it
     "error",  # an unexpected error, logged with its traceback
 ]
 

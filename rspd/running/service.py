@@ -10,11 +10,13 @@ import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
+from typing import TYPE_CHECKING
 
 from rspd import log as log_setup
 from rspd.engine.loop import Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.errors import ConfigError, StartError
+from rspd.host.store import Store
 from rspd.host.systemd import Notifier, PassedSocket
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener, ListenError
@@ -27,6 +29,9 @@ from rspd.serving.places import who_waits
 from rspd.serving.proxy import Proxy
 from rspd.settings import Config
 
+if TYPE_CHECKING:
+    from rspd.running.handover import Handover, Legacy
+
 EXIT_CODES = {
     errno.EACCES: os.EX_NOPERM,
     errno.EPERM: os.EX_NOPERM,
@@ -36,6 +41,12 @@ EXIT_CODES = {
 
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
+# Says that the service restarts; SIGTERM follows. A version that does not know it ignores it.
+RESTART = signal.SIGURG
+
+# Seconds within which it follows. A signal to end that comes later has another reason.
+RESTART_WITHIN = 30.0
+
 # Seconds. With a shorter exit_idle_time, so many starts follow that the limits in rspd.service and rspd.socket are hit.
 SHORTEST_IDLE_TIME = 1.0
 
@@ -44,8 +55,7 @@ SHORTEST_IDLE_TIME = 1.0
 LISTEN_PATIENCE = 5.0
 LISTEN_AGAIN = 0.5
 
-# Objects made and not freed before the garbage collector looks for cycles. With Python's default it would look once for
-# every few dozen clients that come.
+# Objects made and not freed before the garbage collector looks for cycles. Python looks once for a few dozen clients.
 GARBAGE = 20_000
 
 log = logging.getLogger(__name__)
@@ -57,12 +67,16 @@ def run(
     passed: Sequence[PassedSocket],
     notifier: Notifier,
     on_ready: Callable[[], object],
-) -> None:
+    legacy: Legacy | None = None,
+    fault: str = "",
+) -> bool:
     """Serve until a signal to end, or until it was idle for long enough, and drain. Raises StartError.
 
+    Returns whether the connections were handed over: then the process has to end without touching them.
     load: reads the configuration again at a reload; raises ConfigError or OSError. None where there is no file.
     passed: the sockets that systemd passed, ours from now on.
     on_ready: called once, when clients can connect.
+    legacy: what the process before has left. fault: what is wrong with the file, if `config` was in force there.
     """
     try:
         loop = Loop()
@@ -70,7 +84,7 @@ def run(
         make_room(config, max(len(passed), 1))  # too few descriptors even for the loop
         loop = Loop()
     with loop:
-        loop.run(Service(loop, config, load, passed, notifier).run(on_ready))
+        return loop.run(Service(loop, config, load, passed, notifier, legacy, fault).run(on_ready))
 
 
 class Service:
@@ -83,6 +97,8 @@ class Service:
         load: Callable[[], Config] | None,
         passed: Sequence[PassedSocket],
         notifier: Notifier,
+        legacy: Legacy | None,
+        fault: str,
     ) -> None:
         """config: the configuration to start with."""
         self._loop = loop
@@ -94,32 +110,55 @@ class Service:
         self._pipes = Pipes(0)
         self._ways = Ways(loop)
         watchers: set[Task] = set()
-        self._sockets = Sockets(loop, resolver, passed)
+        self._legacy = legacy
+        self._fault = fault
+        self._sockets = Sockets(loop, resolver, passed, legacy.listeners if legacy else ())
         make = partial(Proxy, loop, self._shortage, self._pipes, resolver, self._ways, watchers)
         self._proxies = Proxies(loop, self._ways, make)
         self._reporter = Reporter(loop, self._proxies, watchers, notifier)
+        self._store = Store(notifier, legacy.found if legacy else ())
+        self._handover: Handover | None = None
+        if notifier.active:
+            # Now, since another version may be installed at the end. Only under systemd, since it costs 2 ms.
+            from rspd.running.handover import Handover
+
+            self._handover = Handover(loop, self._store, self._proxies, from_file=load is not None)
+        self._restart_until = -inf  # until when a signal to end is one to restart
         self._ends = 0  # signals to end so far
         self._reload_asked = False
 
-    async def run(self, on_ready: Callable[[], object]) -> None:
-        """Serve until SIGTERM or SIGINT, or until idle for `exit_idle_time`, and drain."""
-        plan, listeners = await self._listen()
+    async def run(self, on_ready: Callable[[], object]) -> bool:
+        """Serve until SIGTERM or SIGINT, or until idle for `exit_idle_time`, and drain. Returns as `run` does."""
+        plan, listeners = await self._listen_first()
+        self._shortage.keep_spare()
+        self._heed_signals()
+        if self._legacy:
+            await self._take_over(self._legacy, plan)
+            self._legacy = None
+        self._go_by(self._config, plan, listeners)
+        self._keep_listeners()
         # The objects made so far stay. A connection leaves no cycles behind; only the lookup of a name does.
         gc.freeze()
         gc.set_threshold(GARBAGE)
         gc.enable()  # it was disabled for the imports
-        self._shortage.keep_spare()
-        self._heed_signals()
-        self._go_by(self._config, plan, listeners)
-        self._reporter.ready()
+        for line in self._fault.splitlines():
+            log.error("serving by the settings of the process before: %s", line)
+        self._reporter.ready(self._fault and f"serving by the settings of the process before: {self._fault}")
         on_ready()
         while not self._ends and not self._idle_for_long():
             if self._reload_asked:
                 self._reload_asked = False
                 self._reporter.reloading()
-                self._reporter.ready(await self._reload())
+                failure = await self._reload()
+                self._reporter.ready(failure and f"reload failed: {failure}")
             else:
                 await news()
+        if self._loop.now < self._restart_until and self._handover and self._config.handover:
+            self._reporter.ending()
+            if await self._handover.run(self._config, hurry=lambda: self._ends > 1):
+                log.info("handed over connections=%d served=%d", self._proxies.open, self._proxies.served)
+                signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS | {signal.SIGHUP})
+                return True
         await self._drain()
         self._pipes.close()
         self._shortage.give_up_spare()
@@ -127,10 +166,33 @@ class Service:
         log.info("ended served=%d", self._proxies.served)
         # Closing the loop restores the default actions: one more signal would kill rspd and be its exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS | {signal.SIGHUP})
+        return False
+
+    async def _take_over(self, legacy: Legacy, plan: Plan) -> None:
+        """Go on with the connections of the process before, while nobody is accepted: they have their places first."""
+        self._proxies.apply(self._config, {proxy.name: [] for proxy in self._config.proxies})
+        self._pipes.resize(plan.pipes)
+        taken = await legacy.take_over(self._loop, self._proxies)
+        log.info("took over connections=%d", taken)
+        self._reporter.took_over(taken)
+        for proxy in self._proxies.configured.values():
+            proxy.pause()
+
+    async def _listen_first(self) -> tuple[Plan, dict[str, list[Listener]]]:
+        """Listen, by what the process before went by if the configuration cannot be followed. Raises StartError."""
+        try:
+            return await self._listen()
+        except StartError as error:
+            before = self._legacy.config() if self._legacy and not self._fault else None
+            if not before:
+                raise
+            self._config, self._fault = before, str(error)
+            return await self._listen()
 
     async def _listen(self) -> tuple[Plan, dict[str, list[Listener]]]:
         """Listen for the first time. Raises StartError; under systemd, a port in use is waited for first."""
-        until = self._loop.now + (LISTEN_PATIENCE if self._notifier.active else 0.0)
+        # Connections of the process before would stand still meanwhile.
+        until = self._loop.now + (LISTEN_PATIENCE if self._notifier.active and not self._legacy else 0.0)
         told = False
         while True:
             try:
@@ -159,11 +221,15 @@ class Service:
             self._reload_asked = True
             task.wake()
 
+        def expect_restart() -> None:
+            self._restart_until = self._loop.now + RESTART_WITHIN
+
+        self._loop.wakeups.on_signal(RESTART, expect_restart)
         for number in ENDING_SIGNALS:
             self._loop.wakeups.on_signal(number, end)
         self._loop.wakeups.on_signal(signal.SIGHUP, ask_reload)
         # The process that started rspd may have blocked these signals (daemon(7)).
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS | {signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS | {signal.SIGHUP, RESTART})
 
     def _go_by(self, config: Config, plan: Plan, listeners: dict[str, list[Listener]]) -> None:
         """Serve by a configuration from now on. Log those of its effects that may surprise."""
@@ -178,6 +244,12 @@ class Service:
             for listener in self._proxies.listeners:
                 if listener.passed is None:
                     log.warning("exit_idle_time ends rspd, and nobody starts it again for %s", listener.name)
+
+    def _keep_listeners(self) -> None:
+        """Let the next process have our own listeners. systemd passes the others to it anyway."""
+        if self._handover:
+            own = [listener.fd for listener in self._proxies.listeners if listener.passed is None]
+            self._store.keep(own if self._config.handover else ())
 
     async def _reload(self) -> str:
         """Read the configuration again and change what it changes. If that fails, change nothing, and return why."""
@@ -200,6 +272,7 @@ class Service:
                 log.error("reload failed, nothing has changed: %s", line)
             return what
         self._go_by(config, plan, listeners)
+        self._keep_listeners()
         log.info("reloaded listen=%s", ",".join(listener.name for listener in self._proxies.listeners))
         return ""
 
@@ -226,6 +299,7 @@ class Service:
         waiting = f" waiting={reset}" if reset else ""
         for proxy in proxies:
             proxy.stop_listening()
+        self._store.keep(())
         self._reporter.ending()
         open_ones = self._proxies.open
         log.info("ending connections=%d%s drain_timeout=%s", open_ones, waiting, ",".join(sorted(timeouts)))

@@ -13,6 +13,9 @@ from rspd.serving.proxy import Proxy
 # Seconds between two status lines for systemd while something changes.
 INTERVAL = 1.0
 
+# Seconds for which the status says what was taken over.
+MINUTE = 60.0
+
 # Seconds that rspd asks systemd to wait for the end; it asks again each INTERVAL. If drain_timeout is off, the unit's
 # TimeoutStopSec= counts.
 STOP_EXTENSION = 30.0
@@ -29,10 +32,17 @@ class Reporter:
         self._notifier = notifier
         self._task: Task | None = None
         self._failure = ""
+        self._taken = ""
+        self._told_until = 0.0
         self._ending = False
 
+    def took_over(self, count: int) -> None:
+        """So many connections of the process before go on; said for a minute."""
+        self._taken = f"; took over {count:,} connection{'' if count == 1 else 's'}"
+        self._told_until = self._loop.now + MINUTE
+
     def ready(self, failure: str = "") -> None:
-        """The process is at work, for the first time or after a reload. failure: why the reload failed."""
+        """The process is at work, for the first time or after a reload. failure: what failed, and why."""
         self._failure = failure
         self._notifier.ready(self._status())
         if not self._notifier.active:
@@ -75,7 +85,9 @@ class Reporter:
 
     def _status(self) -> str:
         """What the process is doing, for people."""
-        failure = f"; reload failed: {self._failure}" if self._failure else ""
+        failure = f"; {self._failure}" if self._failure else ""
+        if self._loop.now < self._told_until:
+            failure = self._taken + failure
         served = f"{self._proxies.served} served"
         proxies = list(self._proxies.configured.values())
         if self._ending or len(proxies) == 1:

@@ -46,7 +46,7 @@ def test_a_reload_that_failed_is_in_the_status_until_the_next_begins(systemd: No
         notifier = Notifier()
         reporter = Reporter(loop, proxies, watchers, notifier)
         reporter.ready()
-        reporter.ready("no such file")
+        reporter.ready("reload failed: no such file")
         reporter.reloading()
         # What it says of itself while the reload is under way.
         deadline = loop.now + PATIENCE
