@@ -70,20 +70,24 @@ class NotifySocket:
     def __init__(self, folder: str) -> None:
         self.path = f"{folder}/notify"
         self.messages: list[Message] = []
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._sock.bind(self.path)
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind(self.path)
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
     def _receive(self) -> None:
-        while data := self._sock.recv(65536):
+        while data := self.receive():
             self.messages.append(Message(data.decode("ascii"), time.monotonic()))
+
+    def receive(self) -> bytes:
+        """The next message."""
+        return self.sock.recv(65536)
 
     def close(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
             end.sendto(b"", self.path)
         self._thread.join(PATIENCE)
-        self._sock.close()
+        self.sock.close()
 
     @property
     def env(self) -> dict[str, str]:
@@ -153,15 +157,18 @@ class Service(Daemon):
         notify: NotifySocket,
         *arguments: str,
         sockets: Mapping[str, HasFileno],
+        stored: Sequence[tuple[str, HasFileno]] = (),
         env: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (),
         **options: Any,
     ) -> None:
         self.notify = notify
-        launcher, pass_fds = launch([], list(sockets.values()))
+        passed = [*sockets.items(), *stored]
+        command, pass_fds = launch(launcher, [one for _, one in passed])
         super().__init__(
             *arguments,
-            env={**notify.env, **listen_variables(list(sockets)), **(env or {})},
-            launcher=launcher,
+            env={**notify.env, **listen_variables([name for name, _ in passed]), **(env or {})},
+            launcher=command,
             pass_fds=pass_fds,
             foreground=False,
             **options,
