@@ -2,6 +2,7 @@
 # make test   the tests, as any user; REQUIRED=1 forbids skipping
 # make test-peers    rspd beside other programs: HAProxy, nginx, socat, rinetd, NSD, and the bench; REQUIRED=1 forbids skipping
 # make test-system   the package in booted machines, as root; SUITES='bookworm trixie'; REQUIRED=1 forbids skipping
+# make test-handover   the package restarted under load, in booted machines, as root; SUITES and REQUIRED=1 as above
 # make lint   ruff, mypy and complexipy
 # make deb    the Debian package, into dist/; CHECK=yes runs the tests too
 # make bench  rspd and its peers side by side, for 15 to 20 minutes, into build/bench/; BENCH_OPTIONS=--quick, see bench/README.md
@@ -30,7 +31,7 @@ override DEB_BUILD_PROFILES += nocheck
 endif
 export DEB_BUILD_OPTIONS DEB_BUILD_PROFILES
 
-.PHONY: run test test-peers test-system lint deb bench clean
+.PHONY: run test test-peers test-system test-handover lint deb bench clean
 
 run: .venv/run
 	@test -d "$(FOLDER)" || { echo 'make run: FOLDER=$(FOLDER) is not a folder' >&2; exit 1; }
@@ -55,6 +56,10 @@ test-peers: .venv/test
 # Two workers for each suite: one of them mostly waits, in the test of a hundred idle exits.
 test-system: .venv/test
 	$(BIN)/python -m pytest -q -rfEs -n 4 --dist loadgroup --no-loadscope-reorder tests/system
+
+# Most tests wait. Those that need the whole host take turns.
+test-handover: .venv/test
+	$(BIN)/python -m pytest -q -rfEs -n 4 --dist loadgroup --no-loadscope-reorder tests/handover
 
 lint: .venv/lint
 	$(BIN)/ruff check

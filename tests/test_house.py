@@ -130,5 +130,5 @@ def test_each_folder_of_tests_is_among_those_that_pytest_reads() -> None:
     tests = PACKAGE.parent / "tests"
     read = (PACKAGE.parent / "pyproject.toml").read_text().partition("testpaths = [")[2].partition("]")[0]
     folders = {f"tests/{path.parent.name}" for path in tests.glob("*/__init__.py")}
-    own_suites = {"tests/peers", "tests/system"}
+    own_suites = {"tests/peers", "tests/system", "tests/handover"}
     assert {line.strip('",') for line in read.split()} - {"tests/test_*.py"} == folders - own_suites

@@ -44,6 +44,7 @@ def make(folder: Path, *words: str, path: str = "") -> subprocess.CompletedProce
         ("bench", ["."]),
         ("test", [".", "'.[test]'"]),
         ("test-system", [".", "'.[test]'"]),
+        ("test-handover", [".", "'.[test]'"]),
         ("lint", [".", "'.[test]'", "'.[test,lint]'"]),
     ],
 )
