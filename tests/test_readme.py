@@ -98,7 +98,7 @@ def test_a_connections_line_has_the_fields_that_are_shown() -> None:
     shown = [text for page in DOCUMENTS.values() for text in re.findall("connection closed (.*)", page)]
     fields = {tuple(re.findall(r"(?:^| )(\w+)=", text)) for text in shown}
     usual = ("client", "backend", "sent", "received", "seconds", "cause")
-    assert fields == {usual, (*usual, "reason")}
+    assert fields == {usual, (*usual, "handovers"), (*usual, "reason")}
 
 
 def test_the_try_is_at_the_ports_of_make_run_which_the_installed_service_does_not_use() -> None:
