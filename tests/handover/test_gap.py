@@ -17,7 +17,7 @@ from tests.system.machine import Machine
 from tests.system.traffic import CONFIGURATION
 
 # The aim, in seconds for which no byte is relayed, by the number of connections: in the best of some restarts, since
-# what else the host does only adds. More of them, as long as that is too much. A busy host gets half as much again.
+# what else the host does only adds. More of them, as long as that is too much. A busy host gets more time.
 AIMS = {100: 0.2, 9000: 0.35}
 BUSY = 2.5
 RESTARTS, RESTARTS_MAX = 3, 8
