@@ -11,8 +11,9 @@ import select
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -41,8 +42,6 @@ from tests.running.handing import (
     take_over,
 )
 from tests.support import FakeClock, eventually, is_reset, open_descriptors, tcp_pair
-
-VERSIONS = sorted((Path(__file__).parent / "documents").iterdir())
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
@@ -464,34 +463,18 @@ def test_want_of_memory_for_one_message_costs_no_connection(
     take_over(found, config, script)
 
 
-def test_a_limit_that_cannot_be_raised_is_no_reason_not_to_start(
-    store: keeper.Store, pairs: Pairs, fail: Fail, stack: ExitStack
+@pytest.mark.parametrize(("module", "call", "number"), [(resource, "setrlimit", errno.EPERM), (os, "fstat", errno.EIO)])
+def test_a_limit_that_cannot_be_raised_or_a_descriptor_that_cannot_be_looked_at_is_no_reason_not_to_start(
+    store: keeper.Store, pairs: Pairs, fail: Fail, module: ModuleType, call: str, number: int
 ) -> None:
     config, found = handed_over(store, pairs)
     try:
-        fail(resource, "setrlimit", errno.EPERM)
+        fail(module, call, number)
         take_over(found, config, pairs.go_on)
     finally:
         for _, fd in found:
-            try:
+            with suppress(OSError):
                 os.close(fd)
-            except OSError:
-                pass
-
-
-def test_a_descriptor_that_cannot_be_looked_at_is_no_reason_not_to_start(
-    store: keeper.Store, pairs: Pairs, fail: Fail
-) -> None:
-    config, found = handed_over(store, pairs)
-    try:
-        fail(os, "fstat", errno.EIO)
-        take_over(found, config, pairs.go_on)
-    finally:
-        for _, fd in found:
-            try:
-                os.close(fd)
-            except OSError:
-                pass
 
 
 def test_a_connection_of_another_token_goes_to_nobody(
