@@ -28,7 +28,7 @@ from rspd.settings import DEFAULT_FILE, BackendConfig, Config
 
 if TYPE_CHECKING:
     from rspd.host.systemd import StoredDescriptor
-    from rspd.running.handover import Legacy
+    from rspd.running.legacy import Legacy
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _legacy(stored: Sequence[StoredDescriptor]) -> Legacy:
     """What the process before has left in systemd's store."""
-    from rspd.running.handover import Legacy  # only for a service that was restarted
+    from rspd.running.legacy import Legacy  # only for a service that was restarted
 
     set_up(Config._field_defaults["log_level"])
     return Legacy(stored)

@@ -1,7 +1,8 @@
 """One process: start, signals, reload, drain.
 
 service   one run: start, signals, reload, drain
-handover  what goes on in the next process, and what the process before has left
+handover  what goes on in the next process
+legacy    what the process before has left
 document  what is handed over, as bytes
 status    what systemd hears of this process
 proxies   which proxies there are: those configured, and those taken out with connections left

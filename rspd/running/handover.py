@@ -1,4 +1,4 @@
-"""Handover: what goes on in the next process of the service, and what the process before has left."""
+"""Handover: what goes on in the next process of the service."""
 
 from __future__ import annotations
 
@@ -6,25 +6,16 @@ import errno
 import gc
 import logging
 import os
-import select
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from rspd.config.keys import load_config
-from rspd.engine.cause import Cause
 from rspd.engine.loop import IN, Loop, Watch, news
-from rspd.engine.side import Handed
-from rspd.errors import ConfigError
-from rspd.host.store import PARCEL, STORE_MAX, Inheritance, Parcel, Store, abort
-from rspd.host.systemd import StoredDescriptor
+from rspd.host.store import PARCEL, STORE_MAX, Parcel, Store
 from rspd.log import quote
-from rspd.net.address import format_peer, peer
-from rspd.net.descriptors import allow_all
-from rspd.running.document import DocumentError, read, write
+from rspd.running.document import write
 from rspd.running.proxies import Proxies
 from rspd.serving.connection import Connection
-from rspd.serving.proxy import Proxy
 from rspd.settings import Config
 
 # Seconds for connections that are not relayed yet, or no more, and between two looks at them.
@@ -39,102 +30,10 @@ LONGEST = 60.0
 # Seconds until the next attempt, if descriptors of other services of this user leave no room in flight.
 AGAIN = 0.1
 
-# How many connections are taken over in a turn of the loop: about 5 ms of work.
-SLICE = 200
-
 # Bytes that mark the messages of a parcel.
 TOKEN_SIZE = 16
 
-LOST: Cause = "handover-failed"
-
 log = logging.getLogger(__name__)
-
-
-class Legacy:
-    """What the process before has left: `found` is in the store, with `listeners`."""
-
-    def __init__(self, found: Sequence[StoredDescriptor]) -> None:
-        self.found = found
-        self._inheritance = inheritance = Inheritance(found)
-        self.listeners = inheritance.listeners
-        self._document: Handed = {}
-        try:
-            states = [content for content in inheritance.states() if content]
-        except OSError as error:
-            states = []
-            log.error("connections of the process before end: %s", error)
-        for content in states:
-            try:
-                self._document = read(content)
-            except DocumentError as error:
-                log.error("connections of the process before end: %s", error)
-
-    def config(self) -> Config | None:
-        """The configuration that was in force; None if it is not known."""
-        settings = self._document.get("settings")
-        try:
-            return load_config("settings", {}, sockets=True, content=settings.encode()) if settings else None
-        except (ConfigError, ValueError, AttributeError) as error:
-            log.error("the settings of the process before cannot be read: %s", error)
-            return None
-
-    async def take_over(self, loop: Loop, proxies: Proxies) -> int:
-        """Go on with all that it has left. Returns how many connections go on.
-
-        Those on which something happens come first, and go on while the others are taken over.
-        """
-        allow_all()
-        token = str(self._document.get("token", "")).encode()
-        descriptors: dict[int, int] = {}
-        taken = 0
-        try:
-            if token:
-                descriptors = self._inheritance.receive(token)
-            connections = proxies.resume(self._document)
-            ready = _ready(descriptors)
-            connections.sort(key=lambda one: ready.isdisjoint(one[1].get("descriptors", ())))
-            for count, (proxy, handed) in enumerate(connections, 1):
-                taken += _take_over(proxy, handed, descriptors)
-                if not count % SLICE:
-                    await loop.yield_turn()
-        except Exception:
-            log.exception("what the process before knew cannot be read; please report it")
-        proxies.resumed()
-        abort(descriptors.values())
-        self._inheritance.close()
-        self._document = {}  # it may be large
-        return taken
-
-
-def _ready(descriptors: Mapping[int, int]) -> set[int]:
-    """Those from which there is something to read, by their numbers in the process before."""
-    poll = select.poll()
-    numbers = {fd: number for number, fd in descriptors.items()}
-    for fd in numbers:
-        poll.register(fd, select.POLLIN)
-    try:
-        return {numbers[fd] for fd, _ in poll.poll(0)}
-    except OSError:
-        return set()  # then they go on in the order in which they came
-
-
-def _take_over(proxy: Proxy, handed: Handed, descriptors: dict[int, int]) -> bool:
-    """Serve on one connection. Its descriptors leave the given ones. Returns whether it goes on."""
-    numbers = handed.get("descriptors", ())
-    own = {number: descriptors.pop(number) for number in numbers if number in descriptors}
-    reason = "" if len(own) == len(numbers) else "too few descriptors; raise LimitNOFILE="
-    if not reason:
-        try:
-            proxy.take_over(handed, own)
-            return True
-        except Exception as error:
-            log.exception("unexpected error, a connection of the process before ends; please report it")
-            reason = str(error)
-    abort(own.values())
-    client, backend = format_peer(peer(handed.get("client", ""))), handed.get("backend", "-")
-    text = "connection closed client=%s%s backend=%s cause=%s reason=%s"
-    log.warning(text, client, proxy.tag, backend, LOST, quote(reason))
-    return False
 
 
 class Handover:

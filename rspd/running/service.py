@@ -30,7 +30,8 @@ from rspd.serving.proxy import Proxy
 from rspd.settings import Config
 
 if TYPE_CHECKING:
-    from rspd.running.handover import Handover, Legacy
+    from rspd.running.handover import Handover
+    from rspd.running.legacy import Legacy
 
 EXIT_CODES = {
     errno.EACCES: os.EX_NOPERM,

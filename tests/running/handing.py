@@ -30,7 +30,8 @@ from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener, open_listeners
 from rspd.net.networks import parse_network
 from rspd.net.ways import Ways
-from rspd.running.handover import Handover, Legacy
+from rspd.running.handover import Handover
+from rspd.running.legacy import Legacy
 from rspd.running.proxies import Proxies
 from rspd.serving.connection import Connection
 from rspd.serving.proxy import Proxy

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rspd.engine.pipes import Pipe
 from rspd.running.document import DocumentError, read, write
-from rspd.running.handover import Legacy
+from rspd.running.legacy import Legacy
 from tests.running.handing import (
     DB,
     HELD,
