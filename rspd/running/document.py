@@ -53,7 +53,8 @@ def read(content: bytes) -> Handed:
                 return bytes(held[begin:end])
             return value
 
-        document = json.loads(rest[:size], object_hook=put_back if held else None)
+        text = rest[:size]
+        document = json.loads(text, object_hook=put_back if b'{"bytes":' in text else None)
         version = document.get("version")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DocumentError(f"expected the state of rspd's connections, found {content[:40]!r}: {error}") from None

@@ -414,6 +414,11 @@ def test_without_tcp_info_connections_go_on(
     assert warnings(caplog) == []
 
 
+@pytest.mark.parametrize("held", [b"", b"\0bytes"])
+def test_bytes_are_bytes_in_the_document_also_if_there_are_none(held: bytes) -> None:
+    assert read(b"".join(write({"held": held})))["held"] == held
+
+
 def test_a_state_that_cannot_be_read_costs_the_connections_and_not_the_start(
     store: keeper.Store, pairs: Pairs, fail: Fail, caplog: pytest.LogCaptureFixture
 ) -> None:
