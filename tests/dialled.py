@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import pytest
 
+from rspd.balancing.attempts import Attempts, DialError
 from rspd.balancing.backend import Backend
-from rspd.balancing.pool import DialError, Opening, Pool
+from rspd.balancing.pool import Opening, Pool
 from rspd.config.addresses import parse_backend
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Side
@@ -98,6 +99,8 @@ class Client:
         self.client_address: Peer = (host, 1)
         self.destination: tuple[str, int] | None = None
         self.way: Way | None = None
+        self.began = scene.loop.now
+        self.attempts: Attempts | None = None
         self.peer, sock = tcp_pair()
         sock.setblocking(False)
         self.client = Side(scene.loop, sock)
@@ -107,6 +110,8 @@ class Client:
         self.task: Task | None = None
 
     async def dial(self) -> None:
+        self.began = self.scene.loop.now
+        self.attempts = None
         self.client.watch()
         try:
             self.backend, self.far = await self.scene.pool.dial(self)

@@ -1,7 +1,7 @@
 """Which backend, and the way to it.
 
 pool       the one door: dialling for a client, choosing, applying a configuration
-queue      who waits for a backend
+attempts   one client's attempts at backends, and the queue of those who wait for one
 wording    the backends in words, for the log and the status
 members    which backends a pool has, and what follows from the state of each
 backend    how a backend is: its states, and every way from one to another

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from math import inf
-from typing import Protocol
 
+from rspd.balancing.attempts import RETRY, Attempts, Caller, Queue
 from rspd.balancing.backend import Backend
 from rspd.balancing.members import Members
-from rspd.balancing.queue import Queue
-from rspd.balancing.wording import situation
-from rspd.engine.cause import Cause
 from rspd.engine.loop import Loop
-from rspd.engine.side import Side
-from rspd.log import quote
-from rspd.net.address import Peer, format_peer, host_of
-from rspd.net.connect import UnreachableError, cause_of, connect, is_own_fault, share, why
+from rspd.engine.side import Handed, Side
+from rspd.net.address import Peer, host_of
+from rspd.net.connect import connect, share
 from rspd.net.descriptors import Shortage
 from rspd.net.networks import client_key
 from rspd.net.resolver import Resolver
-from rspd.net.ways import Way, Ways
+from rspd.net.ways import Ways
 from rspd.settings import ProxyConfig
-
-# Seconds between two attempts at backends that are down while clients wait for one of them.
-RETRY = 0.1
 
 # A client's time is divided among this number of attempts at most, whatever the number of backends.
 SHARES_MAX = 3
@@ -34,26 +27,6 @@ SHARES_MAX = 3
 LAST_RESORTS = 10
 
 log = logging.getLogger(__name__)
-
-
-class DialError(Exception):
-    """A client gets no backend. The text has the reasons, of each attempt if there were any."""
-
-    def __init__(self, cause: Cause, reasons: Sequence[str]) -> None:
-        super().__init__("; ".join(reasons))
-        self.cause = cause
-
-
-class Caller(Protocol):
-    """The client for whom a backend is dialled. way: see `connect`.
-
-    destination: where the client connected to, if the peer told that.
-    """
-
-    client: Side
-    client_address: Peer
-    destination: tuple[str, int] | None
-    way: Way | None
 
 
 class Opening(ABC):
@@ -108,24 +81,26 @@ class Pool:
     async def dial(self, caller: Caller) -> tuple[Backend, Side]:
         """Connect to the next backend that can be reached. Returns it and its side, watched by the running task.
 
+        If the task is interrupted, the caller may dial again: its time and its place in the queue go on.
         The caller closes the side, and calls `release` once. Raises DialError; then nothing is open, or counts.
         """
-        loop, members, config = self._loop, self.members, self.config
-        began = loop.now
-        deadline = began + config.connect_timeout
-        attempts: Attempts | None = None
-        must_wait = self.queue.waiting and members.any_in_service
-        backend = members.only or (None if must_wait else self.choose(caller.client_address, ()))
+        loop, members = self._loop, self.members
+        deadline = caller.began + self.config.connect_timeout
+        backend: Backend | None = members.only
+        if caller.attempts:
+            deadline, backend = caller.attempts.go_on(caller)
+        elif not backend and not (self.queue.waiting and members.any_in_service):
+            backend = self.choose(caller.client_address, ())
         while True:
             if backend is None:
-                attempts = attempts or Attempts(self, config, caller, began)
-                backend = await attempts.wait_for_backend()
+                attempts = self._attempts(caller)
+                backend = await attempts.wait_for_backend(caller)
                 deadline = attempts.deadline
             # All as it is now: a reload meanwhile is not for this attempt.
             addresses, retry_at, openings = backend.addresses, backend.retry_at, self._openings
             backend.enter()
             try:
-                until = deadline if members.only else self._share(deadline, attempts)
+                until = deadline if members.only else self._share(deadline, caller.attempts)
                 if len(addresses) == 1:
                     side = await connect(loop, self._shortage, addresses[0], until, caller.client, caller.way)
                 else:
@@ -134,8 +109,8 @@ class Pool:
                     await self._open(openings, side, caller, until)
             except OSError as error:
                 backend.leave()
-                attempts = attempts or Attempts(self, config, caller, began)
-                backend = attempts.failed(backend, retry_at, addresses[0] if addresses else backend.address, error)
+                where = addresses[0] if addresses else backend.address
+                backend = self._attempts(caller).failed(caller, backend, retry_at, where, error)
             except BaseException:
                 backend.leave()
                 backend.no_verdict(loop.now, retry_at)
@@ -144,6 +119,16 @@ class Pool:
                 if backend.retry_at < inf:
                     backend.reached()
                 return backend, side
+
+    def _attempts(self, caller: Caller) -> Attempts:
+        caller.attempts = caller.attempts or Attempts(self, caller)
+        return caller.attempts
+
+    def resume(self, caller: Caller, handed: Handed) -> Attempts:
+        """A client's account that was handed over by the process before."""
+        attempts = Attempts(self, caller)
+        attempts.resume(handed)
+        return attempts
 
     # A connection that `dial` returned has ended. A method of its own would be one more call a connection.
     release = staticmethod(Backend.leave)
@@ -222,86 +207,3 @@ class Pool:
                 self._next_last_resort = now + RETRY
             look_again = self._next_last_resort
         return backend, max(look_again, now + RETRY)
-
-
-class Attempts:
-    """The account of one client's attempts at backends. Made when the first one has failed, or found no backend.
-
-    deadline: until when the client may dial.
-    tried: the backends that failed since the client last waited.
-    used: attempts that count for `retries`: those at backends that were in service.
-    """
-
-    def __init__(self, pool: Pool, config: ProxyConfig, caller: Caller, began: float) -> None:
-        self._pool, self._config, self._caller = pool, config, caller
-        self._loop, self._began = caller.client.loop, began
-        self._give_up = 0.0  # until when it waits in the queue; 0 before
-        self._reasons: list[str] = []
-        self._cause: Cause = "backend-unreachable"
-        self.deadline = began + config.connect_timeout
-        self.tried: list[Backend] = []
-        self.used = 0
-
-    def failed(self, backend: Backend, retry_at: float, where: object, error: OSError) -> Backend | None:
-        """An attempt failed: the backend to dial next, or None if there is none now, or no attempt is left.
-
-        retry_at: the backend's when the attempt began. where: the address that was dialled.
-        Raises DialError if the client has gone.
-        """
-        now, aborted = self._loop.now, self._caller.client.aborted
-        reasons = error.reasons if isinstance(error, UnreachableError) else [f"{where}: {why(error)}"]
-        self._reasons += reasons
-        if aborted or is_own_fault(error):
-            backend.no_verdict(now, retry_at)
-        else:
-            backend.failed(now, why(error))
-        if aborted:
-            raise DialError("client-aborted", self._reasons) from None
-        client, reason = format_peer(self._caller.client_address), quote("; ".join(reasons))
-        log.debug("backend not reached client=%s%s backend=%s reason=%s", client, self._pool.tag, backend.name, reason)
-        self._cause = cause_of(error)
-        self.tried.append(backend)
-        self.used += retry_at == inf
-        over = self.used > self._config.retries or now >= self.deadline
-        return None if over else self._pool.choose(self._caller.client_address, self.tried)
-
-    async def wait_for_backend(self) -> Backend:
-        """Wait until the client gets a backend. No backend counts as tried then. Raises DialError."""
-        loop, pool, members, client = self._loop, self._pool, self._pool.members, self._caller.client
-        address = self._caller.client_address
-        while not members.by_name and not self._reasons:
-            self._cause = "backend-unknown"
-            self._reasons += await members.learn(client, self.deadline)
-            if backend := pool.choose(address, self.tried):
-                return backend
-        if client.aborted:
-            raise DialError("client-aborted", self._reasons)
-        if self._give_up and loop.now >= self._give_up:
-            raise DialError("queue-timeout", self._reasons)
-        self._give_up = self._give_up or loop.now + self._patience()
-        if loop.now >= self._give_up or (self.used > self._config.retries and members.any_in_service):
-            if self._reasons:
-                raise DialError(self._cause, self._reasons)
-            raise DialError("backend-down", [situation(members.everyone)])
-        if self.tried:
-            await loop.sleep(RETRY)
-        try:
-            backend = await pool.queue.wait(self._began, self._give_up, client, lambda: pool.ask(address))
-        except ConnectionAbortedError:
-            raise DialError("client-aborted", []) from None
-        except TimeoutError:
-            reasons = self._reasons if members.any_in_service and self._reasons else [situation(members.everyone)]
-            raise DialError("queue-timeout", reasons) from None
-        patience = inf if members.any_in_service else self._give_up
-        self.deadline = min(loop.now + self._config.connect_timeout, patience)
-        self._reasons.clear()
-        self.tried, self.used = [], 0
-        return backend
-
-    def _patience(self) -> float:
-        """How many seconds the client may wait for a backend."""
-        config = self._pool.config
-        others = [backend for backend in self._pool.members.by_name.values() if backend not in self.tried]
-        # Each backend in service is full. A backend that is down may be full of attempts to reach it.
-        full = any(one.in_service or not (one.has_room or one.unwell) for one in others)
-        return config.queue_timeout or (config.connect_timeout if full else 0.0)

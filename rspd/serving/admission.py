@@ -61,6 +61,7 @@ async def hear_peer(trusted: Networks, timeout: float, connection: Connection) -
         raise RefusedError("header-timeout", str(error)) from None
     except ConnectionAbortedError as error:
         raise RefusedError("client-aborted", str(error.strerror)) from None
+    connection.began = loop.now
     connection.destination = header.destination
     if header.source:
         connection.peer, connection.client_address = connection.client_address, header.source

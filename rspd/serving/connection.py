@@ -5,8 +5,9 @@ from collections.abc import Awaitable, Callable
 from math import inf
 from typing import NamedTuple
 
+from rspd.balancing.attempts import Attempts, DialError
 from rspd.balancing.backend import Backend
-from rspd.balancing.pool import DialError, Pool
+from rspd.balancing.pool import Pool
 from rspd.engine.cause import UNSERVED, Cause
 from rspd.engine.loop import IN, Cancelled, Loop, Task
 from rspd.engine.pipes import Pipes
@@ -61,13 +62,17 @@ class RefusedError(Exception):
 class Connection:
     """A client being served. Owns the client's side. Once there is a relay, it closes both sides for the connection.
 
+    began: when a backend was dialled first, or will be: the time of the client's PROXY header does not count.
+    attempts: the pool's account of its attempts at backends, once there is one.
     terms: in force when the client was accepted; a later reload does not change them. A connection that was handed over
         has those of the next process, with the timeouts that its relay began with.
     handovers: how often it went from one process to the next.
     """
 
     __slots__ = (
+        "attempts",
         "backend",
+        "began",
         "client",
         "client_address",
         "counted",
@@ -91,7 +96,8 @@ class Connection:
         self.client_address = client_address
         self.backend: Backend | None = None
         self.relay: Relay | None = None
-        self.started = client.loop.now
+        self.started = self.began = client.loop.now
+        self.attempts: Attempts | None = None
         self.peer: Peer | None = None  # the trusted peer that told the client's address
         self.destination: tuple[str, int] | None = None  # where the client connected to, if the peer told that
         self.way: Way | None = None  # if a backend may be a proxy of this process
@@ -101,7 +107,7 @@ class Connection:
     async def handle(self) -> None:
         """Serve the client to its end, whatever happens."""
         terms = self.terms
-        cause: Cause | None = "error"
+        cause: Cause | None
         reason = ""
         try:
             try:
@@ -120,6 +126,7 @@ class Connection:
         except Cancelled:
             cause = self.cut_for
         except Exception:
+            cause = "error"
             log.exception(UNEXPECTED)
         # Not in a `finally`: a connection that was handed over is not closed when its coroutine is dropped.
         lost = self._close(cause)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rspd.balancing.pool import Caller, Opening
+from rspd.balancing.attempts import Caller
+from rspd.balancing.pool import Opening
 from rspd.engine.side import Side
 from rspd.net.connect import send_all
 from rspd.protocols.proxy_protocol import encode

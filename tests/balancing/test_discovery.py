@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from rspd.balancing.attempts import DialError
 from rspd.balancing.discovery import LOOKUP_TIMEOUT
-from rspd.balancing.pool import DialError
 from rspd.balancing.wording import describe
 from rspd.engine.loop import Loop
 from rspd.settings import HealthConfig

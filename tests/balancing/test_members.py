@@ -9,7 +9,7 @@ from math import inf
 
 import pytest
 
-from rspd.balancing.pool import DialError
+from rspd.balancing.attempts import DialError
 from rspd.balancing.wording import REASONS_MAX, describe
 from rspd.engine.loop import Loop
 from rspd.settings import BALANCES, HealthConfig

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from rspd.balancing.pool import Caller, Opening
+from rspd.balancing.attempts import Caller
+from rspd.balancing.pool import Opening
 from rspd.engine.loop import Loop
 from rspd.engine.side import Side
 from rspd.net.listener import adopt_listener

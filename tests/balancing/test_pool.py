@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.balancing.pool import DialError
+from rspd.balancing.attempts import DialError
 from rspd.engine.loop import Loop
 from rspd.engine.side import Side
 from rspd.net.address import SocketAddress
@@ -810,9 +810,9 @@ def test_each_attempt_that_fails_is_a_line_for_who_asks_for_details(caplog: pyte
                 assert await scene.dial("192.0.2.7") == live.address
                 return [dead.address, other.address]
 
-    with caplog.at_level(logging.DEBUG, "rspd.balancing.pool"):
+    with caplog.at_level(logging.DEBUG, "rspd.balancing.attempts"):
         dead = run(main)
-    [line] = [record for record in caplog.records if record.name == "rspd.balancing.pool"]
+    [line] = [record for record in caplog.records if record.name == "rspd.balancing.attempts"]
     assert line.levelno == logging.DEBUG
     reasons = "; ".join(f"{address}: Connection refused" for address in dead)
     assert line.getMessage() == f'backend not reached client=192.0.2.7:1 proxy=web backend=name:80 reason="{reasons}"'

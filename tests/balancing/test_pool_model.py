@@ -12,9 +12,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rspd.balancing.attempts import RETRY
 from rspd.balancing.backend import Backend, State
 from rspd.balancing.policies import POLICIES
-from rspd.balancing.pool import RETRY
 from rspd.engine.loop import Loop
 from rspd.settings import BackendConfig
 from tests.dialled import Scene, configured, switches
