@@ -18,7 +18,7 @@ Cause = Literal[
     "loop",  # the way to the backend led back to the proxy
     "bad-header",  # no PROXY protocol header where accept_proxy expects one
     "header-timeout",  # no header, or only part of it, within accept_proxy_timeout
-    "drain-timeout",  # still open after drain_timeout, at a second signal to end, or not relayed at a restart
+    "drain-timeout",  # still open after drain_timeout, or at a second signal to end
     "handover-failed",  # it was handed over, and the next process could not go on with it
     "error",  # an unexpected error, logged with its traceback
 ]

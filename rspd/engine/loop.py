@@ -92,6 +92,30 @@ class Task:
             self._send = self._throw
             self.wake()
 
+    def interrupt(self) -> None:
+        """End the coroutine here and now, by `Cancelled`. The task has nothing to run until `go_on`."""
+        loop = self._loop
+        caller, loop.current = loop.current, self
+        try:
+            self._coroutine.throw(Cancelled())
+        except (StopIteration, Cancelled):
+            pass
+        finally:
+            loop.current = caller
+
+    def go_on(self, coroutine: Work) -> None:
+        """Run another coroutine, here and now up to its first wait, after `interrupt`."""
+        self._coroutine = coroutine
+        self._send = coroutine.send
+        loop = self._loop
+        caller, loop.current = loop.current, self
+        try:
+            self._send(None)
+        except (Exception, Cancelled) as end:
+            loop._end(self, end)
+        finally:
+            loop.current = caller
+
     def _throw(self, _: None) -> object:
         self._send = self._coroutine.send
         return self._coroutine.throw(Cancelled())
@@ -207,6 +231,10 @@ class Loop:
     def rewatch(self, watch: Watch, events: int) -> None:
         """Change which events of a watched descriptor resume its task. Raises OSError (epoll_ctl(2))."""
         self._epoll.modify(watch.fd, events)
+
+    def watches(self, watch: Watch) -> bool:
+        """Whether a descriptor is watched."""
+        return self._watches.get(watch.fd) is watch
 
     def unwatch(self, watch: Watch) -> None:
         """End a watch whose descriptor stays open; nothing is known of its readiness from then on."""

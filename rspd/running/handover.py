@@ -18,9 +18,6 @@ from rspd.running.proxies import Proxies
 from rspd.serving.connection import Connection
 from rspd.settings import Config
 
-# Seconds for connections that are not relayed yet, or no more, and between two looks at them.
-SETTLE, LOOK = 1.0, 0.01
-
 # Seconds that systemd has for an answer.
 PATIENCE = 5.0
 
@@ -62,7 +59,6 @@ class Handover:
         for proxy in everyone:
             proxy.stop_accepting()
         log.info("handing over connections=%d", self._proxies.open)
-        await self._settle(hurry)
         deadline = loop.now + min(LONGEST, max(proxy.config.drain_timeout for proxy in everyone))
         told = False
         busy_until = 0.0
@@ -112,13 +108,6 @@ class Handover:
 
     def _open(self) -> list[Connection]:
         return [one for proxy in self._proxies.everyone() for one in proxy.connections.values()]
-
-    async def _settle(self, hurry: Callable[[], bool]) -> None:
-        """Wait a moment for connections that are not relayed; end those that are not even then."""
-        until = self._loop.now + SETTLE
-        while (waiting := [one for one in self._open() if not one.relay]) and self._loop.now < until and not hurry():
-            await self._loop.sleep(LOOK)
-        await self._cut(waiting)
 
     async def _cut(self, connections: Sequence[Connection]) -> None:
         for connection in connections:
@@ -171,9 +160,13 @@ class Handover:
         document = {"token": token, "settings": self._dump(config) if self._dump else None}
         gc.disable()  # there is no garbage
         try:
+            for connection in connections:
+                connection.interrupt()
             parcel.write(write({**document, **self._proxies.hand_over()}))
         except BaseException:
             gc.enable()
+            for connection in sorted(connections, key=lambda one: one.began):
+                connection.serve_on()
             raise
         for connection in connections:
             connection.reset_if_nobody_takes()

@@ -25,6 +25,8 @@ from rspd.settings import Config
 SLICE = 200
 
 LOST: Cause = "handover-failed"
+TOO_FEW = "too few descriptors; raise LimitNOFILE="
+TAKEN = "a process that was taking over has ended, and all descriptors with it"
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +71,18 @@ class Legacy:
         try:
             if token:
                 descriptors = self._inheritance.receive(token)
-            connections = proxies.resume(self._document)
+            connections = proxies.resume(self._document, self.config)
             ready = _ready(descriptors)
-            connections.sort(key=lambda one: ready.isdisjoint(one[1].get("descriptors", ())))
+            lost = TOO_FEW if descriptors else TAKEN
+            # Those who wait for a backend come last, in their order: the others take their places at the backends.
+            connections.sort(key=lambda one: _turn(one[1], ready))
             for count, (proxy, handed) in enumerate(connections, 1):
-                taken += _take_over(proxy, handed, descriptors)
+                taken += _take_over(proxy, handed, descriptors, lost)
                 if not count % SLICE:
                     await loop.yield_turn()
+            proxies.resumed()
         except Exception:
             log.exception("what the process before knew cannot be read; please report it")
-        proxies.resumed()
         abort(descriptors.values())
         self._inheritance.close()
         self._document = {}  # it may be large
@@ -97,15 +101,28 @@ def _ready(descriptors: Mapping[int, int]) -> set[int]:
         return set()  # then they go on in the order in which they came
 
 
-def _take_over(proxy: Proxy, handed: Handed, descriptors: dict[int, int]) -> bool:
-    """Serve on one connection. Its descriptors leave the given ones. Returns whether it goes on."""
+def _turn(handed: Handed, ready: set[int]) -> tuple[bool, float]:
+    """When it is a connection's turn to be taken over."""
+    if "relay" in handed:
+        return False, ready.isdisjoint(handed.get("descriptors", ()))
+    return True, handed.get("began", 0.0)
+
+
+def _take_over(proxy: Proxy, handed: Handed, descriptors: dict[int, int], lost: str) -> bool:
+    """Serve on one connection. Its descriptors leave the given ones. Returns whether it goes on.
+
+    lost: the reason if some are missing.
+    """
     numbers = handed.get("descriptors", ())
     own = {number: descriptors.pop(number) for number in numbers if number in descriptors}
-    reason = "" if len(own) == len(numbers) else "too few descriptors; raise LimitNOFILE="
+    reason = "" if len(own) == len(numbers) else lost
     if not reason:
         try:
             proxy.take_over(handed, own)
+            abort(own.values())  # another version may have sent more than this one knows
             return True
+        except LookupError as error:
+            reason = f"what is handed over lacks {error}"
         except Exception as error:
             log.exception("unexpected error, a connection of the process before ends; please report it")
             reason = str(error)

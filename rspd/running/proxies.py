@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
-from rspd.engine.loop import Loop
+from rspd.engine.loop import Loop, news
 from rspd.engine.side import Handed
 from rspd.log import quote
 from rspd.net.listener import Listener
 from rspd.net.ways import Ways
+from rspd.serving.places import who_waits
 from rspd.serving.proxy import Proxy
 from rspd.settings import Config, ProxyConfig
 
@@ -80,10 +81,11 @@ class Proxies:
         parts = [proxy.hand_over() | {"retired": proxy in self._retired} for proxy in everyone]
         return {"served_before": self._served_before, "proxies": parts}
 
-    def resume(self, handed: Handed) -> list[tuple[Proxy, Handed]]:
+    def resume(self, handed: Handed, before: Callable[[], Config | None]) -> list[tuple[Proxy, Handed]]:
         """Go on with what the process before knew. Returns its connections, each with the proxy that is to take it.
 
         Where that proxy is not configured any more, it is one that was taken out. Call `resumed` at the end.
+        before: returns the configuration of the process before.
         """
         self._served_before += handed.get("served_before", 0)
         found = []
@@ -92,7 +94,7 @@ class Proxies:
             if name in self.configured and not known.get("retired"):
                 proxy = self.configured[name]
             elif connections:
-                proxy = self._make(ProxyConfig((), (), name, drain_timeout=known.get("drain_timeout", inf)), ())
+                proxy = self._make(_taken_out(known, before), ())
                 self._retired.append(proxy)
             else:
                 self._served_before += known.get("accepted", 0) - known.get("refused", 0)
@@ -110,6 +112,30 @@ class Proxies:
         for proxy in self._retired:
             proxy.stop_listening()
 
+    def stop_listening(self) -> str:
+        """Accept nobody any more. Returns how many clients the kernel resets, for people; empty for none.
+
+        Clients at a socket of systemd wait on, for the next process.
+        """
+        self._ways.listen({}, ())
+        everyone = self.everyone()
+        waiting = who_waits(one for proxy in everyone for one in proxy.listeners if one.passed is None)
+        for proxy in everyone:
+            proxy.stop_listening()
+        return waiting
+
+    async def drain(self, hurry: Callable[[], bool]) -> None:
+        """Wait for the open connections to end, at most for `drain_timeout`, or until in a hurry.
+
+        hurry: called whenever the running task is woken.
+        """
+        task, spawn = self._loop.current, self._loop.spawn
+        drains = [spawn(proxy.drain(hurry), lambda _: task.wake()) for proxy in self.everyone()]
+        while not all(drain.done for drain in drains):
+            for drain in drains:
+                drain.wake()  # what hurries concerns all proxies
+            await news()
+
     @property
     def open(self) -> int:
         """How many clients are being served."""
@@ -126,3 +152,14 @@ class Proxies:
         """For how many seconds there has been no connection."""
         idle = min(proxy.idle for proxy in self.everyone())
         return min(idle, self._loop.now - self._last_end)
+
+
+def _taken_out(known: Handed, before: Callable[[], Config | None]) -> ProxyConfig:
+    """The configuration of a proxy that the process before knew, and that is not configured here."""
+    drain_timeout = known.get("drain_timeout", inf)
+    if any("relay" not in connection for connection in known["connections"]) and (config := before()):
+        # A client waits for one of its backends.
+        for proxy in config.proxies if not known.get("retired") else ():
+            if proxy.name == known.get("name", ""):
+                return proxy._replace(listen=(), drain_timeout=drain_timeout)
+    return ProxyConfig((), (), known.get("name", ""), drain_timeout=drain_timeout)

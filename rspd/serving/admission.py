@@ -11,7 +11,7 @@ from rspd.net.ways import Way, Ways, came_back
 from rspd.protocols.proxy_protocol import HeaderError, NoHeaderError
 from rspd.serving.access import Access, Refusals
 from rspd.serving.connection import Connection, RefusedError, Step
-from rspd.serving.first_bytes import take_header
+from rspd.serving.first_bytes import Awaited
 from rspd.settings import ProxyConfig
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ def steps(config: ProxyConfig, ways: Ways, access: Access, refusals: Refusals) -
 
 async def find_way(ways: Ways, name: str, connection: Connection) -> None:
     """Set `connection.way`: the proxies of this process that the client has passed. Refuse it if this is one."""
+    if connection.way:
+        return  # it is known from the process before
     near = place_of(connection.client_address)
     passed: tuple[str, ...] | None = ()
     if ways.knows(near):
@@ -47,12 +49,20 @@ async def find_way(ways: Ways, name: str, connection: Connection) -> None:
 
 
 async def hear_peer(trusted: Networks, timeout: float, connection: Connection) -> None:
-    """Take the PROXY header of a trusted peer, and set `connection.client_address` to the client that it names."""
-    if not trusted.find(host_of(connection.client_address)):
-        return
+    """Take the PROXY header of a trusted peer, and set `connection.client_address` to the client that it names.
+
+    A header that the process before has begun to take belongs to it, whoever is trusted by now.
+    """
     loop = connection.client.loop
+    awaited = connection.header
+    if not awaited:
+        if not trusted.find(host_of(connection.client_address)):
+            return
+        awaited = connection.header = Awaited(loop.now + timeout)
+    elif awaited.whole:
+        return
     try:
-        header = await take_header(loop, connection.client, loop.now + timeout)
+        header = await awaited.take(loop, connection.client)
     except NoHeaderError:
         raise RefusedError("client-closed", "") from None  # a check whether the port is open
     except HeaderError as error:
@@ -69,6 +79,8 @@ async def hear_peer(trusted: Networks, timeout: float, connection: Connection) -
 
 async def admit(access: Access, refusals: Refusals, connection: Connection) -> None:
     """Refuse a client that may not come. Count the others, for the limit of each client."""
+    if connection.counted:
+        return  # it was admitted by the process before
     host = host_of(connection.client_address)
     if reason := access.admit(host):
         refusals.note(format_peer(connection.client_address) + connection.via, reason)

@@ -3,23 +3,23 @@
 import logging
 from collections.abc import Awaitable, Callable
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rspd.balancing.attempts import Attempts, DialError
 from rspd.balancing.backend import Backend
 from rspd.balancing.pool import Pool
 from rspd.engine.cause import UNSERVED, Cause
-from rspd.engine.loop import IN, Cancelled, Loop, Task
+from rspd.engine.loop import ERR, IN, OUT, Cancelled, Task
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
-from rspd.engine.relay import resume as resume_relay
 from rspd.engine.side import Handed, Side
 from rspd.log import LOGGER, quote, write
-from rspd.net.address import Peer, format_peer, host_of, peer, plain
+from rspd.net.address import Peer, format_peer, host_of, plain
 from rspd.net.connect import why
 from rspd.net.descriptors import SHORT, Shortage
-from rspd.net.ways import Way, Ways
+from rspd.net.ways import Way
 from rspd.serving.access import Access
+from rspd.serving.first_bytes import Awaited
 from rspd.settings import ProxyConfig
 
 UNEXPECTED = "unexpected error, this connection ends; please report it"
@@ -63,7 +63,7 @@ class Connection:
     """A client being served. Owns the client's side. Once there is a relay, it closes both sides for the connection.
 
     began: when a backend was dialled first, or will be: the time of the client's PROXY header does not count.
-    attempts: the pool's account of its attempts at backends, once there is one.
+    header, attempts: what is known of its header, and of its attempts at backends, once there is something to know.
     terms: in force when the client was accepted; a later reload does not change them. A connection that was handed over
         has those of the next process, with the timeouts that its relay began with.
     handovers: how often it went from one process to the next.
@@ -79,6 +79,7 @@ class Connection:
         "cut_for",
         "destination",
         "handovers",
+        "header",
         "peer",
         "relay",
         "started",
@@ -88,7 +89,7 @@ class Connection:
     )
 
     task: Task  # runs `handle`; set by the proxy, which spawned it
-    cut_for: Cause  # set by `cut`
+    cut_for: Cause | None  # set by `cut`, and by `interrupt`
 
     def __init__(self, terms: Terms, client: Side, client_address: Peer) -> None:
         self.terms = terms
@@ -97,6 +98,7 @@ class Connection:
         self.backend: Backend | None = None
         self.relay: Relay | None = None
         self.started = self.began = client.loop.now
+        self.header: Awaited | None = None
         self.attempts: Attempts | None = None
         self.peer: Peer | None = None  # the trusted peer that told the client's address
         self.destination: tuple[str, int] | None = None  # where the client connected to, if the peer told that
@@ -105,7 +107,7 @@ class Connection:
         self.handovers = 0
 
     async def handle(self) -> None:
-        """Serve the client to its end, whatever happens."""
+        """Serve the client to its end, whatever happens. After `interrupt`, it goes on where the client was."""
         terms = self.terms
         cause: Cause | None
         reason = ""
@@ -125,6 +127,8 @@ class Connection:
             cause, reason = error.cause, str(error)
         except Cancelled:
             cause = self.cut_for
+            if not cause:
+                return  # it goes on, here or in the next process
         except Exception:
             cause = "error"
             log.exception(UNEXPECTED)
@@ -137,28 +141,38 @@ class Connection:
 
     @property
     def descriptors(self) -> list[int]:
-        """Those that the next process needs; none if the connection cannot be handed over."""
+        """Those that the next process needs."""
         if not self.relay:
-            return []
+            return [self.client.fd]
         client, backend, upload, download = self.client, self.relay.backend, self.relay.upload, self.relay.download
         return [client.fd, backend.fd, *upload.pipe_descriptors, *download.pipe_descriptors]
 
     def hand_over(self) -> Handed:
-        """What `resume` makes it from, in the next process. To be asked while its task waits, if it has a relay."""
-        assert self.relay
-        assert self.backend
-        handed = {
+        """What `resume` makes it from, in the next process. To be asked while its task waits, or after `interrupt`."""
+        handed: dict[str, Any] = {
             "client": plain(self.client_address),
-            "backend": self.backend.name,
             "started": self.started,
             "handovers": self.handovers + 1,
             "descriptors": self.descriptors,
-            "relay": self.relay.hand_over(),
         }
         if self.peer is not None:
             handed["via"] = plain(self.peer)
-        if self.way and (way := self.way.hand_over()):
-            handed["way"] = way
+        if self.relay and self.backend:
+            handed.update(backend=self.backend.name, relay=self.relay.hand_over())
+            if self.way and (way := self.way.hand_over()):
+                handed["way"] = way
+            return handed
+        # Whether all steps are done: `admit` is the last one, where there is something to admit for.
+        admitted = not self.terms.steps or bool(self.counted if self.terms.guarded else self.way)
+        handed.update(side=self.client.hand_over(), began=self.began, admitted=admitted)
+        if self.way:
+            handed["passed"] = self.way.names
+        if self.destination:
+            handed["destination"] = self.destination
+        if self.header:
+            handed["header"] = self.header.hand_over()
+        if self.attempts:
+            handed["attempts"] = self.attempts.hand_over()
         return handed
 
     def reset_if_nobody_takes(self) -> None:
@@ -172,8 +186,10 @@ class Connection:
 
     async def go_on(self) -> None:
         """`handle`, for a connection that `resume` has made."""
-        assert self.relay
-        cause: Cause = "error"
+        if not self.relay:
+            await self.handle()
+            return
+        cause: Cause | None = "error"
         try:
             for side in (self.relay.client, self.relay.backend):
                 try:
@@ -185,7 +201,26 @@ class Connection:
             cause = self.cut_for
         except Exception:
             log.exception(UNEXPECTED)
-        self._log_end(cause, "", self._close(cause))
+        self._log_end(cause or "error", "", self._close(cause))
+
+    def interrupt(self) -> None:
+        """Stop, here and now, what is done for a client that has no relay yet, or do nothing if it has one.
+
+        The client stays open, and has lost nothing but an attempt at a backend. `hand_over` comes next, or `serve_on`.
+        """
+        if not self.relay:
+            self.cut_for = None
+            self.task.interrupt()
+
+    def serve_on(self) -> None:
+        """Go on in this process, after `interrupt`."""
+        if not self.relay:
+            client = self.client
+            broken = client.ready & ERR
+            if client.loop.watches(client):
+                client.loop.unwatch(client)
+            client.ready = OUT | broken
+            self.task.go_on(self.handle())
 
     def cut(self, cause: Cause) -> None:
         """End the connection in the next turn of the loop, with this cause in the log."""
@@ -272,26 +307,3 @@ class Connection:
                 + (f" lost={lost}" if lost else "")
                 + (f" reason={quote(reason)}" if reason else ""),
             )
-
-
-def resume(loop: Loop, ways: Ways, terms: Terms, handed: Handed, descriptors: dict[int, int]) -> Connection:
-    """The connection that was handed over by the process before, to `go_on`. It counts at its backend.
-
-    descriptors: its own, by their numbers in that process. It takes them; if this fails, those that it took are closed.
-    """
-    address = peer(handed.get("client", ""))
-    via = peer(handed["via"]) if "via" in handed else None
-    backend = terms.pool.members.find(handed.get("backend", "-"))
-    relay = resume_relay(loop, terms.pipes, handed["relay"], descriptors)
-    try:
-        connection = Connection(terms, relay.client, address)
-        connection.relay, connection.backend, connection.peer = relay, backend, via
-        if "way" in handed:
-            connection.way = ways.resume(handed["way"])
-        connection.started = handed.get("started", connection.started)
-        connection.handovers = handed.get("handovers", 1)
-    except BaseException:
-        relay.abort()
-        raise
-    backend.enter()
-    return connection

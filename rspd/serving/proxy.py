@@ -12,16 +12,16 @@ from rspd.balancing.pool import Pool
 from rspd.engine.loop import EXCLUSIVE, IN, Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.engine.side import Handed
-from rspd.net.address import host_of
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import CLIENT_GONE, Listener
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
-from rspd.serving.connection import Connection, Terms, resume
+from rspd.serving.connection import Connection, Terms
 from rspd.serving.openings import openings
 from rspd.serving.places import Places
+from rspd.serving.resuming import resume
 from rspd.settings import ProxyConfig
 
 # Seconds without accepting after an error that nobody expected.
@@ -121,15 +121,14 @@ class Proxy:
         self._acceptor.wake()
 
     def apply(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
-        """Serve by a new configuration, after `pause`. Open connections keep the one they began with."""
+        """Serve by a new configuration, after `pause` or `stop_accepting`. Open connections keep the one they have."""
         self.pool.apply(config, openings(config))
         self._set(config, listeners)
+        if self._acceptor.done:
+            self._acceptor = self.loop.spawn(self._serve())
 
     def stop_listening(self) -> None:
-        """Accept no client any more, and close the listeners. The kernel resets the clients in the backlog.
-
-        Clients at a socket of systemd wait on, for the next process.
-        """
+        """Accept no client any more, and close the listeners. The kernel resets who waits there, not at systemd's."""
         self.stop_accepting()
         for listener in self.listeners:
             listener.close()
@@ -168,9 +167,8 @@ class Proxy:
         self.pool.members.resume(handed.get("pool", {}))
 
     def take_over(self, handed: Handed, descriptors: dict[int, int]) -> None:
-        """Serve on a connection of the process before. As for `connection.resume`."""
-        connection = resume(self.loop, self._ways, self._terms, handed, descriptors)
-        connection.counted = self._access, self._access.enter(host_of(connection.client_address))
+        """Serve on a connection of the process before. As for `resuming.resume`."""
+        connection = resume(self.loop, self._ways, self._terms, self._access, handed, descriptors)
         connection.task = task = self.loop.spawn(connection.go_on(), self._connection_ended)
         if not task.done:
             self.connections[task] = connection

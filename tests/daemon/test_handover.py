@@ -9,7 +9,6 @@ import socket
 import struct
 import termios
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,10 +16,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from rspd.running.handover import SETTLE
 from tests.daemon.test_transfer import receive_hashed, send_hashed
 from tests.fleet import File, Load, talks
-from tests.keeper import Manager, managed
+from tests.keeper import managed
 from tests.manager import Service, unix_listener
 from tests.support import (
     PATIENCE,
@@ -30,7 +28,6 @@ from tests.support import (
     eventually,
     fill,
     free_port,
-    full_tcp,
     is_reset,
     receive_all,
     reset,
@@ -473,83 +470,6 @@ def test_an_abort_whose_error_was_read_before_is_an_abort_once_the_kernel_has_de
         eventually(lambda: received)
         assert received == [(size, True)]
         service.daemon.wait_for(f"connection closed .* cause={aborts}-aborted handovers=2")
-
-
-# What does not go on
-
-
-@pytest.fixture
-def unreached(tmp_path: Path, backend: Backend) -> Iterator[tuple[Manager, socket.socket, socket.socket]]:
-    """A service, a client that talks, and one for whom a backend is dialled that does not answer."""
-    with full_tcp() as full:
-        proxies = {
-            "fine": {"listen": fixed(), "backend": backend.address},
-            "stuck": {"listen": fixed(), "backend": full, "connect_timeout": "60s"},
-        }
-        file = File(tmp_path, listen=None, max_connections=None, proxies=proxies)
-        with managed("-c", str(file.path)) as service:
-            where = proxies["stuck"]["listen"].partition(":")[::2]
-            with service.daemon.connect() as client, socket.create_connection((where[0], int(where[1]))) as stuck:
-                stuck.settimeout(PATIENCE)
-                assert talks(client)
-                service.store.wait_for_status(r".*stuck serving 1 of 1.*")
-                yield service, client, stuck
-
-
-def test_who_is_not_connected_to_a_backend_after_a_moment_is_let_go(
-    unreached: tuple[Manager, socket.socket, socket.socket],
-) -> None:
-    service, client, stuck = unreached
-    began = time.monotonic()
-    before = service.restart()
-    (end,) = before.wait_for_ends(1)
-    assert SETTLE <= time.monotonic() - began < SETTLE + 3
-    assert (end["proxy"], end["cause"]) == ("stuck", "drain-timeout")
-    assert receive_all(stuck) == b""
-    assert talks(client)
-
-
-def test_a_second_signal_hurries(unreached: tuple[Manager, socket.socket, socket.socket]) -> None:
-    service, client, _ = unreached
-    before = service.begin_to_stop()
-    before.wait_for("handing over connections=2")
-    began = time.monotonic()
-    before.process.terminate()
-    assert before.wait() == 0
-    assert time.monotonic() - began < 0.8 * SETTLE
-    (end,) = before.wait_for_ends(1)
-    assert (end["proxy"], end["cause"]) == ("stuck", "drain-timeout")
-    service.start()
-    assert talks(client)
-
-
-def test_a_client_in_the_queue_is_let_go(tmp_path: Path, backend: Backend) -> None:
-    one = {"address": backend.address, "max_connections": 1}
-    file = File(tmp_path, listen=fixed(), backends=[one], queue_timeout="60s")
-    with managed("-c", str(file.path)) as service:
-        with service.daemon.connect() as client, service.daemon.connect() as queued:
-            assert talks(client)
-            service.store.wait_for_status(r"serving 2 of .*")
-            before = service.restart()
-            assert [end["cause"] for end in before.wait_for_ends(1)] == ["drain-timeout"]
-            assert receive_all(queued) == b""
-            assert talks(client)
-
-
-def test_who_gets_a_backend_within_that_moment_goes_on(tmp_path: Path, backend: Backend) -> None:
-    one = {"address": backend.address, "max_connections": 1}
-    file = File(tmp_path, listen=fixed(), backends=[one], queue_timeout="60s")
-    with managed("-c", str(file.path)) as service:
-        with service.daemon.connect() as client, service.daemon.connect() as queued:
-            assert talks(client)
-            service.store.wait_for_status(r"serving 2 of .*")
-            before = service.begin_to_stop()
-            before.wait_for("handing over connections=2")
-            client.close()
-            assert before.wait() == 0
-            service.start()
-            assert talks(queued)
-            assert service.daemon.find("took over connections=1$")
 
 
 # What is left behind

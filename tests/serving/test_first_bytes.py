@@ -27,7 +27,7 @@ from rspd.protocols.proxy_protocol import (
     encode,
     parse,
 )
-from rspd.serving.first_bytes import take_header
+from rspd.serving.first_bytes import Awaited
 from tests.protocols.test_proxy_protocol import (
     BLOCK4,
     CLIENT4,
@@ -108,7 +108,7 @@ class Receiver:
         async def receive_header() -> None:
             self.side.watch()
             try:
-                self.outcome = await take_header(self.loop, self.side, deadline)
+                self.outcome = await Awaited(deadline).take(self.loop, self.side)
             except Exception as error:
                 self.outcome = error
 
@@ -437,7 +437,7 @@ def test_a_relay_finds_the_data_and_the_end_that_came_with_the_header(
             side.watch()
             if not early:
                 sender.start()
-            assert await take_header(loop, receiver.side, loop.now + PATIENCE) == Header(CLIENT6, SERVER6)
+            assert await Awaited(loop.now + PATIENCE).take(loop, receiver.side) == Header(CLIENT6, SERVER6)
             pool = Pipes()
             relay = Relay(loop, receiver.side, side, pool, PATIENCE, PATIENCE)
             reader.start()
