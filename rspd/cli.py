@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import os
 import re
@@ -19,9 +18,10 @@ from rspd.config.addresses import parse_address, parse_backend, parse_pair
 from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
 from rspd.config.values import closest, listed, matching
 from rspd.errors import ConfigError, StartError
-from rspd.host.detach import Starter, detach, started_by_systemd
-from rspd.host.pidfile import PidFile
+from rspd.host.detach import Starter, detach, open_standard_descriptors, started_by_systemd
+from rspd.host.pidfile import PidFile, process_in
 from rspd.host.systemd import Notifier, take_descriptors
+from rspd.host.upgrade import CAN_TAKE_OVER, COMMAND, PID_FILE, Program, Successor, ask
 from rspd.log import complain, set_up
 from rspd.running.service import run
 from rspd.settings import DEFAULT_FILE, BackendConfig, Config
@@ -36,10 +36,10 @@ DESCRIPTION = "Accepts TCP connections and relays each to a backend, one at a ti
 
 EPILOG = """\
 An ADDRESS is PORT (everywhere, to listen), HOST:PORT, [IPV6]:PORT, /PATH (unix
-socket), @NAME (abstract one) or fd://NAME (from systemd, to listen). Options
-win over FILE. SIGTERM or SIGINT ends rspd after its connections, a second one
-at once; SIGHUP reads FILE again. Exit codes: 0; 64 usage, 69 cannot listen, 70
-a bug, 71 too few descriptors, 73 pid file, 77 permission, 78 configuration.
+socket), @NAME (abstract one) or fd://NAME (from systemd). Options win over
+FILE. SIGTERM or SIGINT ends rspd after its connections, a second one at once;
+SIGHUP reads FILE again; `rspd upgrade PID` executes rspd anew. Exit codes: 0;
+64 usage, 69 address, 70 bug, 71 limits, 73 pid file, 75 busy, 77 user, 78 FILE.
 """
 
 SHORT = "PORT BACKEND_HOST:BACKEND_PORT"
@@ -52,10 +52,14 @@ rspd [-c FILE] [-l ADDRESS]... [-b ADDRESS]... [OPTION]...
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run rspd with these arguments, by default the process's, and return its exit code (sysexits(3))."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop handles SIGINT: end without a traceback
-    _open_standard_descriptors()
+    open_standard_descriptors()
+    program = Program.of_this_process()
     notifier = Notifier()
     starter = Starter(-1)  # nobody waits
     try:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        if words[:1] == ["upgrade"]:
+            ask(_process(words[1:]))
         parser = _parser()
         options = parser.parse_args(arguments)
         overrides = _overrides(parser, options)
@@ -65,29 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check:
             _check(path, overrides, every_value=options.all)
             return 0
-        sockets, stored = take_descriptors()
-        legacy = _legacy(stored) if stored else None
-        fault = ""
-        try:
-            config = _load_first(path, overrides, sockets=bool(sockets))
-        except StartError as error:
-            before = legacy and legacy.config()
-            if not before:
-                raise
-            config, fault = before, str(error)
-        # A daemon works in another folder.
-        full_path = path and os.path.abspath(path)
-        pid_file = options.pid_file and os.path.abspath(options.pid_file)
-        load = partial(load_config, full_path, overrides, sockets=bool(sockets)) if path else None
-        if not options.foreground and not started_by_systemd():
-            connections = sum(proxy.max_connections for proxy in config.proxies)
-            starter = detach([sock.fileno() for _, sock in sockets], 2 * connections)
-        set_up(config.log_level)
-        with PidFile(pid_file) if pid_file else nullcontext():
-            handed_over = run(config, load, sockets, notifier, lambda: starter.release(0), legacy, fault)
-        if handed_over:
-            # The next process has the connections, and waits: to free what stood for them here takes Python a while.
-            os._exit(0)
+        _start(options, path, overrides, program, notifier, starter)
         return 0
     except StartError as error:
         notifier.failed(str(error), error.errno)
@@ -98,6 +80,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
         set_up(Config._field_defaults["log_level"])
         log.exception("unexpected error, rspd ends; please report it")
         return os.EX_SOFTWARE
+
+
+def _start(
+    options: argparse.Namespace,
+    path: str | None,
+    overrides: dict[str, Any],
+    program: Program,
+    notifier: Notifier,
+    starter: Starter,
+) -> None:
+    """Serve to the end; do not return after a handover. Raises StartError.
+
+    starter: becomes the one that waits, if one does.
+    """
+    sockets, found = take_descriptors()
+    # Of these two, there is one each if this process has executed the program anew.
+    kept = {name: fd for name, fd in found if name in (COMMAND, PID_FILE)}
+    starter.fd = kept.get(COMMAND, -1)
+    stored = [one for one in found if one.name not in kept]
+    legacy = _legacy(stored) if stored else None
+    config, fault = _load_or_go_on(path, overrides, bool(sockets), legacy)
+    # A daemon works in another folder.
+    full_path = path and os.path.abspath(path)
+    pid_file = options.pid_file and os.path.abspath(options.pid_file)
+    load = partial(load_config, full_path, overrides, sockets=bool(sockets)) if path else None
+    by_systemd = started_by_systemd()
+    if COMMAND in kept:
+        if not options.foreground:
+            os.chdir("/")  # it is a daemon already
+    elif not options.foreground and not by_systemd:
+        connections = sum(proxy.max_connections for proxy in config.proxies)
+        starter.fd = detach([sock.fileno() for _, sock in sockets], 2 * connections).fd
+    set_up(config.log_level)
+    # A container's manager may want to be notified, but keeps nothing.
+    successor = None if by_systemd and "container" not in os.environ else Successor(program, sockets)
+    with PidFile(pid_file, kept.get(PID_FILE, -1)) if pid_file else nullcontext() as file:
+        if successor and file:
+            successor.pid_file = file.fd
+        handed_over = run(config, load, sockets, notifier, lambda: starter.release(0), legacy, fault, successor)
+        if handed_over and successor:
+            _execute(successor)
+    if handed_over:
+        # The next process has the connections, and waits: to free what stood for them here takes Python a while.
+        os._exit(0)
+
+
+def _load_or_go_on(
+    path: str | None, overrides: dict[str, Any], sockets: bool, legacy: Legacy | None
+) -> tuple[Config, str]:
+    """The configuration, or that of the process before and what is wrong with the file. Raises StartError."""
+    try:
+        return _load_first(path, overrides, sockets=sockets), ""
+    except StartError as error:
+        if not legacy or not (before := legacy.config()):
+            raise
+        return before, str(error)
+
+
+def _execute(successor: Successor) -> NoReturn:
+    try:
+        successor.execute()
+    except OSError as error:
+        log.error("the program cannot be executed, all connections end: %s", error)
+        os._exit(os.EX_OSERR)
+
+
+def _process(words: Sequence[str]) -> int:
+    """The process that `rspd upgrade` names. Raises StartError."""
+    parser = Parser(prog="rspd upgrade", usage="rspd upgrade PID|--pid-file FILE", allow_abbrev=False)
+    parser.add_argument("pid", nargs="?", type=_checked(matching(r"[1-9]\d{0,8}", "a process's number")))
+    parser.add_argument("--pid-file", metavar="FILE")
+    options = parser.parse_args(words)
+    if bool(options.pid) == bool(options.pid_file):
+        parser.error("expected the number of a process, or --pid-file FILE")
+    return int(options.pid) if options.pid else process_in(options.pid_file)
 
 
 def _legacy(stored: Sequence[StoredDescriptor]) -> Legacy:
@@ -203,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     add_value("--pid-file", "FILE", matching("(?s).+", "a file"), "write the process's number there")
     add("--check", action="store_true", help="check the configuration and exit")
     add("--all", action="store_true", help="with --check: print each value in force")
+    add(CAN_TAKE_OVER, action="store_true", help=argparse.SUPPRESS)
     add("-h", "--help", action="help", help="print this and exit")
     add("-V", "--version", action="version", version=f"rspd {__version__}", help="print the version and exit")
     return parser
@@ -247,18 +305,3 @@ def _advise(word: str) -> str:
     if word in ("start", "stop", "restart", "reload", "status"):
         return f"; the service is for systemctl: systemctl {word} rspd"
     return ""
-
-
-def _open_standard_descriptors() -> None:
-    """Put /dev/null where stdin, stdout or stderr is closed. Else a client's socket could get the log's number."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
-    # Python has None for a stream that was closed; argparse, print and python-daemon want a file.
-    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    # A file's name need not be UTF-8.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import select
 import socket
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -40,23 +42,26 @@ def started_by_systemd() -> bool:
 
 
 class Starter:
-    """The process that was started from a shell, and waits to be told whether the daemon runs."""
+    """The process that was started from a shell, and waits to be told whether the daemon runs.
+
+    fd: where it is told so; -1 once it has been.
+    """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd
 
     def release(self, code: int, reason: str = "") -> bool:
         """Let it write the reason on its stderr and exit with this code. Returns whether it was still waiting."""
-        if self._fd < 0:
+        if self.fd < 0:
             return False
         try:
-            os.write(self._fd, bytes([code]) + reason.encode(errors="backslashreplace")[: select.PIPE_BUF - 1])
+            os.write(self.fd, bytes([code]) + reason.encode(errors="backslashreplace")[: select.PIPE_BUF - 1])
             return True
         except OSError:
             return False  # it was killed, or has stopped waiting
         finally:
-            os.close(self._fd)
-            self._fd = -1
+            os.close(self.fd)
+            self.fd = -1
 
 
 def detach(preserve: Sequence[int], descriptors: int) -> Starter:
@@ -77,7 +82,7 @@ def detach(preserve: Sequence[int], descriptors: int) -> Starter:
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
-        _wait(reader)
+        wait_for_release(reader, "ended before it was ready; the log may say why: journalctl -t rspd")
     DaemonContext(
         detach_process=True,
         working_directory="/",
@@ -111,9 +116,12 @@ def _open_log() -> socket.socket:
     raise StartError(f"{neither}; use --foreground, where it goes to stderr", os.EX_UNAVAILABLE)
 
 
-def _wait(reader: int) -> NoReturn:
-    """Wait for the daemon to release this process, and exit as it says."""
-    code, reason = os.EX_SOFTWARE, "ended before it was ready; the log may say why: journalctl -t rspd"
+def wait_for_release(reader: int, ended: str) -> NoReturn:
+    """Wait for a `Starter` at the other end to release this process, and exit as it says.
+
+    ended: what to say if it ends before that.
+    """
+    code, reason = os.EX_SOFTWARE, ended
     poll = select.poll()
     poll.register(reader, select.POLLIN)
     if not poll.poll(START_TIMEOUT * 1000):
@@ -124,3 +132,18 @@ def _wait(reader: int) -> NoReturn:
         text = "".join(f"rspd: {line}\n" for line in reason.splitlines())
         os.write(STDERR, text.encode(errors="backslashreplace"))
     os._exit(code)
+
+
+def open_standard_descriptors() -> None:
+    """Put /dev/null where stdin, stdout or stderr is closed. Else a client's socket could get the log's number."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    # Python has None for a stream that was closed; argparse, print and python-daemon want a file.
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    # A file's name need not be UTF-8.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

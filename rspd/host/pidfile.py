@@ -14,25 +14,31 @@ TEXT_MAX = 32
 
 
 class PidFile:
-    """A file with this process's pid, as a context: locked (flock(2)) while it runs, and removed at its end."""
+    """A file with this process's pid, as a context: locked (flock(2)) while it runs, and removed at its end.
 
-    def __init__(self, path: str) -> None:
+    fd: the open file.
+    """
+
+    def __init__(self, path: str, fd: int = -1) -> None:
+        """fd: the file, if this process has executed the program anew: it is locked already."""
         self._path = path
-        self._fd = -1
+        self.fd = fd
 
     def __enter__(self) -> PidFile:
         """Write the file. Raises StartError if it belongs to another process or user, or cannot be written."""
         number = f"{os.getpid()}\n".encode()
+        if self.fd >= 0 and self._is_in_place(self.fd):
+            return self
         try:
-            self._fd = self._open()
-            if os.fstat(self._fd).st_uid == os.geteuid():
-                os.fchmod(self._fd, 0o644)  # everybody may read the process's number
-            os.pwrite(self._fd, number, 0)
-            os.ftruncate(self._fd, len(number))
+            self.fd = self._open()
+            if os.fstat(self.fd).st_uid == os.geteuid():
+                os.fchmod(self.fd, 0o644)  # everybody may read the process's number
+            os.pwrite(self.fd, number, 0)
+            os.ftruncate(self.fd, len(number))
         except OSError as error:
-            if self._fd >= 0:
+            if self.fd >= 0:
                 # Remove a file that had no content before: it may have been made here.
-                self._close(remove=not os.fstat(self._fd).st_size)
+                self._close(remove=not os.fstat(self.fd).st_size)
             reason = "a symbolic link stands there" if error.errno == errno.ELOOP else error.strerror
             raise self._refusal(f"cannot be written: {reason}", error.errno or 0) from None
         return self
@@ -43,12 +49,12 @@ class PidFile:
 
     def _close(self, remove: bool) -> None:
         try:
-            if remove and self._is_in_place(self._fd):
+            if remove and self._is_in_place(self.fd):
                 os.unlink(self._path)
         except OSError:
             pass  # rspd may not write in the folder; the next start finds the file stale
-        os.close(self._fd)
-        self._fd = -1
+        os.close(self.fd)
+        self.fd = -1
 
     def _open(self) -> int:
         """The file, locked and ours to overwrite."""
@@ -90,6 +96,19 @@ class PidFile:
             return os.path.samestat(os.lstat(self._path), os.fstat(fd))
         except FileNotFoundError:
             return False
+
+
+def process_in(path: str) -> int:
+    """The process that a pid file names. Raises StartError."""
+    try:
+        with open(path, errors="backslashreplace") as file:
+            text = file.read(TEXT_MAX).strip()
+    except OSError as error:
+        code = os.EX_NOPERM if isinstance(error, PermissionError) else os.EX_UNAVAILABLE
+        raise StartError(f"pid file {path}: cannot be read: {error.strerror}; is rspd running?", code) from None
+    if not (text.isascii() and text.isdigit()) or not int(text):
+        raise StartError(f"pid file {path}: expected a process's number, found {text!r}", os.EX_CANTCREAT)
+    return int(text)
 
 
 def _runs(pid: int) -> bool:

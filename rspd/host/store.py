@@ -16,8 +16,9 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from typing import Protocol
 
-from rspd.host.systemd import Notifier, StoredDescriptor
+from rspd.host.systemd import StoredDescriptor
 
 # The names in the store, all below STORED.
 LISTENER, PARCEL = "listener-", "parcel"
@@ -46,12 +47,25 @@ FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 LINGER_0 = struct.pack("ii", 1, 0)
 
 
+class Keeper(Protocol):
+    """Who keeps descriptors for the next process: `Notifier`, or what is executed next."""
+
+    def store(self, name: str, fds: Sequence[int], poll: bool = True) -> bool:
+        """As for `Notifier`."""
+
+    def remove(self, name: str) -> bool:
+        """As for `Notifier`."""
+
+    def barrier(self, fd: int) -> bool:
+        """As for `Notifier`."""
+
+
 class Store:
     """What this process keeps in the store."""
 
-    def __init__(self, notifier: Notifier, found: Iterable[StoredDescriptor]) -> None:
+    def __init__(self, keeper: Keeper, found: Iterable[StoredDescriptor]) -> None:
         """found: what the process before has left there."""
-        self._notifier = notifier
+        self._keeper = keeper
         self._kept = {name for name, _ in found}
         self._wanted: dict[str, int] = {}
 
@@ -65,7 +79,7 @@ class Store:
         for name in self._kept - self._wanted.keys():
             self.remove(name)
         for name in self._wanted.keys() - self._kept:
-            if self._notifier.store(name, [self._wanted[name]], poll=False):
+            if self._keeper.store(name, [self._wanted[name]], poll=False):
                 self._kept.add(name)
 
     def keeps(self, name: str) -> bool:
@@ -80,12 +94,12 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Keep nothing that has this name."""
-        if self._notifier.remove(name):
+        if self._keeper.remove(name):
             self._kept.discard(name)
 
     def keep_parcel(self, parcel: Parcel) -> None:
         """Keep a parcel. Whether systemd took it is known after `barrier`, see `Parcel.kept`. Raises OSError."""
-        if not self._notifier.store(PARCEL, parcel.left):
+        if not self._keeper.store(PARCEL, parcel.left):
             raise OSError(errno.EAGAIN, "systemd takes no message")
         self._kept.add(PARCEL)
         parcel.leave()
@@ -94,7 +108,7 @@ class Store:
         """A descriptor that has news once systemd has read all that it was told; the caller's. Raises OSError."""
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            if not self._notifier.barrier(writer):
+            if not self._keeper.barrier(writer):
                 os.close(reader)
                 raise OSError(errno.EAGAIN, "systemd takes no message")
         finally:

@@ -51,15 +51,13 @@ class Handover:
     async def run(self, config: Config, hurry: Callable[[], bool]) -> bool:
         """Hand over. If this returns True, no task runs any more: the process ends.
 
-        If it returns False, the relayed connections go on here. No client is accepted any more: the caller drains.
+        If it returns False, all connections go on here, and no client is accepted any more: the caller drains.
 
         config: in force. hurry: whether to wait for nobody.
         """
-        loop, everyone = self._loop, self._proxies.everyone()
-        for proxy in everyone:
-            proxy.stop_accepting()
-        log.info("handing over connections=%d", self._proxies.open)
-        deadline = loop.now + min(LONGEST, max(proxy.config.drain_timeout for proxy in everyone))
+        loop = self._loop
+        self._begin()
+        deadline = loop.now + min(LONGEST, max(one.config.drain_timeout for one in self._proxies.everyone()))
         told = False
         busy_until = 0.0
         while True:
@@ -81,8 +79,7 @@ class Handover:
                 continue
             busy_until = 0.0
             if not left:
-                loop.abandon()
-                return True
+                return self._done()
             if not told:
                 text = "too many descriptors in flight, connections drain that find no room connections=%d fitting=%d"
                 count = self._proxies.open
@@ -92,6 +89,32 @@ class Handover:
                 await self._cut(left)
             else:
                 await loop.sleep(AGAIN)
+
+    async def run_or_stay(self, config: Config) -> bool:
+        """`run`, for a process that can go on: if this returns False, the caller accepts clients again."""
+        self._begin()
+        try:
+            left = await self._attempt(config)
+            reason = f"too many descriptors in flight for {len(left)} connections" if left else ""
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except Exception:
+            log.exception("unexpected error while handing over; please report it")
+            reason = "a bug"
+        if not reason:
+            return self._done()
+        log.warning("cannot hand over, nothing has changed reason=%s", quote(reason))
+        return False
+
+    def _begin(self) -> None:
+        for proxy in self._proxies.everyone():
+            proxy.stop_accepting()
+        log.info("handing over connections=%d", self._proxies.open)
+
+    def _done(self) -> bool:
+        log.info("handed over connections=%d served=%d", self._proxies.open, self._proxies.served)
+        self._loop.abandon()
+        return True
 
     async def _attempt(self, config: Config) -> Sequence[Connection]:
         """Hand all connections over. Returns those that found no room; then none is handed over. Raises OSError."""

@@ -18,19 +18,20 @@ from rspd.engine.pipes import Pipes
 from rspd.errors import ConfigError, StartError
 from rspd.host.store import Store
 from rspd.host.systemd import Notifier, PassedSocket
+from rspd.host.upgrade import UPGRADE_OR_RESTART, Successor, who_asks
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener, ListenError
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
+from rspd.running.handover import Handover
 from rspd.running.proxies import Proxies
 from rspd.running.sockets import Plan, Sockets, log_replaced, make_room
 from rspd.running.status import Reporter
-from rspd.serving.places import who_waits
+from rspd.running.upgrade import Upgrade
 from rspd.serving.proxy import Proxy
 from rspd.settings import Config
 
 if TYPE_CHECKING:
-    from rspd.running.handover import Handover
     from rspd.running.legacy import Legacy
 
 EXIT_CODES = {
@@ -42,10 +43,7 @@ EXIT_CODES = {
 
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
-# Says that the service restarts; SIGTERM follows. A version that does not know it ignores it.
-RESTART = signal.SIGURG
-
-# Seconds within which it follows. A signal to end that comes later has another reason.
+# Seconds within which SIGTERM follows if the service restarts. A signal to end that comes later has another reason.
 RESTART_WITHIN = 30.0
 
 # Seconds. With a shorter exit_idle_time, so many starts follow that the limits in rspd.service and rspd.socket are hit.
@@ -70,6 +68,7 @@ def run(
     on_ready: Callable[[], object],
     legacy: Legacy | None = None,
     fault: str = "",
+    successor: Successor | None = None,
 ) -> bool:
     """Serve until a signal to end, or until it was idle for long enough, and drain. Raises StartError.
 
@@ -77,6 +76,7 @@ def run(
     load: reads the configuration again at a reload; raises ConfigError or OSError. None where there is no file.
     passed: the sockets that systemd passed, ours from now on.
     on_ready: called once, when clients can connect.
+    successor: what may be executed in place of this process; None where systemd starts the next one.
     legacy: what the process before has left. fault: what is wrong with the file, if `config` was in force there.
     """
     try:
@@ -85,7 +85,7 @@ def run(
         make_room(config, max(len(passed), 1))  # too few descriptors even for the loop
         loop = Loop()
     with loop:
-        return loop.run(Service(loop, config, load, passed, notifier, legacy, fault).run(on_ready))
+        return loop.run(Service(loop, config, load, passed, notifier, legacy, fault, successor).run(on_ready))
 
 
 class Service:
@@ -100,6 +100,7 @@ class Service:
         notifier: Notifier,
         legacy: Legacy | None,
         fault: str,
+        successor: Successor | None,
     ) -> None:
         """config: the configuration to start with."""
         self._loop = loop
@@ -117,13 +118,10 @@ class Service:
         make = partial(Proxy, loop, self._shortage, self._pipes, resolver, self._ways, watchers)
         self._proxies = Proxies(loop, self._ways, make)
         self._reporter = Reporter(loop, self._proxies, watchers, notifier)
-        self._store = Store(notifier, legacy.found if legacy else ())
-        self._handover: Handover | None = None
-        if notifier.active:
-            # Now, since another version may be installed at the end. Only under systemd, since it costs 2 ms.
-            from rspd.running.handover import Handover
-
-            self._handover = Handover(loop, self._store, self._proxies, from_file=load is not None)
+        self._successor = successor
+        self._store = Store(successor, ()) if successor else Store(notifier, legacy.found if legacy else ())
+        self._handover = Handover(loop, self._store, self._proxies, from_file=load is not None)
+        self._upgrade = Upgrade(loop, successor, self._store, self._proxies, self._handover)
         self._restart_until = -inf  # until when a signal to end is one to restart
         self._ends = 0  # signals to end so far
         self._reload_asked = False
@@ -146,28 +144,35 @@ class Service:
             log.error("serving by the settings of the process before: %s", line)
         self._reporter.ready(self._fault and f"serving by the settings of the process before: {self._fault}")
         on_ready()
+        handed_over = False
         while not self._ends and not self._idle_for_long():
             if self._reload_asked:
                 self._reload_asked = False
                 self._reporter.reloading()
                 failure = await self._reload()
                 self._reporter.ready(failure and f"reload failed: {failure}")
+            elif self._upgrade.asked:
+                if handed_over := await self._upgrade.run(self._config, lambda: self._ends):
+                    break
             else:
                 await news()
-        if self._loop.now < self._restart_until and self._handover and self._config.handover:
+        if not handed_over:
+            self._upgrade.leave()
+        if not handed_over and self._loop.now < self._restart_until and self._config.handover:
             self._reporter.ending()
-            if await self._handover.run(self._config, hurry=lambda: self._ends > 1):
-                log.info("handed over connections=%d served=%d", self._proxies.open, self._proxies.served)
-                signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS | {signal.SIGHUP})
-                return True
-        await self._drain()
-        self._pipes.close()
-        self._shortage.give_up_spare()
-        self._reporter.ending()
-        log.info("ended served=%d", self._proxies.served)
+            handed_over = await self._handover.run(self._config, lambda: self._ends > 1)
+        if not handed_over:
+            await self._drain()
+            self._pipes.close()
+            self._shortage.give_up_spare()
+            self._reporter.ending()
+            log.info("ended served=%d", self._proxies.served)
         # Closing the loop restores the default actions: one more signal would kill rspd and be its exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS | {signal.SIGHUP})
-        return False
+        self._loop.wakeups.run_calls()
+        if self._successor and handed_over and self._ends:
+            os.kill(os.getpid(), signal.SIGTERM)  # it came too late for this program: it waits for the next
+        return handed_over
 
     async def _take_over(self, legacy: Legacy, plan: Plan) -> None:
         """Go on with the connections of the process before, while nobody is accepted: they have their places first."""
@@ -223,14 +228,18 @@ class Service:
             task.wake()
 
         def expect_restart() -> None:
-            self._restart_until = self._loop.now + RESTART_WITHIN
+            if command := who_asks():
+                self._upgrade.ask(command)
+                task.wake()
+            elif not self._successor:
+                self._restart_until = self._loop.now + RESTART_WITHIN
 
-        self._loop.wakeups.on_signal(RESTART, expect_restart)
+        self._loop.wakeups.on_signal(UPGRADE_OR_RESTART, expect_restart)
         for number in ENDING_SIGNALS:
             self._loop.wakeups.on_signal(number, end)
         self._loop.wakeups.on_signal(signal.SIGHUP, ask_reload)
         # The process that started rspd may have blocked these signals (daemon(7)).
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS | {signal.SIGHUP, RESTART})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS | {signal.SIGHUP, UPGRADE_OR_RESTART})
 
     def _go_by(self, config: Config, plan: Plan, listeners: dict[str, list[Listener]]) -> None:
         """Serve by a configuration from now on. Log those of its effects that may surprise."""
@@ -248,7 +257,7 @@ class Service:
 
     def _keep_listeners(self) -> None:
         """Let the next process have our own listeners. systemd passes the others to it anyway."""
-        if self._handover:
+        if not self._successor:
             own = [listener.fd for listener in self._proxies.listeners if listener.passed is None]
             self._store.keep(own if self._config.handover else ())
 
@@ -291,21 +300,11 @@ class Service:
 
     async def _drain(self) -> None:
         """Stop listening, and wait for the open connections, at most for `drain_timeout`, or until a second signal."""
-        self._ways.listen({}, ())
-        task = self._loop.current
-        proxies = self._proxies.everyone()
-        timeouts = {f"{proxy.config.drain_timeout:g}" for proxy in proxies}
-        # The kernel resets these clients. Clients at a socket of systemd wait on for the next process.
-        reset = who_waits(listener for proxy in proxies for listener in proxy.listeners if listener.passed is None)
+        timeouts = {f"{proxy.config.drain_timeout:g}" for proxy in self._proxies.everyone()}
+        reset = self._proxies.stop_listening()
         waiting = f" waiting={reset}" if reset else ""
-        for proxy in proxies:
-            proxy.stop_listening()
         self._store.keep(())
         self._reporter.ending()
-        open_ones = self._proxies.open
-        log.info("ending connections=%d%s drain_timeout=%s", open_ones, waiting, ",".join(sorted(timeouts)))
-        drains = [self._loop.spawn(proxy.drain(lambda: self._ends > 1), lambda _: task.wake()) for proxy in proxies]
-        while not all(drain.done for drain in drains):
-            for drain in drains:
-                drain.wake()  # a second signal to end concerns all proxies
-            await news()
+        text = "ending connections=%d%s drain_timeout=%s"
+        log.info(text, self._proxies.open, waiting, ",".join(sorted(timeouts)))
+        await self._proxies.drain(lambda: self._ends > 1)

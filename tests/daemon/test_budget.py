@@ -41,7 +41,7 @@ KEYS = {
 # Modules that some configurations need, or some messages. Others are not to pay for them at each start.
 SLOW = {
     *("yaml", "datetime", "base64", "random", "hashlib", "daemon", "difflib", "locale"),
-    *("asyncio", "ipaddress", "json", "pathlib", "shutil", "subprocess", "tempfile"),
+    *("asyncio", "ipaddress", "pathlib", "shutil", "subprocess", "tempfile"),
 }
 
 CONNECTIONS = 100

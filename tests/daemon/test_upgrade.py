@@ -134,6 +134,5 @@ def test_its_modules_import_each_other_when_they_are_imported_and_never_later() 
         ("cli.py", "_check", "from rspd.config.summary import describe"),
         ("cli.py", "_check", "from rspd.config.dump import dump"),
         ("cli.py", "_legacy", "from rspd.running.legacy import Legacy"),
-        ("service.py", "__init__", "from rspd.running.handover import Handover"),
         ("handover.py", "__init__", "from rspd.config.dump import dump"),
     }
