@@ -25,8 +25,11 @@ _rspd() {
         --log-level)
             COMPREPLY=($(compgen -W "debug info warning error" -- "$word"))
             ;;
+        upgrade)
+            COMPREPLY=($(compgen -W "--pid-file $(pgrep -x rspd)" -- "$word"))
+            ;;
         *)
-            COMPREPLY=($(compgen -W "-c --config -l --listen -b --backend --max-connections --log-level --exit-idle-time
+            COMPREPLY=($(compgen -W "upgrade -c --config -l --listen -b --backend --max-connections --log-level --exit-idle-time
                 --foreground --pid-file --check --all -h --help -V --version" -- "$word"))
             [[ $word == [/.~]* ]] && compopt -o default # an address or a backend may be a file
             ;;
