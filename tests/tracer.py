@@ -18,10 +18,17 @@ class Call(NamedTuple):
     name: str
     number: int
 
-    def send(self, signal: str) -> list[str]:
-        """Options of strace: send the process a signal instead of that call (`KILL`), or before it (`STOP`)."""
+    def kill(self) -> list[str]:
+        """Options of strace: the process is killed instead of that call."""
+        return [*self._send("KILL"), "-e", "signal=none", "-o", "/dev/null"]
+
+    def stop(self) -> list[str]:
+        """Options of strace: the process stops after that call."""
+        return self._send("STOP")
+
+    def _send(self, signal: str) -> list[str]:
         inject = f"inject={self.name}:signal=SIG{signal}:when={self.number}"
-        return ["-e", f"trace={self.name}", "-e", inject, "-e", "signal=none", "-o", "/dev/null"]
+        return ["-e", f"trace={self.name}", "-e", inject]
 
 
 class Trace:
@@ -65,6 +72,11 @@ class Tracer:
         self._process.terminate()
         self._process.wait(PATIENCE)
         self._process.stderr.close()
+
+    def wait_for_stop(self) -> None:
+        """Wait until the process has stopped, as it was told, or has ended."""
+        assert self._process.stderr
+        assert any("stopped by SIGSTOP" in line for line in self._process.stderr), "it has not stopped"
 
     def wait(self) -> None:
         """Wait until the process has ended."""

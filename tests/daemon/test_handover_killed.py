@@ -273,7 +273,7 @@ def trace_old(service: Manager, server: Server, file: Path) -> list[Call]:
 def kill_old(service: Manager, server: Server, call: Call) -> str:
     """Kill the process at a call while it hands over, and start the next one. Returns what it had left."""
     with clients(service, server) as served:
-        with Tracer(service.daemon.pid, *call.send("KILL")) as tracer:
+        with Tracer(service.daemon.pid, *call.kill()) as tracer:
             code = service.begin_to_stop().wait()
             tracer.wait()
         settle(service)
@@ -350,7 +350,7 @@ def kill_new(service: Manager, server: Server, call: Call) -> str:
     with clients(service, server) as served:
         service.stop()
         ready = len(service.store.with_field("READY=1"))
-        killed = service.start(wait=False, launcher=traced(*call.send("KILL")))
+        killed = service.start(wait=False, launcher=traced(*call.kill()))
         eventually(lambda: killed.process.poll() is not None or len(service.store.with_field("READY=1")) > ready)
         if killed.process.poll() is None:
             # It is another call than in the trace.
@@ -399,7 +399,7 @@ def test_what_a_process_that_is_killed_while_it_takes_over_had_not_received_yet_
     with clients(service, server, ["talk"] * MANY) as served:
         service.stop()
         second = Call("recvmsg", 3)  # the first is at the other end of the queue
-        assert service.start(wait=False, launcher=traced(*second.send("KILL"))).wait() == -signal.SIGKILL
+        assert service.start(wait=False, launcher=traced(*second.kill())).wait() == -signal.SIGKILL
         service.start()
         lost = [dict(re.findall(r"(\w+)=(\S+)", line))["client"] for line in service.daemon.find("connection closed ")]
         assert len(lost) == MESSAGE_MAX // 2 + 1  # one has a descriptor in each message
