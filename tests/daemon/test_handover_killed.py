@@ -69,6 +69,14 @@ def block(ident: int, number: int) -> bytes:
     return struct.pack("!II", ident, number) * 128
 
 
+def exactly(sock: socket.socket, size: int) -> bytes:
+    """So many bytes, or fewer at the end of the stream."""
+    data = b""
+    while len(data) < size and (part := sock.recv(size - len(data))):
+        data += part
+    return data
+
+
 class Server(Backend):
     """A backend that serves each client what is that client's own."""
 
@@ -78,7 +86,7 @@ class Server(Backend):
         super().__init__(self._serve)
 
     def _serve(self, sock: socket.socket) -> None:
-        kind, ident = HEAD.unpack(sock.recv(HEAD.size, socket.MSG_WAITALL))
+        kind, ident = HEAD.unpack(exactly(sock, HEAD.size))
         try:
             if kind == b"load":
                 for number in range(BLOCKS):
@@ -90,7 +98,7 @@ class Server(Backend):
                 sock.sendall(block(ident, 0))
             else:
                 for number in itertools.count():
-                    data = sock.recv(1024, socket.MSG_WAITALL)
+                    data = exactly(sock, 1024)
                     if not data:
                         break
                     self._expect(ident, data, block(ident, number))
@@ -123,7 +131,7 @@ class Client:
         if self.kind == "talk":
             self.talk()
         elif self.kind == "load":
-            assert self.sock.recv(1024, socket.MSG_WAITALL) == block(self.ident, 0)
+            assert exactly(self.sock, 1024) == block(self.ident, 0)
         else:
             self.sock.shutdown(socket.SHUT_WR)
             assert self.sock.recv(1) == b"!"
@@ -133,7 +141,7 @@ class Client:
         data = block(self.ident, self._said)
         self._said += 1
         self.sock.sendall(data)
-        assert self.sock.recv(1024, socket.MSG_WAITALL) == data, f"of client {self.ident}"
+        assert exactly(self.sock, 1024) == data, f"of client {self.ident}"
 
     def go_on(self) -> None:
         """All that is left comes."""
