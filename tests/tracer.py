@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from tests.support import PATIENCE
+from tests.support import PATIENCE, skip_for_kernel
 
 
 class Call(NamedTuple):
@@ -60,7 +60,11 @@ class Tracer:
         self._process = subprocess.Popen(["strace", "-p", str(pid), *options], stderr=subprocess.PIPE, text=True)
         assert self._process.stderr
         said = self._process.stderr.readline()
-        assert "attached" in said, said
+        if "attached" not in said:
+            self.__exit__(None, None, None)
+            if "not permitted" in said:
+                skip_for_kernel("nobody may trace what runs already (kernel.yama.ptrace_scope)")
+            raise AssertionError(said)
 
     def __enter__(self) -> Tracer:
         return self

@@ -58,6 +58,9 @@ WITHIN |= {"munmap", "newfstatat", "poll", "prlimit64", "read", "rt_sigaction", 
 # These are of a relay, which goes on meanwhile.
 WITHIN |= {"recvfrom", "sendto", "splice"}
 
+# strace writes calls down, with as much of their arguments as the tests look at.
+RECORD = ["-e", "signal=none", "-s", "99"]
+
 # The sweep is shared out to so many tests, for as many processors.
 PARTS = 2
 
@@ -269,13 +272,14 @@ def parts(calls: Sequence[Call], part: int) -> list[Call]:
 def trace_old(service: Manager, server: Server, file: Path) -> list[Call]:
     """The calls of a process while it hands over, in an ordinary restart."""
     with clients(service, server) as served:
-        with Tracer(service.daemon.pid, "-e", "signal=none", "-o", str(file)) as tracer:
+        with Tracer(service.daemon.pid, *RECORD, "-o", str(file)) as tracer:
             service.stop()
             tracer.wait()
         service.start()
         for client in served:
             client.go_on()
-    return Trace(file).calls
+    trace = Trace(file)
+    return trace.calls[: trace.first("handed over") + 5]
 
 
 def kill_old(service: Manager, server: Server, call: Call) -> str:
@@ -343,7 +347,7 @@ def trace_new(service: Manager, server: Server, file: Path) -> list[Call]:
     """The calls of a process that takes over, from the look at the document until it is ready."""
     with clients(service, server) as served:
         service.stop()
-        service.start(launcher=traced("-e", "signal=none", "-o", str(file)))
+        service.start(launcher=traced(*RECORD, "-o", str(file)))
         for client in served:
             client.go_on()
         trace = Trace(file)
