@@ -47,13 +47,14 @@ PACE = 0.001  # seconds between a ping's answer and the next ping
 PATIENCE = 40.0  # seconds until a short connection is given up
 
 LINGER_0 = struct.pack("ii", 1, 0)
+ABORTED = "aborted"  # the outcome, where the client was told to
 
 
 class Kind(NamedTuple):
     """How both ends of a connection behave.
 
     up, down: how the client and the backend send: `messages`, `answers` to what has come, `bulk`, `pieces` until the
-        other one stops reading, or one message and the `end`.
+        other one stops reading, one message and the `end`, or `nothing` but a message at last.
     client_reads, backend_reads: bytes at each tick, or AT_ONCE.
     rests: the client reads nothing for so many ticks, then for one.
     """
@@ -64,6 +65,8 @@ class Kind(NamedTuple):
     backend_reads: int = AT_ONCE
     rests: int = 0
     ticks: int = 1  # how many ticks are one of this kind
+    waits: bool = False  # nobody waits for its backend, and the client sends all the same
+    proxied: bool = False  # it begins with a PROXY header, of which the client sends a part until it is told to go on
 
 
 KINDS = {
@@ -78,6 +81,15 @@ KINDS = {
     "to-unix-bulk": Kind("bulk", "messages", backend_reads=1 << 15),
     "quiet": Kind("messages", "answers", ticks=20),
     "short": Kind("end", "short"),
+    "idle": Kind("nothing", "nothing"),
+    "half-idle": Kind("end", "nothing"),
+    "aborting": Kind("bulk", "nothing", backend_reads=500),
+    "queued": Kind("messages", "answers", waits=True),
+    "dialling": Kind("messages", "answers", waits=True),
+    "dialling-late": Kind("messages", "answers", waits=True),
+    "proxied": Kind("messages", "answers", waits=True, proxied=True),
+    "retired": Kind("messages", "answers"),
+    "moved": Kind("messages", "answers"),
 }
 NAMES = list(KINDS)
 
@@ -128,6 +140,7 @@ class End:
         "ended",
         "index",
         "kind",
+        "muted",
         "name",
         "outcome",
         "owed",
@@ -154,6 +167,7 @@ class End:
         self.sent = Stream(index, UP if is_client else DOWN)
         self.received = Stream(index, DOWN if is_client else UP)
         self.owed = 0  # bytes to be sent
+        self.muted = False  # nothing may be sent yet
         self.closing = False  # after what is owed, the end
         self.shut = False
         self.ended = False  # the other end has ended
@@ -162,8 +176,17 @@ class End:
         self.ticked = index
         self.outcome = ""
 
+    def begin(self) -> None:
+        """Send the header, after what is left of the one before it, and what is owed. Raises OSError."""
+        left = self.proxy_header()[1] if self.kind.proxied else b""
+        self.sock.send(left + HEADER.pack(self.index, NAMES.index(self.name)))  # fits: hardly anything is there
+        self.muted = False
+        self.flush()
+
     def flush(self) -> None:
         """Send what is owed, as much of it as fits; then the end, if it is time."""
+        if self.muted:
+            return
         while self.owed and not self.outcome:
             data = self.sent.next(min(self.owed, 1 << 16))
             try:
@@ -223,13 +246,28 @@ class End:
             self.closing = True
             if self.sends == "bulk":
                 self.owed = 0
+            elif self.sends == "nothing":
+                self.owed += ANSWER
         self.flush()
+
+    def proxy_header(self) -> tuple[bytes, bytes]:
+        """Two parts of a PROXY header; it says of the client what is true without it."""
+        header = b"PROXY TCP4 127.0.0.1 127.0.0.1 %d 80\r\n" % self.port
+        cut = 1 + self.index % (len(header) - 1)
+        return header[:cut], header[cut:]
 
     def close(self, outcome: str) -> None:
         """The connection has ended."""
         if not self.outcome:
             self.outcome = outcome
             self.sock.close()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether a client is to hear from its backend again and again."""
+        if self.kind.waits and (self.closing or not self.received.size):
+            return False
+        return self.kind.down != "nothing"
 
     def report(self) -> list[object]:
         """What there is to compare."""
@@ -266,9 +304,11 @@ class Process:
             try:
                 if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                     raise OSError(number, os.strerror(number))
-                sock.send(HEADER.pack(end.index, NAMES.index(end.name)))  # fits: nothing was sent before
+                if end.kind.proxied:
+                    sock.send(end.proxy_header()[0])
+                else:
+                    end.begin()
                 self.watch(fd, handler)
-                end.flush()
             except OSError as error:
                 end.close(type(error).__name__)
             if end.outcome:
@@ -377,7 +417,36 @@ class Clients(Process):
 
     def is_lost(self, end: End) -> bool:
         """Whether a connection has ended that should not have."""
-        return end.outcome not in ("", "in order")
+        return end.outcome not in ("", "in order", ABORTED)
+
+    def do_go_on(self, name: str, count: int) -> int:
+        """Send the rest of so many PROXY headers; of how many it was there to be sent."""
+        ends = [end for end in self.ends if end.name == name and end.muted and not end.outcome][:count]
+        for end in ends:
+            try:
+                end.begin()
+            except OSError as error:
+                end.close(type(error).__name__)
+        return len(ends)
+
+    def do_end(self, name: str, count: int) -> int:
+        """End so many connections that have a backend, the oldest of this kind; how many there were."""
+        ends = [end for end in self.ends if end.name == name and end.received.size and not end.closing][:count]
+        for end in ends:
+            end.last()
+        return len(ends)
+
+    def do_abort(self, name: str) -> None:
+        """Abort all of a kind."""
+        for end in self.ends:
+            if end.name == name:
+                self.forget(end.sock.fileno())
+                end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+                end.close(ABORTED)
+
+    def do_reached(self) -> dict[str, int]:
+        """How many connections of each kind have heard of their backends, those that have ended included."""
+        return Counter(end.name for end in self.ends if end.received.size)
 
     def do_mark(self) -> None:
         """What comes from now on is new."""
@@ -385,8 +454,9 @@ class Clients(Process):
             end.seen = end.received.size
 
     def do_silent(self) -> dict[str, int]:
-        """How many connections of each kind have had nothing new, but for those that rest."""
-        return Counter(end.name for end in self.ends if end.received.size == end.seen and not end.kind.rests)
+        """How many connections of each kind have had nothing new, but for those that rest, wait, or are to end."""
+        resting = [end for end in self.ends if end.received.size == end.seen and not end.kind.rests]
+        return Counter(end.name for end in resting if end.speaks and not end.outcome)
 
     def do_finish(self) -> None:
         """End all in order."""
@@ -415,7 +485,10 @@ class Clients(Process):
             end.closing = True
         self.ends.append(end)
         self.slots[index % SLOTS].append(end)
-        self.under_way.add(end)
+        if end.kind.waits:
+            end.muted = True
+        else:
+            self.under_way.add(end)
         self.introduce(end, lambda: self.receive(end, AT_ONCE))
 
     def receive(self, end: End, limit: int) -> None:
@@ -426,7 +499,7 @@ class Clients(Process):
             if end.reads != AT_ONCE:
                 self.forget(fd)
         if end.ended and not end.outcome:
-            whole = end.shut and self.finishing
+            whole = end.shut and (self.finishing or end.sends != "end")
             end.close("in order" if whole else f"an end after {end.received.size} bytes")
         if end.outcome:
             self.forget(fd)
@@ -453,6 +526,27 @@ class Backends(Process):
         self.listeners: list[socket.socket] = []
         self.finishing = False
         self.short = Counter[str]()
+        self.full: dict[int, tuple[socket.socket, socket.socket]] = {}
+        self.accepted = 0
+        self.order: list[tuple[int, str, int]] = []
+
+    def do_fill(self, place: int) -> None:
+        """Listen here, and have no room: the kernel drops each SYN, until `do_make_room`."""
+        listener = socket.create_server(("127.0.0.1", place), backlog=0)
+        listener.setblocking(False)
+        self.full[place] = listener, socket.create_connection(("127.0.0.1", place))
+
+    def do_make_room(self, place: int) -> None:
+        """Accept where there was no room."""
+        listener, filler = self.full.pop(place)
+        filler.close()
+        listener.listen(4096)
+        self.listeners.append(listener)
+        self.watch(listener.fileno(), lambda: self.accept(listener))
+
+    def do_order(self, name: str) -> list[int]:
+        """The connections of a kind in the order in which they came."""
+        return [index for _, kind, index in sorted(self.order) if kind == name]
 
     def do_listen(self, places: list[str | int]) -> None:
         """Listen here."""
@@ -489,10 +583,12 @@ class Backends(Process):
             except BlockingIOError:
                 return
             sock.setblocking(False)
-            self.watch(sock.fileno(), lambda sock=sock: self.begin(sock))  # type: ignore[misc]
+            self.accepted += 1
+            number = self.accepted
+            self.watch(sock.fileno(), lambda sock=sock, number=number: self.begin(sock, number))  # type: ignore[misc]
 
-    def begin(self, sock: socket.socket) -> None:
-        """Read the header, which comes as a whole."""
+    def begin(self, sock: socket.socket, accepted: int) -> None:
+        """Read the header, which comes as a whole, of the connection that was accepted as this one."""
         fd = sock.fileno()
         try:
             header = sock.recv(HEADER.size)
@@ -506,6 +602,8 @@ class Backends(Process):
             sock.close()
             return
         index, number = HEADER.unpack(header)
+        if KINDS[NAMES[number]].waits:
+            self.order.append((accepted, NAMES[number], index))
         end = End(sock, index, NAMES[number], is_client=False)
         end.owed = HEADER.size  # says that the connection is there
         if end.sends == "short":

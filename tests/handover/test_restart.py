@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.handover.talks import fields, stored
+from tests.handover.talks import stored
 from tests.handover.traffic import (
     SETTLED,
     Ended,
@@ -15,6 +15,7 @@ from tests.handover.traffic import (
     Traffic,
     configuration,
     held_back,
+    log_of,
     memory_of_tcp,
     pipes,
     small_buffers,
@@ -36,7 +37,6 @@ COUNTS = {
 TO_KEEP = ["plain", "splice", "held", "half", "slow", "from-unix", "to-unix"]
 PLACES = {**{name: sum(COUNTS.get(kind, 0) for kind in (name, f"{name}-bulk")) for name in TO_KEEP}, "short": 500}
 RESTARTS = 10
-INFO = 6
 
 
 def test_ten_restarts_an_upgrade_and_a_downgrade_refuse_nobody_and_lose_nothing(
@@ -108,30 +108,7 @@ def all_are_full(machine: Machine) -> bool:
 
 def check_log(machine: Machine, changes: int, reloads: int, ended: list[Ended], short: int) -> None:
     """The log has one line for each connection, with all its bytes, and no warning."""
-    machine.systemctl("stop", "rspd")
-    assert stored(machine) == 0
-    entries = machine.journal()
-    own = [entry for entry in entries if entry.get("SYSLOG_IDENTIFIER") == "rspd"]
-    assert [entry["MESSAGE"] for entry in own if int(entry["PRIORITY"]) < INFO][:20] == []
-    about = [entry for entry in entries if "rspd.service" in (entry.get("UNIT"), entry.get("_SYSTEMD_UNIT"))]
-    assert [entry["MESSAGE"] for entry in about if int(entry["PRIORITY"]) < INFO - 1][:20] == []
-
-    messages = [entry["MESSAGE"] for entry in own]
-    given = [int(fields(line)["connections"]) for line in messages if line.startswith("handed over ")]
-    taken = [int(fields(line)["connections"]) for line in messages if line.startswith("took over ")]
-    assert len(taken) == changes
-    assert taken == given
+    lines, taken = log_of(machine, changes, reloads, ended, short)
     assert [count for count in taken if count < sum(COUNTS.values())] == []
-    assert sum(line.startswith("reloaded") for line in messages) == reloads
-    assert [line for line in messages if line.startswith("ending ")] == ["ending connections=0 drain_timeout=30"]
-
-    closed = [fields(line) for line in messages if line.startswith("connection closed ")]
-    of_short = [line for line in closed if line["proxy"] == "short"]
-    assert len(of_short) == short
-    assert {line["cause"] for line in of_short} == {"client-closed"}
-    lines = [line for line in closed if line["proxy"] != "short"]
     assert Counter(line.get("handovers", "0") for line in lines) == {str(changes): len(ended)}
     assert {line["cause"] for line in lines} == {"client-closed"}
-    counted = Counter((line["client"], int(line["sent"]), int(line["received"])) for line in lines)
-    wrong = counted - Counter((end.client, end.sent, end.received) for end in ended)
-    assert list(wrong)[:10] == [], f"{len(wrong)} lines have other counts of bytes than the clients"

@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
-from tests.handover.peers import HEADER
+from tests.handover.peers import ABORTED, HEADER
+from tests.handover.talks import fields, stored
 from tests.support import eventually
 from tests.system.machine import Machine
 
@@ -34,20 +35,37 @@ PROXIES: dict[str, tuple[str | int, str | int]] = {
     "to-unix": (8087, UNIX_BACKEND),
     "quiet": (8088, 8008),
     "short": (8089, 8009),
+    "idle": (8090, 8010),
+    "half-idle": (8091, 8011),
+    "aborting": (8092, 8012),
+    "queued": (8093, 8013),
+    "dialling": (8094, 8014),
+    "dialling-late": (8095, 8015),
+    "proxied": (8096, 8016),
+    "retired": (8097, 8017),
+    "moved": (8098, 8018),
 }
 
 # Kinds that use the proxy of another.
 SHARED = {"from-unix-bulk": "from-unix", "to-unix-bulk": "to-unix"}
 
+# How the backend's end of a connection is that its client aborts: all of it is there first.
+RESET = "ConnectionResetError while reading"
+
+INFO = 6  # the priority (syslog(3))
+
 SETTLED = 60.0  # seconds for thousands of connections to do something
 
 
-def configuration(proxies: Mapping[str, int], more: str = "") -> str:
-    """The file for these proxies, each for so many clients at once."""
+def configuration(
+    proxies: Mapping[str, int], more: str = "", keys: Mapping[str, Mapping[str, object]] = MappingProxyType({})
+) -> str:
+    """The file for these proxies, each for so many clients at once. keys: more of them, of some proxies."""
     lines = ["idle_timeout: off", "half_close_timeout: off", more, "proxies:"]
     for name, clients in proxies.items():
         listen, backend = (f"127.0.0.1:{place}" if isinstance(place, int) else place for place in PROXIES[name])
-        lines.append(f"  {name}: {{listen: '{listen}', backend: '{backend}', max_connections: {clients}}}")
+        own = {"listen": listen, "backend": backend, "max_connections": clients, **keys.get(name, {})}
+        lines.append(f"  {name}: {json.dumps(own)}")
     return "\n".join(line for line in lines if line) + "\n"
 
 
@@ -132,13 +150,16 @@ class Traffic:
     def _place(self, place: str | int) -> str | int:
         return self.root + place if isinstance(place, str) else place
 
-    def listen(self, also: Iterable[str] = ()) -> None:
-        """Let the backends listen, those of some more proxies too."""
+    def listen(self, also: Iterable[str] = (), full: Iterable[str] = ()) -> None:
+        """Let the backends listen, those of some more proxies too. full: some have no room for anybody."""
         proxies = dict.fromkeys([*(SHARED.get(kind, kind) for kind in self.counts), *also])
-        self.backends.tell("listen", places=[self._place(PROXIES[name][1]) for name in proxies])
+        places = {name: self._place(PROXIES[name][1]) for name in proxies}
+        for name in full:
+            self.backends.tell("fill", place=places.pop(name))
+        self.backends.tell("listen", places=list(places.values()))
 
     def open(self) -> None:
-        """Open all connections; each has relayed bytes in both directions afterwards."""
+        """Open all connections; each has relayed bytes in both directions afterwards, but for those that wait."""
         places = {kind: self._place(PROXIES[SHARED.get(kind, kind)][0]) for kind in self.counts}
         self.clients.tell("open", counts=self.counts, places=places)
         eventually(lambda: not self.clients.tell("state")["waiting"], "all are connected", SETTLED)
@@ -182,8 +203,9 @@ class Traffic:
         assert clients.keys() == backends.keys(), "a backend with a connection of no client"
         assert len(clients) == self.total
         return [
-            Ended(kind, f"127.0.0.1:{port}" if port else "unix", HEADER.size + sent[0], received[0])
-            for _, kind, port, _, sent, received in clients.values()
+            # What has reached the backend of a client that aborts is right up to there, and may be less than was sent.
+            Ended(kind, f"127.0.0.1:{port}" if port else "unix", HEADER.size + backends[index][5][0], received[0])
+            for index, kind, port, _, _, received in clients.values()
         ]
 
 
@@ -194,7 +216,8 @@ def _faults(client: list[Any], backend: list[Any] | None) -> list[str]:
     if backend is None:
         return [f"{name}has not reached its backend, {outcome}"]
     found = []
-    if (outcome, backend[3]) != ("in order", "in order"):
+    expected = RESET if outcome == ABORTED else "in order"
+    if outcome not in ("in order", ABORTED) or backend[3] != expected:
         found.append(f"{name}the client's end is {outcome!r}, the backend's {backend[3]!r}")
     for way, (size, digest, _), (came, found_digest, wrong) in (
         ("up", sent, backend[5]),
@@ -202,9 +225,45 @@ def _faults(client: list[Any], backend: list[Any] | None) -> list[str]:
     ):
         if wrong >= 0:
             found.append(f"{name}{way}: another stream from byte {wrong} of {came} on")
-        if size != came or digest != found_digest:
+        if (size != came or digest != found_digest) and not (way == "up" and outcome == ABORTED and came <= size):
             found.append(f"{name}{way}: sent {size} {digest[:8]}, came {came} {found_digest[:8]}")
     return found
+
+
+def log_of(
+    machine: Machine, changes: int, reloads: int, ended: list[Ended], short: int
+) -> tuple[list[dict[str, str]], list[int]]:
+    """Stop rspd. Its log has no warning, and one line for each connection, with all its bytes.
+
+    Returns these lines, but for those of short connections, and how many connections were taken over each time.
+    """
+    machine.systemctl("stop", "rspd")
+    assert stored(machine) == 0
+    entries = machine.journal()
+    own = [entry for entry in entries if entry.get("SYSLOG_IDENTIFIER") == "rspd"]
+    assert [entry["MESSAGE"] for entry in own if int(entry["PRIORITY"]) < INFO][:20] == []
+    about = [entry for entry in entries if "rspd.service" in (entry.get("UNIT"), entry.get("_SYSTEMD_UNIT"))]
+    assert [entry["MESSAGE"] for entry in about if int(entry["PRIORITY"]) < INFO - 1][:20] == []
+
+    messages = [entry["MESSAGE"] for entry in own]
+    given = [int(fields(line)["connections"]) for line in messages if line.startswith("handed over ")]
+    taken = [int(fields(line)["connections"]) for line in messages if line.startswith("took over ")]
+    assert len(taken) == changes
+    assert taken == given
+    assert sum(line.startswith("reloaded") for line in messages) == reloads
+    assert [line for line in messages if line.startswith("ending ")] == ["ending connections=0 drain_timeout=30"]
+
+    closed = [fields(line) for line in messages if line.startswith("connection closed ")]
+    of_short = [line for line in closed if line["proxy"] == "short"]
+    assert len(of_short) == short
+    assert {line["cause"] for line in of_short} == {"client-closed"}
+    lines = [line for line in closed if line["proxy"] != "short"]
+    counted = Counter((line["client"], int(line["sent"]), int(line["received"])) for line in lines)
+    expected = Counter((end.client, end.sent, end.received) for end in ended)
+    wrong = counted - expected
+    assert list(wrong)[:10] == [], f"{len(wrong)} lines have other counts of bytes than the clients"
+    assert list(expected - counted)[:10] == [], "connections without a line"
+    return lines, taken
 
 
 def small_buffers(machine: Machine) -> None:
