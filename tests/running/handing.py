@@ -17,11 +17,12 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rspd.config.addresses import parse_address, parse_backend
 from rspd.engine.flow import Flow
 from rspd.engine.loop import Loop
-from rspd.engine.pipes import Pipes
+from rspd.engine.pipes import Pipe, Pipes
 from rspd.engine.side import Side
 from rspd.host.store import Inheritance, Store
 from rspd.host.systemd import STORED, Notifier, StoredDescriptor
@@ -38,7 +39,7 @@ from rspd.serving.proxy import Proxy
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
 from tests import keeper
 from tests.dialled import Names, until
-from tests.support import PATIENCE, FakeClock, reset
+from tests.support import PATIENCE, FakeClock, is_reset, reset, tcp_pair
 
 # A name that only these proxies know.
 NAME = "backend.example"
@@ -356,6 +357,76 @@ def write_version(path: str) -> None:
         inheritance.close()
         store.clear()
         store.close()
+
+
+class Remade:
+    """The connections of a document of `everything`, made anew, with their peers; those of `stack` are closed by it.
+
+    handed: what the document says of each. fds: its descriptors, by their numbers in the document.
+    in_pipe: what is in the pipe of one of them.
+    """
+
+    def __init__(self, document: Mapping[str, Any], stack: ExitStack) -> None:
+        self.handed = [one for proxy in document["proxies"] for one in proxy["connections"]]
+        self.peers: dict[str, tuple[socket.socket, socket.socket]] = {}
+        self.fds: dict[int, int] = {}
+        self.in_pipe = b""
+        self._ours = ExitStack()
+        stack.enter_context(self._ours)
+        for name, one in zip(WEB + DB, self.handed, strict=True):
+            self._make(name, one["relay"], stack)
+        self.peers["half-closed"][0].shutdown(socket.SHUT_WR)
+        self.peers["ending"][1].shutdown(socket.SHUT_WR)
+
+    def _make(self, name: str, relay: Mapping[str, Any], stack: ExitStack) -> None:
+        near, client = socket.socketpair() if relay["client"]["family"] == socket.AF_UNIX else tcp_pair()
+        far, backend = tcp_pair()
+        self.peers[name] = stack.enter_context(near), stack.enter_context(far)
+        self.fds |= {relay["client"]["fd"]: client.fileno(), relay["backend"]["fd"]: backend.fileno()}
+        self._ours.enter_context(client)
+        self._ours.enter_context(backend)
+        for sock in near, client, far, backend:
+            sock.setblocking(False)
+        if pipe := relay["download"].get("pipe"):
+            with_bytes = Pipe()
+            self.in_pipe = os.urandom(pipe[2])
+            os.write(with_bytes.write_fd, self.in_pipe)
+            self.fds |= {pipe[0]: with_bytes.read_fd, pipe[1]: with_bytes.write_fd}
+            self._ours.callback(with_bytes.close)
+        if relay["backend"].get("aborted"):
+            reset(far)
+            assert is_reset(backend)  # the error is read, and no call tells of it again
+        if relay["backend"].get("ended"):
+            backend.shutdown(socket.SHUT_WR)
+
+    def close_ours(self) -> None:
+        """Close what has been put into a parcel."""
+        self._ours.close()
+
+    async def goes_on(self, loop: Loop, clock: FakeClock, name: str) -> None:
+        """This connection goes on where it was, up to its end."""
+        client, server = self.peers[name]
+        if name == "aborted":
+            await arrives(loop, client, HELD)
+            while not select.select([client], [], [], 0)[0]:
+                clock.advance(0.001)  # the kernel acknowledges bytes by its own clock
+                await loop.yield_turn()
+            assert is_reset(client)
+        elif name == "ending":
+            assert await ends(loop, client) == HELD
+        elif name == "half-closed":
+            await send_over(loop, server, client, b"answer")
+            server.close()
+            assert await ends(loop, client) == b""
+        else:
+            before = {"held": HELD, "piped": self.in_pipe}.get(name, b"")
+            server.send(b"answer")
+            await arrives(loop, client, before + b"answer")
+            await send_over(loop, client, server, b"question")
+            client.close()
+            assert await ends(loop, server) == b""
+            server.close()
+        client.close()
 
 
 def plain_config(port: int, drain_timeout: float = 30.0) -> Config:

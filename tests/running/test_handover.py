@@ -14,22 +14,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspd.engine.pipes import Pipe
 from rspd.running.document import DocumentError, read, write
 from rspd.running.legacy import Legacy
 from tests.running.handing import (
     DB,
-    HELD,
     WEB,
     Half,
-    arrives,
+    Remade,
     ends,
     parcel_of,
     plain_config,
     send_over,
     take_over,
 )
-from tests.support import FakeClock, is_reset, reset, tcp_pair
+from tests.support import FakeClock, is_reset, tcp_pair
 
 VERSIONS = sorted((Path(__file__).parent / "documents").iterdir())
 
@@ -192,49 +190,20 @@ def test_the_connections_of_a_document_of_each_version_go_on(
     document = read(content)
     clock = FakeClock()  # it was written at the beginning of this clock
     clock.advance(5.0)
-    peers: dict[str, tuple[socket.socket, socket.socket]] = {}
-    fds: dict[int, int] = {}
-    ours: list[socket.socket | Pipe] = []
-    handed = [one for proxy in document["proxies"] for one in proxy["connections"]]
+    remade = Remade(document, stack)
     assert [proxy["name"] for proxy in document["proxies"]] == ["web", "db"]
-    in_pipe = b""
-    for name, one in zip(WEB + DB, handed, strict=True):
-        relay = one["relay"]
-        near, client = socket.socketpair() if relay["client"]["family"] == socket.AF_UNIX else tcp_pair()
-        far, backend = tcp_pair()
-        peers[name] = stack.enter_context(near), stack.enter_context(far)
-        fds |= {relay["client"]["fd"]: client.fileno(), relay["backend"]["fd"]: backend.fileno()}
-        ours += [client, backend]
-        for sock in near, client, far, backend:
-            sock.setblocking(False)
-        if pipe := relay["download"].get("pipe"):
-            with_bytes = Pipe()
-            in_pipe = os.urandom(pipe[2])
-            os.write(with_bytes.write_fd, in_pipe)
-            fds |= {pipe[0]: with_bytes.read_fd, pipe[1]: with_bytes.write_fd}
-            ours.append(with_bytes)
-        if relay["backend"].get("aborted"):
-            reset(far)
-            with pytest.raises(ConnectionResetError):
-                backend.recv(1)  # the error is read, and no call tells of it again
-        if relay["backend"].get("ended"):
-            backend.shutdown(socket.SHUT_WR)
-    peers["half-closed"][0].shutdown(socket.SHUT_WR)
-    peers["ending"][1].shutdown(socket.SHUT_WR)
 
     with parcel_of(content, b"", {}) as found:
         legacy = Legacy(found)
         config = legacy.config()
         legacy._inheritance.close()
-    with parcel_of(content, document["token"].encode(), fds) as found:
-        for mine in ours:
-            mine.close()
+    with parcel_of(content, document["token"].encode(), remade.fds) as found:
+        remade.close_ours()
         assert config
         assert [proxy.name for proxy in config.proxies] == ["web", "db"]
 
         async def script(half: Half, taken: int) -> None:
-            loop = half.loop
-            assert taken == len(handed)
+            assert taken == len(remade.handed)
             web, db = half.proxies.configured.values()
             assert (web.served, db.served) == (len(WEB), 1)
             up, down = web.pool.members.everyone
@@ -243,40 +212,13 @@ def test_the_connections_of_a_document_of_each_version_go_on(
             assert (down.state, down.why_down) == ("down", "Connection refused")
             assert [(one.open, one.in_service) for one in db.pool.members.everyone] == [(1, True)]
 
-            for name in ("plain", "unix", "via"):
-                client, server = peers[name]
-                await send_over(loop, client, server, b"question")
-                await send_over(loop, server, client, b"answer")
-                client.close()
-                assert await ends(loop, server) == b""
-                server.close()
-            for name, before in ("held", HELD), ("piped", in_pipe):
-                client, server = peers[name]
-                server.send(b"and on")
-                await arrives(loop, client, before + b"and on")
-                await send_over(loop, client, server, b"question")
-                client.close()
-                assert await ends(loop, server) == b""
-                server.close()
-            client, server = peers["half-closed"]
-            await send_over(loop, server, client, b"answer")
-            server.close()
-            assert await ends(loop, client) == b""
-            client, _ = peers["ending"]
-            assert await ends(loop, client) == HELD
-            client.close()
-            client, _ = peers["aborted"]
-            await arrives(loop, client, HELD)
-            while web.open:
-                clock.advance(0.001)  # the kernel acknowledges bytes by its own clock
-                await loop.yield_turn()
-            with pytest.raises(ConnectionResetError):
-                client.recv(1)
+            for name in WEB + DB:
+                await remade.goes_on(half.loop, clock, name)
             await half.ended()
 
         take_over(found, config, script, clock)
 
-    assert len(lines) == len(handed)
+    assert len(lines) == len(remade.handed)
     fields = [dict(re.findall(r'(\w+)=("[^"]*"|\S+)', line)) for line in lines]
     assert {one["handovers"] for one in fields} == {"1"}
     # From before to after, by the clock that both processes share.
