@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import resource
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +21,23 @@ import pytest
 
 from rspd.host.store import MESSAGE_MAX, QUEUE_SIZE
 from rspd.host.systemd import StoredDescriptor
+from rspd.net.networks import parse_network
 from rspd.running.document import read, write
 from rspd.running.handover import Legacy
 from rspd.settings import Config
-from tests.running.handing import DB, WEB, Half, Remade, parcel_of, plain_config, send_numbered, take_over
+from tests.dialled import until
+from tests.running import handing
+from tests.running.handing import (
+    DB,
+    WEB,
+    Half,
+    Remade,
+    parcel_of,
+    plain_config,
+    send_numbered,
+    send_over,
+    take_over,
+)
 from tests.support import FakeClock, is_reset, tcp_pair
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
@@ -64,11 +78,15 @@ def keys(value: object, above: Key = ()) -> Iterator[Key]:
 def without(key: Key) -> bytes:
     """The document without this key."""
     document = copy.deepcopy(DOCUMENT)
-    inner = document
-    for step in key[:-1]:
-        inner = inner[step]
-    del inner[key[-1]]
+    remove(document, key)
     return framed(document, BYTES)
+
+
+def remove(document: Any, key: Key) -> None:
+    """Leave out this key."""
+    for step in key[:-1]:
+        document = document[step]
+    del document[key[-1]]
 
 
 def name_of(key: Key) -> str:
@@ -258,6 +276,119 @@ def test_a_document_of_another_version_ends_its_connections_and_says_so(
         f"connections of the process before end: expected version 1 of it, found {version!r}",
     ]
     assert not taken.records[0].exc_info
+
+
+# Clients that wait: the newest part of the document, which no frozen one has yet
+
+SAYS = "PROXY TCP4 203.0.113.7 198.51.100.1 1234 443\r\n"
+CUT = 11
+FIRST = 100  # the number of a descriptor
+
+
+def client(number: int, **more: object) -> dict[str, Any]:
+    """What a document says of a client that has no relay yet."""
+    side = {"fd": number, "family": 2, "ended": False, "aborted": False}
+    known = {"client": ["127.0.0.1", number], "started": 1000.0, "began": 1000.0, "handovers": 1}
+    return {**known, "descriptors": [number], "side": side, "admitted": False, "passed": ["plain"], **more}
+
+
+def waiting() -> dict[str, dict[str, Any]]:
+    """One of each kind: in the queue, within a PROXY header, and connecting after it."""
+    attempts = {"deadline": 1010.0, "give_up": 1600.0, "tried": [], "used": 1, "reasons": ["x"], "cause": "error"}
+    begun = {"deadline": 1010.0, "taken": SAYS[:CUT].encode(), "whole": False}
+    whole = {"deadline": 1010.0, "taken": b"", "whole": True}
+    via = {"via": ["127.0.0.1", 9], "destination": ["198.51.100.1", 443]}
+    return {
+        "queued": client(FIRST, attempts=attempts),
+        "begun": client(FIRST + 1, header=begun),
+        "connecting": client(FIRST + 2, header=whole, **via),
+    }
+
+
+OF_CLIENT = {("descriptors",), ("side",), ("side", "fd")}
+
+# Without these, what comes is no header; the log says what was found.
+OF_HEADER = {
+    ("begun", "header"),
+    ("begun", "header", "taken"),
+    ("connecting", "header"),
+    ("connecting", "header", "whole"),
+}
+
+
+def take_over_clients(document: dict[str, dict[str, Any]], ends: set[str]) -> int:
+    """Those who wait go on to their ends, but for some that are reset. Returns how many were taken over."""
+    clock = FakeClock()  # the document was written at the beginning of this clock
+    clock.advance(2.0)
+    taken: list[int] = []
+    with ExitStack() as stack:
+        backend = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        pairs = {name: tcp_pair() for name in document}
+        fds = {FIRST + number: far.fileno() for number, (_, far) in enumerate(pairs.values())}
+        kinds = {"plain": ["queued"], "proxied": ["begun", "connecting"]}
+        proxies = [{"name": name, "clients": [document[one] for one in own]} for name, own in kinds.items()]
+        content = b"".join(map(bytes, write({"token": "token", "proxies": proxies})))
+        with parcel_of(content, b"token", fds) as found:
+            for name, (near, far) in pairs.items():
+                stack.enter_context(near)
+                far.close()
+                near.sendall((SAYS[CUT:] if name == "begun" else "").encode() + name.encode())
+
+            async def script(half: Half, count: int) -> None:
+                taken.append(count)
+                left = document.keys() - ends
+                while left:
+                    await until(half.loop, lambda: select.select([backend], [], [], 0)[0])
+                    server = stack.enter_context(backend.accept()[0])
+                    await until(half.loop, lambda: select.select([server], [], [], 0)[0])  # noqa: B023
+                    name = server.recv(100).decode()
+                    left.remove(name)
+                    near = pairs[name][0]
+                    await send_over(half.loop, server, near, b"answer")
+                    near.close()
+                    assert await handing.ends(half.loop, server) == b""
+                    server.close()
+                await half.ended()
+                assert [name for name in ends if not is_reset(pairs[name][0])] == []
+
+            take_over(found, two_proxies(backend.getsockname()[1]), script, clock)
+    return taken[0]
+
+
+def two_proxies(port: int) -> Config:
+    """One that expects a PROXY header, and one that does not."""
+    [plain] = plain_config(port).proxies
+    trusted = (parse_network("127.0.0.0/8"),)
+    return Config((plain._replace(name="plain"), plain._replace(name="proxied", accept_proxy=trusted)))
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in [(), *keys(waiting())] if len(key) != 1], ids=lambda key: ".".join(map(str, key)) or "none"
+)
+def test_a_key_that_is_missing_costs_no_other_client_that_waits(
+    key: Key, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("rspd.serving.connection.write", lambda _, line: lines.append(line))
+    document = waiting()
+    if key:
+        remove(document, key)
+    lost = key[1:] in OF_CLIENT
+    ends = {str(key[0])} if lost or key in OF_HEADER else set()
+    assert take_over_clients(document, ends) == len(document) - lost
+    failed = [
+        record.getMessage() for record in caplog.records if "cause=handover-failed reason=" in record.getMessage()
+    ]
+    assert len(failed) == lost
+    assert len(lines) == len(document) - lost
+    assert sum("cause=client-closed" in line for line in lines) == len(document) - len(ends)
+    assert sum("cause=bad-header" in line and "reason=" in line for line in lines) == (key in OF_HEADER)
+
+
+def test_unknown_keys_of_clients_that_wait_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    document = {name: extended(one) for name, one in waiting().items()}
+    assert take_over_clients(document, set()) == len(document)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 # Many connections
