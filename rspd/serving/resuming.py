@@ -30,7 +30,7 @@ def resume(
     connection.handovers = handed.get("handovers", 1)
     if connection.backend:
         connection.backend.enter()
-    if handed.get("admitted", True):
+    if handed.get("admitted", "relay" in handed):
         connection.counted = access, access.enter(host_of(connection.client_address))
     return connection
 
@@ -62,7 +62,7 @@ def _waiting(loop: Loop, ways: Ways, terms: Terms, handed: Handed, descriptors: 
             connection.way = Way(ways, tuple(handed["passed"]))
         if destination := handed.get("destination"):
             connection.destination = destination[0], destination[1]
-        if handed.get("admitted", True):
+        if handed.get("admitted"):
             connection.terms = terms._replace(steps=())
         elif "header" in handed:
             connection.header = resume_header(handed["header"])

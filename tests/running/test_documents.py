@@ -23,7 +23,7 @@ from rspd.host.store import MESSAGE_MAX, QUEUE_SIZE
 from rspd.host.systemd import StoredDescriptor
 from rspd.net.networks import parse_network
 from rspd.running.document import read, write
-from rspd.running.handover import Legacy
+from rspd.running.legacy import Legacy
 from rspd.settings import Config
 from tests.dialled import until
 from tests.running import handing
@@ -199,7 +199,6 @@ def test_a_key_that_is_missing_costs_no_other_connection(
         )
 
 
-@pytest.mark.xfail(strict=True, reason="each is said with a traceback, as what nobody expected")
 @pytest.mark.parametrize("key", sorted(OF_CONNECTION), ids=".".join)
 def test_what_cannot_go_on_without_a_key_is_said_in_a_line(
     key: tuple[str, ...], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -209,7 +208,6 @@ def test_what_cannot_go_on_without_a_key_is_said_in_a_line(
     assert len(taken.said) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="they stay open for as long as the process runs")
 @pytest.mark.large_pipes(2)
 @pytest.mark.parametrize("key", [PIPED, (*PIPED, "pipe")], ids=lambda key: ".".join(map(str, key)))
 def test_descriptors_of_a_connection_that_it_does_not_need_are_closed(
@@ -299,9 +297,9 @@ def waiting() -> dict[str, dict[str, Any]]:
     whole = {"deadline": 1010.0, "taken": b"", "whole": True}
     via = {"via": ["127.0.0.1", 9], "destination": ["198.51.100.1", 443]}
     return {
-        "queued": client(FIRST, attempts=attempts),
+        "queued": client(FIRST, attempts=attempts, admitted=True),
         "begun": client(FIRST + 1, header=begun),
-        "connecting": client(FIRST + 2, header=whole, **via),
+        "connecting": client(FIRST + 2, header=whole, admitted=True, **via),
     }
 
 
@@ -311,8 +309,6 @@ OF_CLIENT = {("descriptors",), ("side",), ("side", "fd")}
 OF_HEADER = {
     ("begun", "header"),
     ("begun", "header", "taken"),
-    ("connecting", "header"),
-    ("connecting", "header", "whole"),
 }
 
 
@@ -326,7 +322,7 @@ def take_over_clients(document: dict[str, dict[str, Any]], ends: set[str]) -> in
         pairs = {name: tcp_pair() for name in document}
         fds = {FIRST + number: far.fileno() for number, (_, far) in enumerate(pairs.values())}
         kinds = {"plain": ["queued"], "proxied": ["begun", "connecting"]}
-        proxies = [{"name": name, "clients": [document[one] for one in own]} for name, own in kinds.items()]
+        proxies = [{"name": name, "connections": [document[one] for one in own]} for name, own in kinds.items()]
         content = b"".join(map(bytes, write({"token": "token", "proxies": proxies})))
         with parcel_of(content, b"token", fds) as found:
             for name, (near, far) in pairs.items():

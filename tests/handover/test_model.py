@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from tests.daemon.test_handover import fixed, unacknowledged
 from tests.fleet import File
 from tests.keeper import Manager, managed
-from tests.support import PATIENCE, eventually, reset
+from tests.manager import unix_listener
+from tests.support import PATIENCE, abstract_name, eventually, reset
 
 PROCESSES = 10
 CONTENT = random.Random(1).randbytes(8 << 20)
@@ -208,22 +209,26 @@ class Scene:
         self.queued: list[int] = []  # the clients of the backend that serves one, as they reached it
         self.faults: list[str] = []
         self._listeners = [socket.create_server(("127.0.0.1", 0), backlog=1024) for _ in range(2)]
+        name = abstract_name()
+        self._listeners.append(unix_listener(f"\0{name}", 1024))
         self._strangers: list[tuple[socket.socket, socket.socket]] = []  # a listener, and who has not said its name
         for listener in self._listeners:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
             listener.setblocking(False)
-        many, one = (f"127.0.0.1:{listener.getsockname()[1]}" for listener in self._listeners)
-        self.addresses = {"plain": fixed(), "serial": fixed(), "front": fixed(), "queue": fixed()}
-        self._backends = {"plain": many, "serial": many, "front": many, "queue": one}
+        many, one = (f"127.0.0.1:{listener.getsockname()[1]}" for listener in self._listeners[:2])
+        self._backends = {"plain": many, "serial": many, "front": many, "queue": one, "local": f"@{name}"}
+        self.addresses = {kind: fixed() for kind in self._backends}
         own: dict[str, dict[str, Any]] = {
-            "plain": {"backend": many, "max_connections": 100},
-            "serial": {"backend": many},
-            "front": {"backend": many, "max_connections": 100, "accept_proxy": "127.0.0.0/8"},
-            "queue": {"backends": [{"address": one, "max_connections": 1}], "max_connections": 100},
+            "serial": {"max_connections": 1},
+            "front": {"accept_proxy": "127.0.0.0/8"},
+            "queue": {"backend": None, "backends": [{"address": one, "max_connections": 1}]},
         }
         times = ("queue_timeout", "idle_timeout", "half_close_timeout", "connect_timeout", "accept_proxy_timeout")
-        keys = dict.fromkeys(times, LONG)
-        proxies = {name: {"listen": self.addresses[name], **keys, **own[name]} for name in own}
+        proxies = {}
+        for kind, backend in self._backends.items():
+            keys = {"listen": self.addresses[kind], "backend": backend, "max_connections": 100}
+            keys |= dict.fromkeys(times, LONG) | own.get(kind, {})
+            proxies[kind] = {key: value for key, value in keys.items() if value is not None}
         self.file = File(folder, listen=None, max_connections=None, proxies=proxies)
         self._ended = False
         self._thread = threading.Thread(target=self._move, daemon=True)
@@ -303,6 +308,8 @@ class Scene:
             self._come(what, action, process)
             return
         able = [client for client in self.clients if able_to(client.end(who), what)]
+        if (who, what) == ("backend", "abort"):
+            able = [client for client in able if client.kind != "local"]
         if not able:
             return
         client = able[action.who % len(able)]
@@ -419,13 +426,13 @@ class Scene:
         for end, other in ((near, far), (far, near)):
             if end.saw == "end" and (client.unfinished_header or not far.sock):
                 assert (end.received, near.finished) == (0, True)
-            elif end.saw == "end":
+            elif end.saw == "end" and not (client.kind == "local" and near.aborted):  # a unix socket knows no reset
                 assert other.finished, "what was cut short must not look complete"
                 assert end.received == other.sent
             elif end.saw == "reset":
                 assert not client.orderly, "nobody has reset anything"
             if far.sock and not (end.closed or end.aborted):
-                if other.aborted and not other.finished:
+                if other.aborted and not other.finished and client.kind != "local":
                     assert end.saw == "reset", "an abort stays an abort"
                 if other.aborted and client.relayed_at_abort:
                     assert end.received >= other.arrived, "what came before an abort is passed on"
@@ -559,7 +566,7 @@ def play(scene: Scene, service: Manager, rounds: list[Round]) -> None:
     scene.finish(service)
 
 
-COME = ["come plain", "come queue", "come front", "come serial", "come silent"]
+COME = ["come plain", "come local", "come queue", "come front", "come serial", "come silent"]
 DO = ["send", "hold", "read", "release", "finish", "close", "abort"]
 WHAT = [*COME, *COME, *(f"{who} {what}" for who in ("client", "backend") for what in DO), *["client header"] * 3]
 WHAT += ["client send", "backend send"] * 2
