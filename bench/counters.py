@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -20,6 +20,20 @@ def tree(process: int) -> list[int]:
                 found += tree(int(child))
     except (FileNotFoundError, ProcessLookupError):
         pass  # it has ended meanwhile
+    return found
+
+
+def sessions(leaders: Container[int]) -> list[int]:
+    """The living processes of sessions, by their leaders (setsid(2)): also those whose parent has ended."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                state, _, _, leader = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:4]
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended meanwhile
+            if state != "Z" and int(leader) in leaders:
+                found.append(int(entry))
     return found
 
 
@@ -60,11 +74,10 @@ def memory(processes: Iterable[int], kind: str = "Pss") -> int:
     Pss shares a page out among those who have it mapped; Rss counts it for each of them.
     """
     total = 0
-    for process in processes:
-        for one in tree(process):
-            try:
-                rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            total += sum(int(size) * 1024 for size in re.findall(rf"^{kind}:\s+(\d+) kB", rollup, re.MULTILINE))
+    for one in {one for process in processes for one in tree(process)}:
+        try:
+            rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        total += sum(int(size) * 1024 for size in re.findall(rf"^{kind}:\s+(\d+) kB", rollup, re.MULTILINE))
     return total
