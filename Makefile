@@ -6,6 +6,7 @@
 # make lint   ruff, mypy and complexipy
 # make deb    the Debian package, into dist/; CHECK=yes runs the tests too
 # make bench  rspd and its peers side by side, for 15 to 20 minutes, into build/bench/; BENCH_OPTIONS=--quick, see bench/README.md
+# make bench-restarts   their restarts under load, for 13 minutes, into build/bench/; BENCH_OPTIONS=--quick
 
 PYTHON ?= python3
 FOLDER ?= .
@@ -31,7 +32,7 @@ override DEB_BUILD_PROFILES += nocheck
 endif
 export DEB_BUILD_OPTIONS DEB_BUILD_PROFILES
 
-.PHONY: run test test-peers test-system test-handover lint deb bench clean
+.PHONY: run test test-peers test-system test-handover lint deb bench bench-restarts clean
 
 run: .venv/run
 	@test -d "$(FOLDER)" || { echo 'make run: FOLDER=$(FOLDER) is not a folder' >&2; exit 1; }
@@ -85,6 +86,9 @@ deb:
 
 bench: .venv/run
 	$(BIN)/python -m bench $(BENCH_OPTIONS)
+
+bench-restarts: .venv/run
+	$(BIN)/python -m bench.restarts $(BENCH_OPTIONS)
 
 # All targets share one environment. Each file says that what its target needs is installed there.
 .venv/run: pyproject.toml

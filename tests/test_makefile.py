@@ -42,6 +42,7 @@ def make(folder: Path, *words: str, path: str = "") -> subprocess.CompletedProce
     [
         ("run", ["."]),
         ("bench", ["."]),
+        ("bench-restarts", ["."]),
         ("test", [".", "'.[test]'"]),
         ("test-system", [".", "'.[test]'"]),
         ("test-handover", [".", "'.[test]'"]),
