@@ -23,9 +23,9 @@ def tree(process: int) -> list[int]:
     return found
 
 
-def sessions(leaders: Container[int]) -> list[int]:
-    """The living processes of sessions, by their leaders (setsid(2)): also those whose parent has ended."""
-    found = []
+def sessions(leaders: Container[int]) -> dict[int, int]:
+    """The living processes of sessions (setsid(2)), also those whose parent has ended; the leader of each."""
+    found = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
@@ -33,7 +33,7 @@ def sessions(leaders: Container[int]) -> list[int]:
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it has ended meanwhile
             if state != "Z" and int(leader) in leaders:
-                found.append(int(entry))
+                found[int(entry)] = int(leader)
     return found
 
 

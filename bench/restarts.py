@@ -175,6 +175,7 @@ def restart(way: Way, load: Visitors, sizes: Sizes) -> tuple[int, float]:
         began = time.monotonic()
         done += way.restart()
         longest = max(longest, time.monotonic() - began)
+        way.pids()  # numbers of those that have ended are forgotten before others have them
         time.sleep(sizes.pause)
     return done, longest
 

@@ -72,7 +72,9 @@ class Way:
         """All processes of the contestant that live, of whatever age."""
         for child in self.children:
             child.poll()
-        return counters.sessions(self.leaders)
+        found = counters.sessions(self.leaders)
+        self.leaders.intersection_update(found.values())  # whose session has ended may soon be somebody else's number
+        return list(found)
 
     def restart(self) -> bool:
         """Restart it. Returns whether another process serves new connections then."""
@@ -182,11 +184,17 @@ class NginxReload(HAProxyReload):
     def start(self) -> None:
         """What was started ends; its pid file says who goes on."""
         super().start()
-        assert self.children
-        if self.children[-1].wait(PATIENCE) or not eventually(lambda: self.pid_of("nginx.pid")):
+        if self.children[-1].wait(PATIENCE) or not eventually(self._is_daemon):
             raise PeerError("has not become a daemon")
         self.main = self.pid_of("nginx.pid")
-        self.leaders.add(os.getsid(self.main))
+        self.leaders.add(self.main)
+
+    def _is_daemon(self) -> bool:
+        # Debian's nginx writes the file before the daemon has a session of its own.
+        pid = self.pid_of("nginx.pid")
+        with suppress(ProcessLookupError):
+            return pid != 0 and os.getsid(pid) == pid
+        return False
 
     def pid_of(self, name: str) -> int:
         """What a pid file says; 0 if it says nothing."""
