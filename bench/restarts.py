@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench import counters, peers, report
@@ -63,14 +64,14 @@ class Found:
 
     told: str
     restarts: int  # after which another process served
-    seconds: float  # that the longest of them took
+    seconds: float  # that they took, the median
     new: int
     refused: int
     cut: int
-    slowest_new: float  # seconds
+    slowest_new: float  # seconds: of the longest waits for an answer around each restart, the median
     long: int
     long_cut: int
-    slowest_long: float  # seconds until an echo
+    slowest_long: float  # the same for an echo
     before: Left
     after: Left
 
@@ -143,7 +144,7 @@ def measure(way: Way, folder: Path, sizes: Sizes, cpus: Sequence[int]) -> Found:
                 load.tell(f"new {sizes.rate}")
                 time.sleep(sizes.pause)
                 before = Left.of(way)
-                done, seconds = restart(way, load, sizes)
+                made = [restart(way, load, sizes, bool(number)) for number in range(sizes.restarts)]
                 time.sleep(sizes.after)
                 after = Left.of(way)
                 end = load.tell("finish")
@@ -152,32 +153,42 @@ def measure(way: Way, folder: Path, sizes: Sizes, cpus: Sequence[int]) -> Found:
     new, long = end["new"], end["long"]
     return Found(
         way.told,
-        restarts=done,
-        seconds=seconds,
+        restarts=sum(one.done for one in made),
+        seconds=median(one.seconds for one in made),
         new=sum(new.values()),
         refused=new.get("refused", 0),
         cut=new.get("cut", 0) + new.get("unanswered", 0),
-        slowest_new=end["slowest_new"],
+        slowest_new=median(one.slowest_new for one in made),
         long=sum(long.values()),
         long_cut=sum(long.values()) - long.get("whole", 0),
-        slowest_long=end["slowest_long"],
+        slowest_long=median(one.slowest_long for one in made),
         before=before,
         after=after,
     )
 
 
-def restart(way: Way, load: Visitors, sizes: Sizes) -> tuple[int, float]:
-    """The restarts. Returns how many brought another process, and the seconds that the longest took."""
-    done, longest = 0, 0.0
-    for number in range(sizes.restarts):
-        if number:
-            load.tell(f"open {sizes.more}")
-        began = time.monotonic()
-        done += way.restart()
-        longest = max(longest, time.monotonic() - began)
-        way.pids()  # numbers of those that have ended are forgotten before others have them
-        time.sleep(sizes.pause)
-    return done, longest
+@dataclass(frozen=True)
+class Made:
+    """A restart."""
+
+    done: bool  # another process serves new connections
+    seconds: float
+    slowest_new: float  # of those that have ended since it began
+    slowest_long: float
+
+
+def restart(way: Way, load: Visitors, sizes: Sizes, more: bool) -> Made:
+    """Restart it, after more long connections have come."""
+    if more:
+        load.tell(f"open {sizes.more}")
+    load.tell("state")
+    began = time.monotonic()
+    done = way.restart()
+    seconds = time.monotonic() - began
+    way.pids()  # numbers of those that have ended are forgotten before others have them
+    time.sleep(sizes.pause)
+    state = load.tell("state")
+    return Made(done, seconds, state["slowest_new"], state["slowest_long"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -278,7 +289,7 @@ def text(about: dict[str, Any], sizes: dict[str, Any], found: dict[str, dict[str
         ]
         cells += [f"{one[key]:,}" for key in ("refused", "cut")]
         cells += [f"{1000 * one['slowest_new']:,.0f}", f"{one['long_cut']} of {one['long']}"]
-        cells += [f"{1000 * one['slowest_long']:,.0f}"]
+        cells += ["-" if one["long_cut"] == one["long"] else f"{1000 * one['slowest_long']:,.0f}"]
         cells += [f"{one['before']['processes']} → {one['after']['processes']}"]
         cells += [f"{one['before']['memory'] / 1e6:.1f} → {one['after']['memory'] / 1e6:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -6,7 +6,7 @@ It reads a command a line from its standard input, and answers with a line of JS
 
 open N    N more long connections, of which each tenth is a slow download, and the others talk
 new RATE  so many new connections a second from now on
-state     what became of all so far
+state     what became of all so far, and the slowest since the last answer
 finish    no new ones any more; ends the downloads, and says what became of all
 """
 
@@ -20,7 +20,6 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -30,7 +29,7 @@ TALK_EVERY, MESSAGE = 0.2, 16  # seconds, bytes
 PIECE = 16 << 10  # bytes that a slow download takes each TALK_EVERY
 EACH_TENTH = 10
 PATIENCE = 10.0  # seconds
-# No zero in it, and no power of two long: a missing piece is seen.
+# No zero in it, nor a power of two long: a missing piece is seen.
 PATTERN = random.Random(0).randbytes(70_000).replace(b"\0", b"") * 2
 HALF = len(PATTERN) // 2
 OVER = b"\0"  # what a download ends with
@@ -84,9 +83,9 @@ class Long:
 
     first: bytes
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        """tell: of its end."""
-        self._tell = tell
+    def __init__(self, ended: Counter[str]) -> None:
+        """ended: in which it counts itself, by its outcome."""
+        self._ended = ended
         self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.outcome = ""
         self.slowest = 0.0  # seconds without a byte that was due
@@ -105,7 +104,7 @@ class Long:
         """It is over, for whatever cause comes first."""
         if not self.outcome:
             self.outcome = outcome
-            self._tell(outcome)
+            self._ended[outcome] += 1
             if not self.begun.done():
                 self.begun.set_result(None)
             self._transport.abort()
@@ -201,9 +200,6 @@ class Visitors:
         self._slowest = 0.0
         self._pace: asyncio.Task[None] | None = None
 
-    def _count_end(self, outcome: str) -> None:
-        self._ended[outcome] += 1
-
     async def open(self, count: int) -> None:
         """Open long connections, and wait until each has had a byte."""
         opened = [await self._open(Talk if number % EACH_TENTH else Download) for number in range(count)]
@@ -221,7 +217,7 @@ class Visitors:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2 * PIECE)  # so that the proxy has to hold back
             try:
                 await loop.sock_connect(sock, self._address)
-                return (await loop.create_connection(lambda: kind(self._count_end), sock=sock))[1]
+                return (await loop.create_connection(lambda: kind(self._ended), sock=sock))[1]
             except OSError:
                 sock.close()
                 if loop.time() > deadline:
@@ -268,12 +264,15 @@ class Visitors:
                 await writer.wait_closed()
 
     def state(self) -> dict[str, Any]:
-        """What became of all so far."""
+        """What became of all so far, and the slowest since this was asked last."""
+        slowest = {"slowest_new": self._slowest, "slowest_long": max((one.slowest for one in self._long), default=0.0)}
+        self._slowest = 0.0
+        for one in self._long:
+            one.slowest = 0.0
         return {
             "new": dict(self._new),
             "long": {**self._ended, "open": len(self._long) - self._ended.total()},
-            "slowest_new": self._slowest,
-            "slowest_long": max((one.slowest for one in self._long), default=0.0),
+            **slowest,
         }
 
     async def finish(self) -> None:
