@@ -469,12 +469,12 @@ def _warnings(about: dict[str, Any]) -> list[str]:
     return lines
 
 
-def put_table(made: str, page: Path) -> None:
+def put_table(made: str, page: Path, begin: str = BEGIN, end: str = END) -> None:
     """Put the table between the marks of the page."""
     text = page.read_text()
-    before, found, rest = text.partition(BEGIN)
-    if found and END in rest:
-        page.write_text(f"{before}{BEGIN}\n{made}{END}{rest.partition(END)[2]}")
+    before, found, rest = text.partition(begin)
+    if found and end in rest:
+        page.write_text(f"{before}{begin}\n{made}{end}{rest.partition(end)[2]}")
 
 
 WIDTH, MARGIN, GAP, LABEL, VALUE, BAR, STEP, HEAD = 880, 24, 36, 112, 74, 14, 21, 42

@@ -25,6 +25,7 @@ from bench.ways import Way, ways
 from bench.works import say
 
 PAGE = peers.ROOT / "docs" / "service.md"
+BEGIN, END = "<!-- made by python -m bench.restarts -->", "<!-- end of what python -m bench.restarts made -->"
 ROUNDS = 1
 PATIENCE = 60.0  # seconds for an answer of the visitors
 
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = text(raw["about"], raw["sizes"], raw["ways"], raw["failed"])
     (options.output / "restarts.md").write_text(f"# Restarts, side by side\n\n{made}")
     if options.publish:
-        report.put_table(made, PAGE)
+        report.put_table(made, PAGE, BEGIN, END)
     print(made, end="")
     written = [options.output / "restarts.md", options.output / "restarts.json"]
     say(f"written: {', '.join(map(str, written + [PAGE] * options.publish))}")
@@ -295,7 +296,9 @@ def text(about: dict[str, Any], sizes: dict[str, Any], found: dict[str, dict[str
         lines.append("| " + " | ".join(cells) + " |")
     lines += [f"| {name} | failed: {why} |" + " |" * (len(HEADINGS) - 2) for name, why in failed.items()]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return "\n".join([*lines, "", f"Measured {about['date']} on {report.describe(about)} Versions: {versions}.", ""])
+    busy = f"In the second before, other programs kept {about['busy_before']:.1f} CPUs busy."
+    made = f"Measured {about['date']} on {report.describe(about)} {busy} Versions: {versions}."
+    return "\n".join([*lines, "", made, ""])
 
 
 if __name__ == "__main__":
