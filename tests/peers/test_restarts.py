@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench import peers, restarts
+from bench import counters, peers, restarts
+from bench.__main__ import RESULTS
 from bench.ways import ways
-from tests.support import PATIENCE
+from tests.support import PATIENCE, eventually
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -60,6 +62,18 @@ def test_a_quick_run_counts_who_is_refused_who_is_cut_and_what_is_left(tmp_path:
         assert found["refused"] + found["cut"]
 
 
+def test_processes_are_found_by_their_session_after_their_parent_has_ended() -> None:
+    command = ["sh", "-c", "sleep 60 >&- & echo $!"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as shell:
+        assert shell.stdout
+        child = int(shell.stdout.read())
+    try:
+        assert counters.sessions({shell.pid}) == {child: shell.pid}
+    finally:
+        os.kill(child, signal.SIGKILL)
+    eventually(lambda: counters.sessions({shell.pid}) == {}, "what has ended is not found")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -72,3 +86,9 @@ def test_wrong_options_are_explained(arguments: list[str], complaint: str) -> No
     end = bench(*arguments)
     assert end.returncode == 2
     assert complaint in end.stderr
+
+
+def test_the_page_has_the_table_that_was_published() -> None:
+    raw = json.loads((RESULTS / "restarts.json").read_text())
+    assert not raw["about"]["quick"]
+    assert f"\n{restarts.text(raw['about'], raw['sizes'], raw['ways'], raw['failed'])}<" in restarts.PAGE.read_text()
