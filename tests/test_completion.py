@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pty
 import re
@@ -48,7 +49,8 @@ SHELLS = {
     "zsh": (["zsh", "-d", "-i"], ".zshrc", ZSH),
 }
 
-OPTIONS = {text: action for action in _parser()._actions for text in action.option_strings}
+ACTIONS = [action for action in _parser()._actions if action.help != argparse.SUPPRESS]  # the help does not name those
+OPTIONS = {text: action for action in ACTIONS for text in action.option_strings}
 WITH_VALUE = sorted(text for text, action in OPTIONS.items() if action.nargs != 0)
 
 Type = Callable[[str], list[str]]
