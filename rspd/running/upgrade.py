@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -88,7 +89,10 @@ class Upgrade:
             if await self._handover.run_or_stay(config):
                 return True
         except OSError as error:
-            log.error("what is open cannot be handed over: %s", error.strerror)
+            # EINVAL: a number for the copy is above the limit (fcntl(2)).
+            few = error.errno in (errno.EMFILE, errno.EINVAL)
+            why = "too few descriptors, raise ulimit -n" if few else error.strerror
+            log.error("what is open cannot be handed over: %s", why)
         self._store.keep(())
         successor.clear()
         await self._loop.yield_turn()  # what was cancelled has ended then

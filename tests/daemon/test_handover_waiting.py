@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import struct
 import time
@@ -210,15 +211,14 @@ def test_a_client_that_waits_for_a_proxy_of_two_configurations_ago_is_told_so(tm
 # The PROXY header
 
 
-def halves() -> list[tuple[bytes, int]]:
-    """A header of each version, and where it is cut."""
+def halves() -> list[tuple[bytes, int, bool]]:
+    """A header of each version, where it is cut, and whether its sender is trusted afterwards too."""
     v2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + socket.inet_aton("192.0.2.1") + socket.inet_aton("192.0.2.2")
     v2 += struct.pack("!HH", 1234, 80)
-    return [(HEADER, 0), (HEADER, 9), (HEADER, len(HEADER) - 1), (v2, 7), (v2, 20)]
+    return [(HEADER, 0, True), (HEADER, 9, False), (HEADER, len(HEADER) - 1, True), (v2, 7, True), (v2, 20, False)]
 
 
-@pytest.mark.parametrize("trusted", [True, False])
-@pytest.mark.parametrize(("header", "cut"), halves())
+@pytest.mark.parametrize(("header", "cut", "trusted"), halves())
 def test_a_header_that_has_come_in_part_goes_on(
     tmp_path: Path, backend: Backend, header: bytes, cut: int, trusted: bool
 ) -> None:
@@ -311,9 +311,10 @@ def test_a_process_that_cannot_write_its_state_goes_on_with_those_who_wait(tmp_p
         begun = come(stack, service.daemon, HEADER[:9])
         waits(service, 3)
         eventually(lambda: not unread(service.daemon, begun))
-        limit_file_size(service.daemon)
+        limit_file_size(service.daemon, 0)
         before = service.begin_to_stop()
         before.wait_for("cannot hand over, connections drain reason=.File too large")
+        limit_file_size(before, resource.RLIM_INFINITY)
         client.close()
         assert hears(queued, b"later")
         queued.close()
@@ -324,11 +325,9 @@ def test_a_process_that_cannot_write_its_state_goes_on_with_those_who_wait(tmp_p
         assert [end.get("handovers") for end in before.wait_for_ends(3)] == [None] * 3
 
 
-def limit_file_size(daemon: Service) -> None:
-    """Have each write to a file fail (EFBIG), also to one in memory."""
-    import resource
-
-    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (0, 0))
+def limit_file_size(daemon: Service, limit: int) -> None:
+    """With 0, each write to a file fails (EFBIG), also to one in memory."""
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
 def unread(daemon: Service, client: socket.socket) -> int:
