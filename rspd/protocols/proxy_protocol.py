@@ -3,11 +3,12 @@
 Defined by HAProxy's proxy-protocol.txt, whose words are used here.
 """
 
-import re
 import struct
 from functools import cache
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import NamedTuple
+
+from rspd.protocols.first import pattern
 
 # A numeric address and a port. An IPv4-mapped IPv6 address is written as the IPv4 one.
 HostPort = tuple[str, int]
@@ -107,13 +108,13 @@ def _parse_v1(data: bytes) -> tuple[Header, int] | None:
     line, crlf, _ = data[:V1_MAX].partition(b"\r\n")
     if not crlf:
         # A CR may only be the last byte: its LF is still to come.
-        if len(data) < V1_MAX and _pattern(V1_BEGUN).fullmatch(line.removesuffix(b"\r")):
+        if len(data) < V1_MAX and pattern(V1_BEGUN).fullmatch(line.removesuffix(b"\r")):
             return None
         raise HeaderError(f"expected {V1_FORM}, CRLF within {V1_MAX} bytes, found {line!r}")
     size = len(line) + len(crlf)
-    if line.startswith(b"PROXY UNKNOWN") and _pattern(V1_BEGUN).fullmatch(line):
+    if line.startswith(b"PROXY UNKNOWN") and pattern(V1_BEGUN).fullmatch(line):
         return NO_ADDRESSES, size
-    if match := _pattern(V1_TCP).fullmatch(line):
+    if match := pattern(V1_TCP).fullmatch(line):
         version, source, destination, *ports = match[0].decode()[9:].split(" ")
         family = AF_INET if version == "4" else AF_INET6
         try:
@@ -122,12 +123,6 @@ def _parse_v1(data: bytes) -> tuple[Header, int] | None:
         except (OSError, struct.error):
             pass
     raise HeaderError(f"expected {V1_FORM}, found {line!r}")
-
-
-@cache
-def _pattern(text: bytes) -> re.Pattern[bytes]:
-    # Compiled when it is needed: few configurations have accept_proxy, and each start would pay.
-    return re.compile(text)
 
 
 def _parse_v2(data: bytes) -> tuple[Header, int] | None:
