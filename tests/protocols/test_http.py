@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import time
 
-from rspd.protocols.first import HeadError, Said
-from rspd.protocols.http import read
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from rspd.protocols.first import HEAD_MAX, UNKNOWN, HeadError, Said
+from rspd.protocols.http import PREFACE, plain_path, read, read_preface
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
@@ -357,3 +361,254 @@ def test_an_empty_line_or_a_blank_before_the_first_line_is_refused() -> None:
         with pytest.raises(HeadError, match=r"^expected `METHOD TARGET HTTP/1.1`, found an empty line or a blank$"):
             read(before)
         assert outcome(before + CURL) == ERROR
+
+
+# What is no HTTP
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"NICK me",
+        b"USER me 0 * :Me",
+        b"CAP LS 302",
+        b"PASS secret",
+        b"PING",
+        b"*1\r\n$4\r\nPING",
+        b"EHLO a.example",
+        b"HELO a",
+        b"a001 CAPABILITY",
+        b"get key",
+        b"stats",
+        b"version",
+        b"CONNECT {}",
+        b"POST /",
+        b"HEAD /",
+        b"POST / ICAP/1.0",
+        b"OPTIONS * http/1.1",
+        b"PLAY rtsp://a/ RTSP/1.0",
+        b"INVITE sip:a@b SIP/2.0",
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2",
+        b"<stream:stream>",
+        b"{}",
+        b"@a",
+        b"GE(T / HTTP/1.1",
+        b"G\xc3\x89T / HTTP/1.1",
+        b"\0GET / HTTP/1.1",
+        b"\x80GET / HTTP/1.1",
+        b"GET\0/ HTTP/1.1",
+    ],
+)
+def test_another_text_protocol_is_unknown_from_its_first_line_on(line: bytes) -> None:
+    for end in (b"\r\n", b"\n"):
+        for after in (b"", b"Host: a\r\n\r\n", CURL):
+            assert read(line + end + after) == UNKNOWN
+    assert outcome(line) in (None, UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x16\3\1", b"\0", b"\xff", b"(", b":", b"GE\0", b"GET\0", b"\x04\1", b"[]", b"A\x80"]
+)
+def test_other_bytes_are_unknown_at_once(data: bytes) -> None:
+    assert read(data) == read(data + CURL) == UNKNOWN
+
+
+def test_the_preface_of_http_2_is_recognised_and_nothing_else_is() -> None:
+    assert len(PREFACE) == 24
+    for size in range(24):
+        assert read_preface(PREFACE[:size]) is None
+        for wrong in (b"\0", b"x", b"\r", b"\xff"):
+            if not PREFACE[size:].startswith(wrong):
+                assert read_preface(PREFACE[:size] + wrong) == UNKNOWN
+                assert read_preface(PREFACE[:size] + wrong + PREFACE[size:]) == UNKNOWN
+    assert read_preface(PREFACE) == read_preface(PREFACE + b"\0\0\0\4\0\0\0\0\0") == Said("http2")
+    for data in HEADS:
+        assert read_preface(data) == read_preface(data[:2]) == UNKNOWN or data.startswith(b"P")
+
+
+def test_the_preface_of_http_2_is_unknown_where_nobody_asks_for_it() -> None:
+    assert read(PREFACE) == read(PREFACE + b"\0") == UNKNOWN
+    assert {outcome(PREFACE[:size]) for size in range(1, len(PREFACE))} == {None}
+    assert outcome(PREFACE[:-3] + b"x") == ERROR
+
+
+# Sizes
+
+
+def of_size(size: int) -> bytes:
+    data = head(b"Host: a", b"X: " + bytes(0))
+    return data[:-4] + b"x" * (size - len(data)) + data[-4:]
+
+
+def test_a_head_has_16_kib_at_most() -> None:
+    data = of_size(HEAD_MAX)
+    assert len(data) == HEAD_MAX
+    assert host(data) == host(data + b"more") == "a"
+    for size in range(HEAD_MAX - 10, HEAD_MAX):
+        assert read(data[:size]) is None
+    longer = of_size(HEAD_MAX + 1)
+    for size in (HEAD_MAX, HEAD_MAX + 1):
+        with pytest.raises(HeadError, match=r"^expected the end of the head within 16384 bytes, found none$"):
+            read(longer[:size])
+    assert read(longer[: HEAD_MAX - 1]) is None
+    assert outcome(of_size(HEAD_MAX + 2)) == outcome(longer + b"more") == ERROR
+
+
+@pytest.mark.parametrize("start", [b"A", b"GET /", b"GET ", b"GET / HTTP/1.1\r\nHost: ", b"GET / HTTP/1.1\r\n\r"])
+def test_a_head_without_end_is_not_waited_for(start: bytes) -> None:
+    for more in (b"a", b" ", b"\t", b"a b", b": ", b"\r\na:"):
+        assert outcome(start + more * PEEKED) is not None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        head(b"Host: a" + b" " * 16300 + b"b"),
+        head(b"Host:" + b" \t" * 8100 + b"b"),
+        head(b"Host: a" + b" b" * 8100),
+        head(b"Host: " + b"a." * 8100 + b"!"),
+        head(*[b"a:"] * 4000, b"\1"),
+        head(*[b"host:"] * 2000),
+        head(line=b"GET " + b"/ HTTP/1.1" * 1600),
+        head(line=b"A" * 16300 + b"\0"),
+        head(line=b"GET " + b"a://" * 4000 + b" HTTP/1.0"),
+        b"GET / HTTP/1.1\r\n" + b"\r" * 16300,
+    ],
+    ids=lambda data: repr(data[:12] + data[-12:]),
+)
+def test_a_head_takes_no_long_time_however_it_is_made(data: bytes) -> None:
+    """While it is read, all other clients wait."""
+    start = time.process_time()
+    assert outcome(data) is not None
+    assert time.process_time() - start < 0.1
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ("/", "/"),
+        ("/a/b", "/a/b"),
+        ("/a?b=/../c", "/a"),
+        ("/?%zz", "/"),
+        ("//a///b//", "/a/b/"),
+        ("/%61%2Fb", "/a/b"),
+        ("/a%2f%2Fb", "/a/b"),
+        ("/a%3fb", "/a?b"),
+        ("/%c3%A9", "/\xc3\xa9"),
+        ("/a%20b+c", "/a b+c"),
+        ("/%2561", "/%61"),
+        ("/.a/..b/...", "/.a/..b/..."),
+        ("/a./b../;.", "/a./b../;."),
+        ("/.well-known/x", "/.well-known/x"),
+        ("/A;b=c/d", "/A;b=c/d"),
+        ("*", "*"),
+        ("", ""),
+    ],
+)
+def test_a_path_is_without_query_escapes_and_double_slashes(target: str, path: str) -> None:
+    assert plain_path(target) == path
+
+
+@pytest.mark.parametrize(
+    "dots",
+    [
+        *(".", "..", "%2e", "%2E", ".%2e", "%2e.", "%2E%2e", "..;", ".;a=b", "%2e%2e%3Bx", "..;/"),
+        *("..%20", "%09..", "%252e%252e", "..%5ca", "a\\..", "..%00", "%c0%ae%C0%ae", ".%0a.", "a%252Fb", "%7f"),
+    ],
+)
+def test_a_path_with_dots_for_segments_is_refused(dots: str) -> None:
+    for form in ("/{}", "/a/{}", "/a/{}/b", "//{}/", "/a%2f{}", "/a/{}%2fb", "/{}?b", "/a//{}//b"):
+        with pytest.raises(
+            HeadError, match=r"^expected a path that all servers understand in one way, found "
+        ) as found:
+            plain_path(form.format(dots))
+        assert found.value.protocol == "http"
+
+
+@pytest.mark.parametrize("target", ["/%", "/%a", "/%zz", "/%2", "/%%41", "/%u0041", "/a%?b", "/%-1", "/%+f", "/% 1"])
+def test_an_escape_without_its_digits_is_refused(target: str) -> None:
+    with pytest.raises(HeadError, match="two hexadecimal digits"):
+        plain_path(target)
+
+
+@given(st.text("/.%2eEfF;?a", max_size=20))
+def test_a_path_never_has_a_segment_of_dots_and_stays_plain(text: str) -> None:
+    try:
+        path = plain_path("/" + text)
+    except HeadError:
+        return
+    assert path.startswith("/")
+    assert "//" not in path
+    assert not {".", ".."} & {part.partition(";")[0] for part in path.split("/")}
+    if not set("%?") & set(path):
+        assert plain_path(path) == path
+
+
+# Whatever comes
+
+
+def edited(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
+    for place, size, new in changes:
+        at = place % len(data) if data else 0
+        data = data[:at] + new + data[at + size :]
+    return data or b"G"
+
+
+BITS = [
+    *(
+        b"\r",
+        b"\n",
+        b"\r\n",
+        b"\r\n\r\n",
+        b"\0",
+        b" ",
+        b"\t",
+        b":",
+        b"/",
+        b"@",
+        b",",
+        b"\x0b",
+        b"\x85",
+        b"\xff",
+        b"HTTP/",
+    ),
+    *(b"Host: b\r\n", b"\nHost:b", b"http://b/", b"GET ", b"\r\n ", b"%00", b"[::1]", b".", b"HTTP/1.0", b"#", b"POST"),
+]
+
+
+def whatever() -> st.SearchStrategy[bytes]:
+    """Heads with some changes."""
+    bits = st.sampled_from(BITS) | st.binary(max_size=3)
+    edits = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 6), bits), max_size=4)
+    return st.builds(edited, st.sampled_from(list(HEADS)), edits)
+
+
+@given(whatever() | st.binary(min_size=1) | st.lists(st.sampled_from(BITS), min_size=1).map(b"".join))
+def test_whatever_comes_is_read_or_refused_and_never_a_crash(data: bytes) -> None:
+    found = outcome(data)
+    assert found in (None, ERROR) or isinstance(found, Said)
+    if found is None:
+        assert outcome(data + b"a" * PEEKED) is not None
+    if isinstance(found, Said) and found.protocol == "http":
+        assert found.name == found.name.lower().removesuffix(".")
+        assert set(found.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-_[:]")
+        assert found.target[:1] in ("/", "*", "")
+
+
+@given(whatever(), st.integers(1, 200), st.binary(max_size=20) | st.sampled_from(BITS))
+def test_what_is_said_of_the_first_bytes_stays_when_more_come(data: bytes, size: int, after: bytes) -> None:
+    first = outcome(data[:size])
+    if isinstance(first, Said):
+        assert outcome(data) == outcome(data + after) == first
+
+
+@given(whatever(), st.integers(1, 200), st.binary(max_size=20) | st.sampled_from(BITS))
+@example(b"POST \0", 6, b"\n")
+@example(b"NICK a\rb", 8, b"\r\n")
+@example(b"NICK " + b"a" * HEAD_MAX, HEAD_MAX, b"\r\n")
+def test_what_is_refused_by_its_first_bytes_is_refused_when_more_come(data: bytes, size: int, after: bytes) -> None:
+    if outcome(data[:size]) == ERROR:
+        assert outcome(data) == outcome(data + after) == ERROR
