@@ -2,18 +2,19 @@
 
 A folder imports only from folders below it, and not from all of them. Each folder has a map of its own.
 
-cli        the command line: options over the configuration file, --check, exit codes
-running    one process: start, signals, reload, drain
-serving    one client, from accept to its line in the log
-balancing  which backend, and the way to it
-config     reading and explaining the configuration file
-host       what Unix and systemd want of a service
-settings   what is wanted, as named tuples; every default
-net        sockets and addresses
-protocols  bytes understood: no loop, no socket
-engine     moving bytes; knows nothing of all this
-log        the log on stderr
-errors     why rspd cannot run, or cannot do what a file says
+cli         the command line: options over the configuration file, --check, exit codes
+running     one process: start, signals, reload, drain
+serving     one client, from accept to its line in the log
+balancing   which backend, and the way to it
+explaining  what a configuration means, for people and as a file
+config      reading the configuration file
+host        what Unix and systemd want of a service
+settings    what is wanted, as named tuples; every default
+net         sockets and addresses
+protocols   bytes understood: no loop, no socket
+engine      moving bytes; knows nothing of all this
+log         the log on stderr
+errors      why rspd cannot run, or cannot do what a file says
 """
 
 __version__ = "0.3.0"

@@ -176,11 +176,11 @@ def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> No
             complain(f"warning: {source}: {key}: missing, rspd can start only where systemd passes a socket")
     # Each module is for this only.
     if every_value:
-        from rspd.config.dump import dump
+        from rspd.explaining.dump import dump
 
         said = dump(config)
     else:
-        from rspd.config.summary import describe
+        from rspd.explaining.summary import describe
 
         said = "\n".join([f"{source}: valid", *describe(config), ""])
     try:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from rspd.cli import _parser
-from rspd.config.dump import dump
 from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
+from rspd.explaining.dump import dump
 from rspd.settings import Config, ProxyConfig
 from tests.test_documentation import ROOT
 

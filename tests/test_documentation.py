@@ -13,12 +13,12 @@ from typing import Any, get_args
 import pytest
 
 from rspd.cli import _parser
-from rspd.config.dump import dump
 from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, load_config
 from rspd.config.schema import Scalar
-from rspd.config.summary import describe
 from rspd.engine.cause import Cause
 from rspd.errors import ConfigError
+from rspd.explaining.dump import dump
+from rspd.explaining.summary import describe
 from rspd.net.address import Address
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
 

@@ -1,7 +1,5 @@
-"""Reading and explaining the configuration file.
+"""Reading the configuration file.
 
-dump        all values in force, defaults included, as a configuration file
-summary     what rspd does by a configuration, in words
 keys        the keys of the file, what each takes; file and command line become settings
 schema      a file's entries, read by tables of keys; all errors in them
 addresses   addresses as people write them: in the file, after an option, in two or three words

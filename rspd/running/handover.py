@@ -44,7 +44,7 @@ class Handover:
         self._dump: Callable[[Config], str] | None = None
         if from_file:
             # Now, since another version may be installed at the end. It needs PyYAML, as the file does.
-            from rspd.config.dump import dump
+            from rspd.explaining.dump import dump
 
             self._dump = dump
 

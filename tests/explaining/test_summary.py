@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rspd.config.addresses import parse_address
-from rspd.config.summary import describe
+from rspd.explaining.summary import describe
 from rspd.net.address import Address
 from rspd.net.networks import parse_network
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig, StatusRange
