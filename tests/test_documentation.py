@@ -13,7 +13,8 @@ from typing import Any, get_args
 import pytest
 
 from rspd.cli import _parser
-from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, load_config
+from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
+from rspd.config.pools import BACKEND_KEYS, HEALTH_KEYS
 from rspd.config.schema import Scalar
 from rspd.engine.cause import Cause
 from rspd.errors import ConfigError

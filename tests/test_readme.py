@@ -14,7 +14,8 @@ import pytest
 
 from rspd import __version__
 from rspd.cli import main
-from rspd.config.keys import GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, load_config
+from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
+from rspd.config.pools import HEALTH_KEYS
 from rspd.explaining.dump import dump
 from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
 from tests.test_documentation import MAN_PAGES, ROOT, SHIPPED, options

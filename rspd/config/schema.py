@@ -1,5 +1,6 @@
 """A file's entries read by tables: which keys there are, what each takes, and all that is wrong, each with its line."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from typing import Any, NamedTuple
@@ -144,6 +145,65 @@ class Many(Scalar):
             return ()
         texts = [part.strip() for part in text.split(self._separator)] if self._separator else [text]
         return tuple(map(self.item.parse, texts))
+
+
+class Draft:
+    """A mapping of the file as it is read: one with a name, or an item of a list.
+
+    key: its dotted name, empty for the whole file. prefix: what goes before its keys in an error.
+    """
+
+    def __init__(self, name: str, line: int | None, settings: "Settings", key: str) -> None:
+        self.name = name
+        self.line = line
+        self.settings = settings
+        self.key = key
+        self.prefix = f"{key}." if key else ""
+
+    def line_of(self, name: str) -> int | None:
+        """The line of one of its keys, or its own."""
+        entry = self.settings.seen.get(name)
+        return entry.line if entry else self.line
+
+
+class Named(Scalar):
+    """Names, each with keys. It is read as a tuple of Drafts.
+
+    noun: what has a name.
+    elsewhere: as for `read_keys`.
+    """
+
+    def __init__(self, keys: Mapping[str, Scalar], noun: str, elsewhere: Mapping[str, str] | None = None) -> None:
+        super().__init__(str)
+        self.keys = keys
+        self._noun = noun
+        self._elsewhere = elsewhere
+
+    def holds(self, key: str) -> bool:
+        """Any name."""
+        return True
+
+    def read(self, value: Value, key: str, report: Report, expected: str = "") -> Any:
+        """The same for a mapping of mappings."""
+        what = f"the keys of a {self._noun}"
+        if value.entries is None or not value.entries:
+            found = value.kind if value.entries is None else "none"
+            advice = "; leave out the dashes" if value.dashed else ""
+            report.add(value.line, key, f"expected names, each with {what}, found {found}{advice}")
+            return None
+        drafts: dict[str, Draft] = {}
+        for line, name, below in value.entries:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+                report.add(line, key, f"expected a name of up to 64 letters, digits, _, . and -, found {name!r}")
+            elif name in drafts:
+                report.add(line, f"{key}.{name}", f"given a second time, first in line {drafts[name].line}")
+            elif below.entries is None:
+                advice = "; its keys are indented below its name" if below.text == "" else ""
+                report.add(below.line, f"{key}.{name}", f"expected {what}, found {below.kind}{advice}")
+            else:
+                settings = read_keys(self.keys, below.entries, f"{key}.{name}.", report, self._elsewhere)
+                drafts[name] = Draft(name, line, settings, f"{key}.{name}")
+        return tuple(drafts.values())
 
 
 class Settings(NamedTuple):

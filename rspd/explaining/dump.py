@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS
+from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS
+from rspd.config.pools import BACKEND_KEYS, HEALTH_KEYS
 from rspd.config.schema import USUAL, Many, Scalar
 from rspd.config.values import OFF, ON, accepts, format_duration, parse_switch
 from rspd.net.address import Address

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rspd.config.addresses import parse_address
-from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, load_config
+from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
+from rspd.config.pools import BACKEND_KEYS, HEALTH_KEYS
 from rspd.errors import ConfigError
 from rspd.net.address import Address, covers
 from rspd.net.networks import parse_network

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rspd.config.addresses import parse_address, parse_backend, parse_target
-from rspd.config.keys import BACKEND_KEYS, GENERAL_KEYS, HEALTH_KEYS, PROXY_KEYS, load_config
+from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
+from rspd.config.pools import BACKEND_KEYS, HEALTH_KEYS
 from rspd.config.values import format_duration, parse_duration
 from rspd.explaining.dump import dump
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
