@@ -5,6 +5,7 @@ A folder imports only from folders below it, and not from all of them. Each fold
 cli         the command line: options over the configuration file, --check, exit codes
 running     one process: start, signals, reload, drain
 serving     one client, from accept to its line in the log
+routing     which pool, by what a client says first
 balancing   which backend, and the way to it
 explaining  what a configuration means, for people and as a file
 config      reading the configuration file

@@ -23,7 +23,7 @@ from rspd.net.address import Peer, SocketAddress, literal
 from rspd.net.descriptors import Shortage
 from rspd.net.resolver import Lookup, Resolver
 from rspd.net.ways import Way, Ways
-from rspd.serving.openings import openings as find_openings
+from rspd.routing.openings import openings as find_openings
 from rspd.settings import BackendConfig, ProxyConfig
 from tests.support import PATIENCE, FakeClock, tcp_pair
 
@@ -159,7 +159,7 @@ class Scene:
         self.names = Names(loop, names or {})
         self.down: list[str] = []
         self.changes = 0
-        self.settings: dict[str, Any] = {"connect_timeout": PATIENCE, **settings}
+        self.settings: dict[str, Any] = {"connect_timeout": PATIENCE, "on_down": "abort", **settings}
         config = self.config(*backends)
         self.pool = Pool(
             loop,
@@ -170,6 +170,7 @@ class Scene:
             openings or find_openings(config),
             on_down=lambda backend: self.down.append(backend.name),
             on_change=self._count_change,
+            tag=f" proxy={config.name}" if config.name else "",
         )
         self.clients: list[Client] = []
 

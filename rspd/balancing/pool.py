@@ -43,9 +43,9 @@ class Opening(ABC):
 
 
 class Pool:
-    """The backends that a proxy chooses from, and the clients that wait for one.
+    """The backends that a proxy or a route chooses from, and the clients that wait for one.
 
-    config: the proxy's configuration in force.
+    config: the configuration in force.
     members: the backends. queue: the clients that wait. tag: names the proxy in the log, or is empty.
     """
 
@@ -59,12 +59,21 @@ class Pool:
         openings: tuple[Opening, ...],
         on_down: Callable[[Backend], object],
         on_change: Callable[[], object],
+        tag: str,
     ) -> None:
-        """on_down, on_change: as for `Members`."""
-        self.tag = f" proxy={config.name}" if config.name else ""
+        """on_down: called when a backend has gone down whose connections are to be aborted.
+
+        on_change, tag: as for `Members`.
+        """
+        self.tag = tag
         self._loop, self._shortage = loop, shortage
         self.queue = Queue(loop)
-        self.members = Members(loop, shortage, resolver, ways, self.tag, self.queue.wake, on_down, on_change)
+
+        def went_down(backend: Backend) -> None:
+            if self.config.on_down == "abort":
+                on_down(backend)
+
+        self.members = Members(loop, shortage, resolver, ways, self.tag, self.queue.wake, went_down, on_change)
         self._next_last_resort = 0.0
         self.apply(config, openings)
 

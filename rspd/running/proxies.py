@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import inf
 
-from rspd.engine.loop import Loop, news
+from rspd.engine.loop import Loop, Task, news
+from rspd.engine.pipes import Pipes
 from rspd.engine.side import Handed
 from rspd.log import quote
+from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener
 from rspd.net.ways import Ways
+from rspd.routing.pools import PoolMaker
 from rspd.serving.places import who_waits
 from rspd.serving.proxy import Proxy
 from rspd.settings import Config, ProxyConfig
@@ -24,11 +28,13 @@ class Proxies:
     configured: those of the configuration in force, by their names, in the order of the configuration.
     """
 
-    def __init__(self, loop: Loop, ways: Ways, make: Callable[[ProxyConfig, Sequence[Listener]], Proxy]) -> None:
-        """make: makes a proxy, with what all proxies of this process share."""
+    def __init__(
+        self, loop: Loop, shortage: Shortage, pipes: Pipes, pool_maker: PoolMaker, ways: Ways, watchers: set[Task]
+    ) -> None:
+        """What all proxies of this process share. watchers: as for `Proxy`."""
         self._loop = loop
         self._ways = ways
-        self._make = make
+        self._make = partial(Proxy, loop, shortage, pipes, pool_maker, ways, watchers)
         self.configured: dict[str, Proxy] = {}
         self._retired: list[Proxy] = []  # taken out, with connections that are still open
         self._served_before = 0  # clients served by proxies that are gone

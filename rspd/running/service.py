@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -23,23 +22,19 @@ from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener, ListenError
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
+from rspd.routing.pools import PoolMaker
 from rspd.running.handover import Handover
 from rspd.running.proxies import Proxies
 from rspd.running.sockets import Plan, Sockets, log_replaced, make_room
 from rspd.running.status import Reporter
 from rspd.running.upgrade import Upgrade
-from rspd.serving.proxy import Proxy
 from rspd.settings import Config
 
 if TYPE_CHECKING:
     from rspd.running.legacy import Legacy
 
-EXIT_CODES = {
-    errno.EACCES: os.EX_NOPERM,
-    errno.EPERM: os.EX_NOPERM,
-    errno.EMFILE: os.EX_OSERR,
-    errno.ENFILE: os.EX_OSERR,
-}
+_NOT_ALLOWED, _TOO_FEW = (errno.EACCES, errno.EPERM), (errno.EMFILE, errno.ENFILE)
+EXIT_CODES = {**dict.fromkeys(_NOT_ALLOWED, os.EX_NOPERM), **dict.fromkeys(_TOO_FEW, os.EX_OSERR)}
 
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
@@ -115,8 +110,8 @@ class Service:
         self._legacy = legacy
         self._fault = fault
         self._sockets = Sockets(loop, resolver, passed, legacy.listeners if legacy else ())
-        make = partial(Proxy, loop, self._shortage, self._pipes, resolver, self._ways, watchers)
-        self._proxies = Proxies(loop, self._ways, make)
+        maker = PoolMaker(loop, self._shortage, resolver, self._ways)
+        self._proxies = Proxies(loop, self._shortage, self._pipes, maker, self._ways, watchers)
         self._reporter = Reporter(loop, self._proxies, watchers, notifier)
         self._successor = successor
         self._store = Store(successor, ()) if successor else Store(notifier, legacy.found if legacy else ())

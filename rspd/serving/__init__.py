@@ -4,7 +4,6 @@ proxy        accepting clients, no more at once than allowed, and draining
 resuming     a connection of the process before, made again from what that has handed over
 admission    the steps before dialling; each may refuse the client
 connection   one client: its steps, dial, relay, close (RST if it is refused), one log line
-openings     what is said to a backend before the relay begins: the PROXY header
 first_bytes  what a client says before all else: the PROXY header
 access       allow, deny and the limit for each client; what the log says of refused clients
 places       the wait of clients while max_connections are open

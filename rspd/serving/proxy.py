@@ -8,18 +8,17 @@ from collections.abc import Callable, Sequence
 from math import inf
 
 from rspd.balancing.backend import Backend
-from rspd.balancing.pool import Pool
 from rspd.engine.loop import EXCLUSIVE, IN, Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.engine.side import Handed
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import CLIENT_GONE, Listener
-from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
+from rspd.routing.openings import openings
+from rspd.routing.pools import PoolMaker
 from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
 from rspd.serving.connection import Connection, Terms
-from rspd.serving.openings import openings
 from rspd.serving.places import Places
 from rspd.serving.resuming import resume
 from rspd.settings import ProxyConfig
@@ -49,7 +48,7 @@ class Proxy:
         loop: Loop,
         shortage: Shortage,
         pipes: Pipes,
-        resolver: Resolver,
+        pool_maker: PoolMaker,
         ways: Ways,
         watchers: set[Task],
         config: ProxyConfig,
@@ -65,7 +64,7 @@ class Proxy:
         self.watchers = watchers
         self.tag = f" proxy={config.name}" if config.name else ""
         self._ways = ways
-        self.pool = Pool(loop, shortage, resolver, ways, config, openings(config), self._backend_down, self._changed)
+        self.pool = pool_maker.make(self.cut_backend, self._changed, config, self.tag)
         self._accepted = 0
         self._access = Access((), (), inf)
         self._refusals = Refusals(loop, self.tag)
@@ -285,11 +284,11 @@ class Proxy:
         """When the newest of the served clients was accepted."""
         return next(reversed(self.connections.values())).started
 
-    def _backend_down(self, backend: Backend) -> None:
-        if self.config.on_down == "abort":
-            for connection in self.connections.values():
-                if connection.backend is backend:
-                    connection.cut("backend-down")
+    def cut_backend(self, backend: Backend) -> None:
+        """Abort the connections of a backend that has gone down."""
+        for connection in self.connections.values():
+            if connection.backend is backend:
+                connection.cut("backend-down")
 
     def _pause(self) -> None:
         self._accepting = False

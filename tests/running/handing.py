@@ -31,11 +31,11 @@ from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener, open_listeners
 from rspd.net.networks import parse_network
 from rspd.net.ways import Ways
+from rspd.routing.pools import PoolMaker
 from rspd.running.handover import Handover
 from rspd.running.legacy import Legacy
 from rspd.running.proxies import Proxies
 from rspd.serving.connection import Connection
-from rspd.serving.proxy import Proxy
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
 from tests import keeper
 from tests.dialled import Names, until
@@ -61,8 +61,8 @@ class Half:
         ways = Ways(loop)
         names = Names(loop, {NAME: [SocketAddress(socket.AF_INET, ("127.0.0.1", 0))]})
         self.shortage = Shortage(loop)
-        make = partial(Proxy, loop, self.shortage, self.pipes, names, ways, set())
-        self.proxies = Proxies(loop, ways, make)
+        maker = PoolMaker(loop, self.shortage, names, ways)
+        self.proxies = Proxies(loop, self.shortage, self.pipes, maker, ways, set())
 
     def listen(self) -> None:
         """Begin to accept."""

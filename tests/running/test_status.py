@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 
@@ -16,9 +15,9 @@ from rspd.net.descriptors import Shortage
 from rspd.net.listener import open_listeners
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
+from rspd.routing.pools import PoolMaker
 from rspd.running.proxies import Proxies
 from rspd.running.status import Reporter
-from rspd.serving.proxy import Proxy
 from rspd.settings import BackendConfig, Config, ProxyConfig
 from tests.manager import NotifySocket, notify_socket
 from tests.support import PATIENCE
@@ -40,8 +39,9 @@ def test_a_reload_that_failed_is_in_the_status_until_the_next_begins(systemd: No
     async def main(loop: Loop) -> None:
         ways = Ways(loop)
         watchers: set[Task] = set()
-        make = partial(Proxy, loop, Shortage(loop), Pipes(0), Resolver(loop), ways, watchers)
-        proxies = Proxies(loop, ways, make)
+        shortage = Shortage(loop)
+        maker = PoolMaker(loop, shortage, Resolver(loop), ways)
+        proxies = Proxies(loop, shortage, Pipes(0), maker, ways, watchers)
         proxies.apply(config, {"": open_listeners(address, resolve(address), 8)})
         notifier = Notifier()
         reporter = Reporter(loop, proxies, watchers, notifier)

@@ -10,9 +10,9 @@ from rspd.engine.loop import Loop
 from rspd.engine.side import Side
 from rspd.net.networks import parse_network
 from rspd.net.ways import Ways
+from rspd.routing.openings import ProxyHeader, openings
 from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
-from rspd.serving.openings import ProxyHeader, openings
 from rspd.settings import ProxyConfig
 from tests.dialled import Scene
 from tests.support import FakeClock, run, tcp_pair

@@ -25,6 +25,7 @@ from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
+from rspd.routing.pools import PoolMaker
 from rspd.serving.proxy import Proxy
 from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
 from tests.dialled import unix_listener
@@ -34,7 +35,9 @@ from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, reset,
 
 
 def serve(loop: Loop, config: ProxyConfig, *listeners: Listener) -> Proxy:
-    return Proxy(loop, Shortage(loop), Pipes(2), Resolver(loop), Ways(loop), set(), config, listeners)
+    shortage, ways = Shortage(loop), Ways(loop)
+    maker = PoolMaker(loop, shortage, Resolver(loop), ways)
+    return Proxy(loop, shortage, Pipes(2), maker, ways, set(), config, listeners)
 
 
 def test_a_client_that_another_process_has_accepted_first_is_no_error() -> None:

@@ -1,0 +1,5 @@
+"""Which pool, by what a client says first.
+
+pools     pools by name
+openings  what is said to a backend before the relay begins: the PROXY header
+"""
