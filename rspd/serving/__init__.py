@@ -1,7 +1,7 @@
 """One client, from accept to its line in the log.
 
 proxy        accepting clients, no more at once than allowed, and draining
-resuming     a connection of the process before, made again from what that has handed over
+resuming     a connection as it is handed over, and made again in the next process
 admission    the steps before dialling; each may refuse the client
 connection   one client: its steps, dial, relay, close (RST if it is refused), one log line
 first_bytes  what a client says before all else: the PROXY header

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rspd.balancing.attempts import Attempts, DialError
 from rspd.balancing.backend import Backend
@@ -12,9 +12,9 @@ from rspd.engine.cause import UNSERVED, Cause
 from rspd.engine.loop import ERR, IN, OUT, Cancelled, Task
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
-from rspd.engine.side import Handed, Side
+from rspd.engine.side import Side
 from rspd.log import LOGGER, quote, write
-from rspd.net.address import Peer, format_peer, host_of, plain
+from rspd.net.address import Peer, format_peer, host_of
 from rspd.net.connect import why
 from rspd.net.descriptors import SHORT, Shortage
 from rspd.net.ways import Way
@@ -146,34 +146,6 @@ class Connection:
             return [self.client.fd]
         client, backend, upload, download = self.client, self.relay.backend, self.relay.upload, self.relay.download
         return [client.fd, backend.fd, *upload.pipe_descriptors, *download.pipe_descriptors]
-
-    def hand_over(self) -> Handed:
-        """What `resume` makes it from, in the next process. To be asked while its task waits, or after `interrupt`."""
-        handed: dict[str, Any] = {
-            "client": plain(self.client_address),
-            "started": self.started,
-            "handovers": self.handovers + 1,
-            "descriptors": self.descriptors,
-        }
-        if self.peer is not None:
-            handed["via"] = plain(self.peer)
-        if self.relay and self.backend:
-            handed.update(backend=self.backend.name, relay=self.relay.hand_over())
-            if self.way and (way := self.way.hand_over()):
-                handed["way"] = way
-            return handed
-        # Whether all steps are done: `admit` is the last one, where there is something to admit for.
-        admitted = not self.terms.steps or bool(self.counted if self.terms.guarded else self.way)
-        handed.update(side=self.client.hand_over(), began=self.began, admitted=admitted)
-        if self.way:
-            handed["passed"] = self.way.names
-        if self.destination:
-            handed["destination"] = self.destination
-        if self.header:
-            handed["header"] = self.header.hand_over()
-        if self.attempts:
-            handed["attempts"] = self.attempts.hand_over()
-        return handed
 
     def reset_if_nobody_takes(self) -> None:
         """It has been handed over: have the kernel reset both sides if the next process does not take them."""

@@ -20,7 +20,7 @@ from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
 from rspd.serving.connection import Connection, Terms
 from rspd.serving.places import Places
-from rspd.serving.resuming import resume
+from rspd.serving.resuming import hand_over, resume
 from rspd.settings import ProxyConfig
 
 # Seconds without accepting after an error that nobody expected.
@@ -154,7 +154,7 @@ class Proxy:
             "drain_timeout": self.config.drain_timeout,
             "places": self.places.hand_over(),
             "pool": self.pool.members.hand_over(),
-            "connections": [connection.hand_over() for connection in self.connections.values()],
+            "connections": [hand_over(connection) for connection in self.connections.values()],
         }
 
     def resume(self, handed: Handed) -> None:

@@ -1,20 +1,51 @@
-"""Connections that the process before has handed over, as this process goes on with them."""
+"""Connections as they are handed over: what the next process is told of each, and how it goes on with them."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from rspd.engine.loop import Loop
 from rspd.engine.relay import resume as resume_relay
 from rspd.engine.side import Handed
 from rspd.engine.side import resume as resume_side
-from rspd.net.address import host_of, peer
+from rspd.net.address import host_of, peer, plain
 from rspd.net.networks import Networks
 from rspd.net.ways import Way, Ways
 from rspd.serving.access import Access
 from rspd.serving.admission import hear_peer
 from rspd.serving.connection import Connection, Terms
 from rspd.serving.first_bytes import resume as resume_header
+
+
+def hand_over(connection: Connection) -> Handed:
+    """What `resume` makes it from, in the next process. To be asked while its task waits, or after `interrupt`."""
+    handed: dict[str, Any] = {
+        "client": plain(connection.client_address),
+        "started": connection.started,
+        "handovers": connection.handovers + 1,
+        "descriptors": connection.descriptors,
+    }
+    if connection.peer is not None:
+        handed["via"] = plain(connection.peer)
+    relay, way, terms = connection.relay, connection.way, connection.terms
+    if relay and connection.backend:
+        handed.update(backend=connection.backend.name, relay=relay.hand_over())
+        if way and (known := way.hand_over()):
+            handed["way"] = known
+        return handed
+    # Whether all steps are done: `admit` is the last one, where there is something to admit for.
+    admitted = not terms.steps or bool(connection.counted if terms.guarded else way)
+    handed.update(side=connection.client.hand_over(), began=connection.began, admitted=admitted)
+    if way:
+        handed["passed"] = way.names
+    if connection.destination:
+        handed["destination"] = connection.destination
+    if connection.header:
+        handed["header"] = connection.header.hand_over()
+    if connection.attempts:
+        handed["attempts"] = connection.attempts.hand_over()
+    return handed
 
 
 def resume(
