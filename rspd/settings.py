@@ -65,8 +65,16 @@ class BackendConfig(NamedTuple):
         return str(self.address)
 
 
+class ErrorPage(NamedTuple):
+    """The page of an answer to an HTTP client. path: the file that it is from. content: what was in it."""
+
+    status: int
+    path: str
+    content: bytes
+
+
 class ProxyConfig(NamedTuple):
-    """One proxy. Durations are in seconds; `inf` is off, or no limit."""
+    """One proxy. Durations are in seconds; `inf` is off, or no limit. It has backends, or routes."""
 
     listen: tuple[Address, ...]  # may be empty where systemd passes sockets
     backends: tuple[BackendConfig, ...]
@@ -94,6 +102,22 @@ class ProxyConfig(NamedTuple):
     allow: tuple[Network, ...] = ()  # empty: everybody
     deny: tuple[Network, ...] = ()
     max_connections_per_client: float = inf
+    first_bytes_timeout: float = 5.0  # finite
+    error_pages: tuple[ErrorPage, ...] = ()
+    routes: tuple["RouteConfig", ...] = ()
+    pools: tuple["NamedPool", ...] = ()  # its own; further ones are in Config
+
+    @property
+    def own_pools(self) -> list["ProxyConfig"]:
+        """What each pool that only this proxy has goes by."""
+        named = [pool.settings for pool in self.pools]
+        routes = [route.settings for route in self.routes if not route.pool]
+        return [self, *named, *routes] if self.backends else [*named, *routes]
+
+    @property
+    def shared_pools(self) -> set[str]:
+        """The names of the pools of the whole file that its routes lead to."""
+        return {route.pool for route in self.routes if route.pool} - {pool.name for pool in self.pools}
 
     def max_fails_of(self, backend: BackendConfig) -> float:
         """The `max_fails` of a backend."""
@@ -108,6 +132,57 @@ class ProxyConfig(NamedTuple):
         return self.health if backend.health is None else None if backend.health == "off" else backend.health
 
 
+class NamedPool(NamedTuple):
+    """A pool that routes name. settings: what it goes by; of a ProxyConfig, only what concerns a pool counts."""
+
+    name: str
+    settings: ProxyConfig
+
+
+class RouteConfig(NamedTuple):
+    """A route: which clients take it, and where it leads. All that it says of a client has to hold.
+
+    name: for people; no other route of its proxy has it.
+    settings: what its connections go by, and its pool if it has one of its own: the proxy's, but for what it says.
+    server_name, alpn: of TLS. host, path: of HTTP. A name may be `*.example.org`. Empty: it does not matter.
+    protocol: the words of protocols/first.py.
+    networks: where clients come from, `from` in the file.
+    pool: the name of the pool, of the proxy or of the whole file; empty: its own, with `settings.backends`.
+    """
+
+    name: str
+    settings: ProxyConfig
+    server_name: tuple[str, ...] = ()
+    alpn: tuple[str, ...] = ()
+    host: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()
+    protocol: tuple[str, ...] = ()
+    networks: tuple[Network, ...] = ()
+    pool: str = ""
+
+    @property
+    def key(self) -> str:
+        """What it says of clients, in one line. No other route of its proxy says the same."""
+        said = {**self._asdict(), "from": self.networks}
+        keys = ("server_name", "alpn", "host", "path", "protocol", "from")
+        return " ".join(f"{key}={','.join(sorted(map(str, said[key])))}" for key in keys if said[key])
+
+    def meets(self, other: "RouteConfig") -> bool:
+        """Whether both are for one name and one path, of one protocol."""
+        return (
+            self.protocols == other.protocols
+            and not {*(self.server_name or self.host or ("",))}.isdisjoint(other.server_name or other.host or ("",))
+            and not {*(self.path or ("",))}.isdisjoint(other.path or ("",))
+        )
+
+    @property
+    def protocols(self) -> frozenset[str]:
+        """The protocols of which a client may be; empty: any, even an unknown one, or none."""
+        if self.server_name or self.alpn:
+            return frozenset({"tls"})
+        return frozenset({"http"}) if self.host or self.path else frozenset(self.protocol)
+
+
 class Config(NamedTuple):
     """The whole configuration."""
 
@@ -115,3 +190,13 @@ class Config(NamedTuple):
     log_level: str = "info"
     exit_idle_time: float = inf
     handover: bool = True  # whether connections go on in the next process when the service restarts
+    pools: tuple[NamedPool, ...] = ()  # those that routes of all proxies may name
+
+    def pools_of(self, proxy: ProxyConfig) -> list[ProxyConfig]:
+        """What each pool goes by from which a proxy's clients may get a backend."""
+        return proxy.own_pools + [pool.settings for pool in self.pools if pool.name in proxy.shared_pools]
+
+    @property
+    def every_pool(self) -> list[ProxyConfig]:
+        """What each pool goes by, of all proxies."""
+        return [pool.settings for pool in self.pools] + [one for proxy in self.proxies for one in proxy.own_pools]

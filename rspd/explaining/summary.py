@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from math import inf
 
-from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
+from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig, RouteConfig
 
 DEFAULTS = ProxyConfig((), ())
 
-TIMEOUTS = ("connect_timeout", "idle_timeout", "half_close_timeout", "drain_timeout")
+TIMEOUTS = ("idle_timeout", "half_close_timeout", "drain_timeout")
 
 
 def describe(config: Config) -> list[str]:
@@ -18,7 +18,9 @@ def describe(config: Config) -> list[str]:
     for proxy in config.proxies:
         name = f"{proxy.name}: " if proxy.name else ""
         lines.append(name + "; ".join(_proxy(proxy)))
-        lines += ("  " + ", ".join(_backend(backend, proxy)) for backend in proxy.backends)
+        lines += _backends(proxy)
+        lines += (f"  {line}" for line in _routes(proxy))
+    lines += _pools(config)
     general = []
     if config.exit_idle_time != inf:
         general.append(f"ends after {_span(config.exit_idle_time)} without a connection")
@@ -41,32 +43,97 @@ def _proxy(proxy: ProxyConfig) -> Iterator[str]:
         yield f"not for {_list(proxy.deny)}"
     if proxy.accept_proxy:
         yield f"a PROXY header within {_span(proxy.accept_proxy_timeout)} from {_list(proxy.accept_proxy)}"
-    if len(proxy.backends) > 1 or proxy.balance != DEFAULTS.balance or proxy.resolve == "each":
-        count = len(proxy.backends)
-        yield f"{proxy.balance} over " + ("one backend" if count == 1 else f"{count} backends")
-    if proxy.resolve == "each":
-        yield "each address of a name a backend"
-    if proxy.resolve_interval != DEFAULTS.resolve_interval:
-        yield f"names looked up every {_span(proxy.resolve_interval)}"
-    if proxy.health:
-        yield "health " + ", ".join(_health(proxy.health))
-    if (proxy.max_fails, proxy.fail_timeout) != (DEFAULTS.max_fails, DEFAULTS.fail_timeout):
-        yield _down_after(proxy.max_fails, proxy.fail_timeout)
-    if proxy.on_down == "abort":
-        yield "connections of a backend aborted when it goes down"
-    if proxy.retries != inf:
-        yield f"at most {proxy.retries:.0f} further backends tried" if proxy.retries else "no further backend tried"
-    if proxy.queue_timeout:
-        yield f"clients waiting up to {_span(proxy.queue_timeout)} while no backend is up"
-    if proxy.send_proxy:
-        yield f"a PROXY {proxy.send_proxy} header to backends"
-    if not proxy.half_close:
-        yield "connections end when either side has ended"
-    for key in TIMEOUTS:
-        if getattr(proxy, key) != getattr(DEFAULTS, key):
-            yield f"{key} {_span(getattr(proxy, key))}"
+    if proxy.routes:
+        yield f"routes by what a client says, waiting up to {_span(proxy.first_bytes_timeout)} for it"
+    elif proxy.first_bytes_timeout != DEFAULTS.first_bytes_timeout:
+        yield f"first_bytes_timeout {_span(proxy.first_bytes_timeout)}, without routes"
+    if proxy.error_pages:
+        yield f"pages of its own for {_list(page.status for page in proxy.error_pages)}"
+    yield from _pool(proxy, DEFAULTS)
+    yield from _timing(proxy, DEFAULTS)
     if proxy.backlog != DEFAULTS.backlog:
         yield f"backlog {proxy.backlog}"
+
+
+def _pool(pool: ProxyConfig, above: ProxyConfig) -> Iterator[str]:
+    """How a backend is chosen. above: what the pool goes by unless it says otherwise, which is said elsewhere."""
+    count = len(pool.backends)
+    if count > 1 or pool.balance != above.balance or (count and pool.resolve == "each"):
+        yield pool.balance + (" over one backend" if count == 1 else f" over {count} backends" if count else "")
+    if pool.connect_timeout != above.connect_timeout:
+        yield f"connect_timeout {_span(pool.connect_timeout)}"
+    if pool.resolve != above.resolve:
+        yield "each address of a name a backend" if pool.resolve == "each" else "each name one backend"
+    if pool.resolve_interval != above.resolve_interval:
+        yield f"names looked up every {_span(pool.resolve_interval)}"
+    if pool.health != above.health:
+        yield "health " + ", ".join(_health(pool.health)) if pool.health else "no health checks"
+    if (pool.max_fails, pool.fail_timeout) != (above.max_fails, above.fail_timeout):
+        yield _down_after(pool.max_fails, pool.fail_timeout)
+    if pool.on_down != above.on_down:
+        yield f"connections of a backend {'aborted' if pool.on_down == 'abort' else 'kept'} when it goes down"
+    if pool.retries != above.retries:
+        yield _retries(pool.retries)
+    if pool.queue_timeout != above.queue_timeout:
+        long = f"up to {_span(pool.queue_timeout)}" if pool.queue_timeout else "not at all"
+        yield f"clients waiting {long} while no backend is up"
+    if pool.send_proxy != above.send_proxy:
+        yield f"{f'a PROXY {pool.send_proxy}' if pool.send_proxy else 'no PROXY'} header to backends"
+
+
+def _retries(number: float) -> str:
+    if not number:
+        return "no further backend tried"
+    return f"{'all' if number == inf else f'at most {number:.0f}'} further backends tried"
+
+
+def _timing(proxy: ProxyConfig, above: ProxyConfig) -> Iterator[str]:
+    """How a connection goes on once it has its backend."""
+    if proxy.half_close != above.half_close:
+        yield f"connections end when {'both sides have' if proxy.half_close else 'either side has'} ended"
+    for key in TIMEOUTS:
+        if getattr(proxy, key) != getattr(above, key):
+            yield f"{key} {_span(getattr(proxy, key))}"
+
+
+def _backends(pool: ProxyConfig) -> Iterator[str]:
+    return ("  " + ", ".join(_backend(backend, pool)) for backend in pool.backends)
+
+
+def _routes(proxy: ProxyConfig) -> Iterator[str]:
+    """A line for each route, followed by one for each of its backends if there are several."""
+    for route in proxy.routes:
+        settings = route.settings
+        how = [f"pool {route.pool}"] if route.pool else [*_pool(settings, proxy)]
+        how += _timing(settings, proxy)
+        alone = len(settings.backends) == 1
+        if alone:
+            how.insert(0, ", ".join(_backend(settings.backends[0], settings)))
+        yield f"{', '.join(_matches(route)) or 'all others'}: {'; '.join(how)}"
+        if not alone:
+            yield from _backends(settings)
+    if proxy.routes and all([*_matches(route)] for route in proxy.routes):
+        yield "all others: refused"
+
+
+def _matches(route: RouteConfig) -> Iterator[str]:
+    words = {"server name": route.server_name, "ALPN": route.alpn, "host": route.host, "path": route.path}
+    for what, items in {**words, "protocol": route.protocol, "from": route.networks}.items():
+        if items:
+            yield f"{what} {' or '.join(map(str, items))}"
+
+
+def _pools(config: Config) -> Iterator[str]:
+    """The pools that routes name: a line for each, followed by one for each of its backends."""
+    shared = {name for proxy in config.proxies for name in proxy.shared_pools}
+    pools = [("", pool, pool.name in shared) for pool in config.pools]
+    for proxy in config.proxies:
+        named = {route.pool for route in proxy.routes}
+        pools += [(f"{proxy.name}: ", pool, pool.name in named) for pool in proxy.pools]
+    for owner, pool, used in pools:
+        how = [*_pool(pool.settings, DEFAULTS)] or ["one backend"]
+        yield f"{owner}pool {pool.name}: {'; '.join(how if used else [*how, 'not used, no route names it'])}"
+        yield from _backends(pool.settings)
 
 
 def _health(health: HealthConfig) -> Iterator[str]:

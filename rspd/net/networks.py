@@ -34,6 +34,13 @@ class Network(NamedTuple):
         host = inet_ntop(self.family, self.value.to_bytes(bits // 8, "big"))
         return host if self.length == bits else f"{host}/{self.length}"
 
+    def holds(self, other: "Network") -> bool:
+        """Whether each address of another network is in this one."""
+        shift = BITS[self.family] - self.length
+        return (
+            self.family == other.family and self.length <= other.length and self.value >> shift == other.value >> shift
+        )
+
 
 def parse_network(text: str) -> Network:
     """Read a network, or an address as a network of one. Raises ValueError, which says what was expected and found.

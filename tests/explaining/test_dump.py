@@ -245,9 +245,15 @@ def test_a_value_of_each_field_is_printed() -> None:
     told = yaml.load(
         dump(Config((ProxyConfig((parse_address("1"),), (BackendConfig(parse_backend("a:1")),)),))), yaml.BaseLoader
     )
-    assert told.keys() == (set(ProxyConfig._fields) | set(Config._fields)) - {"name", "proxies", "backends"} | {
-        "backend"
-    }
+    assert told.keys() == (set(ProxyConfig._fields) | set(Config._fields)) - {
+        "name",
+        "proxies",
+        "backends",
+        "routes",
+        "pools",
+        "first_bytes_timeout",
+        "error_pages",
+    } | {"backend"}
     # What a backend does not say itself, the proxy says.
     assert told["backend"].keys() == set(BackendConfig._fields) - {"max_fails", "fail_timeout", "health"}
     health = HealthConfig(http="/", host="a", send=b"", expect=b"", address=parse_backend("b:1"))

@@ -13,7 +13,7 @@ from rspd.config.addresses import parse_address
 from rspd.explaining.summary import describe
 from rspd.net.address import Address
 from rspd.net.networks import parse_network
-from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig, StatusRange
+from rspd.settings import BackendConfig, Config, ErrorPage, HealthConfig, ProxyConfig, StatusRange
 
 BACKEND = BackendConfig(Address("10.0.0.1", 80))
 PROXY = ProxyConfig((Address(port=80),), (BACKEND,))
@@ -44,6 +44,11 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "allow": ((NETWORK, parse_network("unix")), "only for 10.0.0.0/8, unix"),
     "deny": ((NETWORK,), "not for 10.0.0.0/8"),
     "max_connections_per_client": (5, "5 of one client"),
+    "first_bytes_timeout": (0.5, "first_bytes_timeout 500 ms, without routes"),
+    "error_pages": (
+        (ErrorPage(404, "/404", b""), ErrorPage(503, "/503", b"")),
+        "pages of its own for 404, 503",
+    ),
 }
 
 
@@ -59,7 +64,8 @@ def test_what_is_not_default_is_said(name: str) -> None:
 
 
 def test_nothing_that_is_not_default_goes_unsaid() -> None:
-    assert OTHERS.keys() == set(ProxyConfig._fields) - {"listen", "backends", "accept_proxy_timeout"}
+    elsewhere = {"listen", "backends", "accept_proxy_timeout", "routes", "pools"}
+    assert OTHERS.keys() == set(ProxyConfig._fields) - elsewhere
     line, _ = describe(Config((PROXY._replace(accept_proxy=(NETWORK,), accept_proxy_timeout=9.0),)))
     assert line.endswith("; a PROXY header within 9 s from 10.0.0.0/8")
 
