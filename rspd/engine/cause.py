@@ -18,10 +18,18 @@ Cause = Literal[
     "loop",  # the way to the backend led back to the proxy
     "bad-header",  # no PROXY protocol header where accept_proxy expects one
     "header-timeout",  # no header, or only part of it, within accept_proxy_timeout
+    "bad-head",  # what the client said first is not valid in its protocol
+    "first-bytes-timeout",  # only part of that came within first_bytes_timeout, or nothing, and too many waited
+    "no-route",  # no route is for such a client
     "drain-timeout",  # still open after drain_timeout, or at a second signal to end
     "handover-failed",  # it was handed over, and the next process could not go on with it
     "error",  # an unexpected error, logged with its traceback
 ]
 
-# A client that is refused for one of these causes gets RST.
-UNSERVED: frozenset[Cause] = frozenset({"loop", "bad-header", "header-timeout"})
+# A client that is refused for one of these causes gets RST, unless there is an answer in its protocol.
+UNSERVED: frozenset[Cause] = frozenset(
+    {"loop", "bad-header", "header-timeout", "bad-head", "first-bytes-timeout", "no-route"}
+)
+
+# The client ended the connection for these, or said what it should not: no warning is needed.
+OF_CLIENT: frozenset[Cause] = frozenset({"client-aborted", "bad-head", "first-bytes-timeout", "no-route"})

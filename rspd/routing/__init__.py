@@ -4,4 +4,5 @@ pools     pools by name
 openings  what is said to a backend before the relay begins: the PROXY header
 table     which route a client takes
 heads     the first bytes of a client, from when they are awaited
+answers   what a client is told that gets no backend, in its own protocol
 """
