@@ -1,5 +1,6 @@
 """Which pool, by what a client says first.
 
+router    the routes of a proxy at work: their pools, who is heard, and what is chosen
 pools     pools by name
 openings  what is said to a backend before the relay begins: the PROXY header
 table     which route a client takes

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from math import inf
 
+from rspd.balancing.backend import Backend
 from rspd.engine.loop import Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.engine.side import Handed
@@ -14,7 +15,7 @@ from rspd.log import quote
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener
 from rspd.net.ways import Ways
-from rspd.routing.pools import PoolMaker
+from rspd.routing.pools import PoolMaker, Pools
 from rspd.serving.places import who_waits
 from rspd.serving.proxy import Proxy
 from rspd.settings import Config, ProxyConfig
@@ -29,12 +30,20 @@ class Proxies:
     """
 
     def __init__(
-        self, loop: Loop, shortage: Shortage, pipes: Pipes, pool_maker: PoolMaker, ways: Ways, watchers: set[Task]
+        self,
+        loop: Loop,
+        shortage: Shortage,
+        pipes: Pipes,
+        pool_maker: PoolMaker,
+        ways: Ways,
+        watchers: set[Task],
     ) -> None:
         """What all proxies of this process share. watchers: as for `Proxy`."""
         self._loop = loop
         self._ways = ways
-        self._make = partial(Proxy, loop, shortage, pipes, pool_maker, ways, watchers)
+        self._watchers = watchers
+        self._pools = Pools(partial(pool_maker.make, self._cut_backend, self._changed))  # those of the whole file
+        self._make = partial(Proxy, loop, shortage, pipes, pool_maker, ways, watchers, self._pools.by_name)
         self.configured: dict[str, Proxy] = {}
         self._retired: list[Proxy] = []  # taken out, with connections that are still open
         self._served_before = 0  # clients served by proxies that are gone
@@ -52,8 +61,10 @@ class Proxies:
         """
         before = self.listeners
         old, self.configured = self.configured, {}
-        backends = (backend.address for wanted in config.proxies for backend in wanted.backends)
+        backends = (backend.address for pool in config.every_pool for backend in pool.backends)
+        named = {name for wanted in config.proxies for name in wanted.shared_pools}
         self._ways.listen(listeners, backends)
+        self._pools.apply({name: (pool, f" pool={name}") for name, pool in config.pools if name in named})
         for wanted in config.proxies:
             own = listeners[wanted.name]
             proxy = old.pop(wanted.name, None)
@@ -85,7 +96,7 @@ class Proxies:
         """What `resume` takes, in the next process, with all connections."""
         everyone = self.everyone()
         parts = [proxy.hand_over() | {"retired": proxy in self._retired} for proxy in everyone]
-        return {"served_before": self._served_before, "proxies": parts}
+        return {"served_before": self._served_before, "proxies": parts, **self._pools.hand_over()}
 
     def resume(self, handed: Handed, before: Callable[[], Config | None]) -> list[tuple[Proxy, Handed]]:
         """Go on with what the process before knew. Returns its connections, each with the proxy that is to take it.
@@ -94,13 +105,14 @@ class Proxies:
         before: returns the configuration of the process before.
         """
         self._served_before += handed.get("served_before", 0)
+        self._pools.resume(handed)
         found = []
         for known in handed.get("proxies", ()):
             name, connections = known.get("name", ""), known.get("connections", ())
             if name in self.configured and not known.get("retired"):
                 proxy = self.configured[name]
             elif connections:
-                proxy = self._make(_taken_out(known, before), ())
+                proxy = self._make(_taken_out(known, before, self._pools.by_name), ())
                 self._retired.append(proxy)
             else:
                 self._served_before += known.get("accepted", 0) - known.get("refused", 0)
@@ -142,6 +154,14 @@ class Proxies:
                 drain.wake()  # what hurries concerns all proxies
             await news()
 
+    def _cut_backend(self, backend: Backend) -> None:
+        for proxy in self.everyone():
+            proxy.cut_backend(backend)
+
+    def _changed(self) -> None:
+        for watcher in self._watchers:
+            watcher.wake()
+
     @property
     def open(self) -> int:
         """How many clients are being served."""
@@ -160,12 +180,16 @@ class Proxies:
         return min(idle, self._loop.now - self._last_end)
 
 
-def _taken_out(known: Handed, before: Callable[[], Config | None]) -> ProxyConfig:
-    """The configuration of a proxy that the process before knew, and that is not configured here."""
+def _taken_out(known: Handed, before: Callable[[], Config | None], pools: Container[str]) -> ProxyConfig:
+    """The configuration of a proxy that the process before knew, and that is not configured here.
+
+    pools: the names of those of the whole file, as it is here. Others that its routes lead to become its own.
+    """
     drain_timeout = known.get("drain_timeout", inf)
     if any("relay" not in connection for connection in known["connections"]) and (config := before()):
         # A client waits for one of its backends.
         for proxy in config.proxies if not known.get("retired") else ():
             if proxy.name == known.get("name", ""):
-                return proxy._replace(listen=(), drain_timeout=drain_timeout)
+                gone = [one for one in config.pools if one.name in proxy.shared_pools and one.name not in pools]
+                return proxy._replace(listen=(), drain_timeout=drain_timeout, pools=(*gone, *proxy.pools))
     return ProxyConfig((), (), known.get("name", ""), drain_timeout=drain_timeout)

@@ -107,8 +107,8 @@ def make_room(config: Config, listeners: int) -> int:
     """Make room for the descriptors that a configuration needs, and for pipes: returns how many. Raises StartError."""
     connections = sum(proxy.max_connections for proxy in config.proxies)
     # Each check of a backend has a socket; each lookup has a socket or a file.
-    backends = [(proxy, backend) for proxy in config.proxies for backend in proxy.backends]
-    checks = [health for proxy, backend in backends if (health := proxy.health_of(backend))]
+    backends = [(pool, backend) for pool in config.every_pool for backend in pool.backends]
+    checks = [health for pool, backend in backends if (health := pool.health_of(backend))]
     asked = [backend.address for _, backend in backends] + [health.address for health in checks if health.address]
     names = sum(not literal(address) for address in asked)
     try:
@@ -133,7 +133,7 @@ def assign(config: Config, adopted: Sequence[Listener]) -> dict[str, Part]:
     passed = dict.fromkeys(listener.passed or "" for listener in adopted)
     named = {address.passed for proxy in config.proxies for address in proxy.listen}
     parts = {proxy.name: _part(proxy, adopted, passed if alone else {proxy.name} - named) for proxy in config.proxies}
-    errors = [fault for proxy in config.proxies for fault in _faults(proxy, parts[proxy.name], passed)]
+    errors = [fault for proxy in config.proxies for fault in _faults(config, proxy, parts[proxy.name], passed)]
     taken = {listener.passed for part in parts.values() for listener in part.adopted}
     several = "" if alone else ", or call it as a proxy (FileDescriptorName=)"
     nobodys = [name for name in passed if name not in taken]
@@ -150,7 +150,7 @@ def _part(proxy: ProxyConfig, adopted: Sequence[Listener], default: Collection[s
     return Part(own, [] if own and not named else [address for address in proxy.listen if not address.passed])
 
 
-def _faults(proxy: ProxyConfig, part: Part, passed: Collection[str]) -> Iterator[str]:
+def _faults(config: Config, proxy: ProxyConfig, part: Part, passed: Collection[str]) -> Iterator[str]:
     """An error for each thing that is wrong with what a proxy listens on. passed: the names of all sockets."""
     place = f"proxies.{proxy.name}.listen" if proxy.name else "listen"
     what = f"passed are {', '.join(passed)}" if passed else "none was passed; is its socket unit active?"
@@ -160,8 +160,8 @@ def _faults(proxy: ProxyConfig, part: Part, passed: Collection[str]) -> Iterator
     if not proxy.listen and not part.adopted:
         yield f"{place}: missing, expected an address, or a socket from systemd named {proxy.name}"
     adopted = [one.address for one in part.adopted]
-    for backend in proxy.backends:
-        health = proxy.health_of(backend)
+    for settings, backend in ((pool, backend) for pool in config.pools_of(proxy) for backend in pool.backends):
+        health = settings.health_of(backend)
         yield from (f"backend {what}" for what in own_listeners(adopted, [backend.address]))
         if health and health.elsewhere:
             for what in own_listeners(adopted, [health.target(backend.address)]):

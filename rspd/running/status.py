@@ -13,6 +13,9 @@ from rspd.serving.proxy import Proxy
 # Seconds between two status lines for systemd while something changes.
 INTERVAL = 1.0
 
+# How many routes of a proxy the status names: those with the most clients.
+ROUTES_MAX = 5
+
 # Seconds for which the status says what was taken over.
 MINUTE = 60.0
 
@@ -95,12 +98,30 @@ class Reporter:
             if self._ending:
                 count = self._proxies.open
                 doing = f"ending, {count} open" if count else "ended"
-            backends = f", {describe(proxies[0].pool.members.everyone)}" if len(proxies) == 1 else ""
+            backends = f", {_backends(proxies[0])}" if len(proxies) == 1 else ""
             return f"{doing}, {served}{backends}{failure}"
-        each = (f"{proxy.config.name} {_doing(proxy)}, {describe(proxy.pool.members.everyone)}" for proxy in proxies)
+        each = (f"{proxy.config.name} {_doing(proxy)}, {_backends(proxy)}" for proxy in proxies)
         return f"{served}; {'; '.join(each)}{failure}"
 
 
 def _doing(proxy: Proxy) -> str:
     waiting = proxy.places.waiting
-    return f"serving {proxy.open} of {proxy.config.max_connections}" + (f", {waiting} waiting" if waiting else "")
+    silent = proxy.router.silent
+    return (
+        f"serving {proxy.open} of {proxy.config.max_connections}"
+        + (f", {waiting} waiting" if waiting else "")
+        + (f", {silent} yet to say what they want" if silent else "")
+    )
+
+
+def _backends(proxy: Proxy) -> str:
+    """Its backends, and how many clients have taken each of its routes."""
+    routes = proxy.router.routes
+    busiest = sorted(routes, key=lambda route: -route.clients)[:ROUTES_MAX]
+    counts = [f"{route.config.name} {route.clients}" for route in routes if route in busiest]
+    if len(routes) > ROUTES_MAX:
+        others = sum(route.clients for route in routes if route not in busiest)
+        counts.append(f"{others} for {len(routes) - ROUTES_MAX} more")
+    if counts and proxy.router.refused:
+        counts.append(f"none {proxy.router.refused}")
+    return describe(proxy.router.backends) + (f", by route: {', '.join(counts)}" if counts else "")

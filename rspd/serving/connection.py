@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rspd.balancing.attempts import Attempts, DialError
 from rspd.balancing.backend import Backend
 from rspd.balancing.pool import Pool
-from rspd.engine.cause import UNSERVED, Cause
+from rspd.engine.cause import OF_CLIENT, UNSERVED, Cause
 from rspd.engine.loop import ERR, IN, OUT, Cancelled, Task
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
@@ -18,6 +18,9 @@ from rspd.net.address import Peer, format_peer, host_of
 from rspd.net.connect import why
 from rspd.net.descriptors import SHORT, Shortage
 from rspd.net.ways import Way
+from rspd.protocols.first import Heard
+from rspd.routing.answers import Farewell, answer
+from rspd.routing.heads import Head
 from rspd.serving.access import Access
 from rspd.serving.first_bytes import Awaited
 from rspd.settings import ProxyConfig
@@ -64,8 +67,8 @@ class Connection:
 
     began: when a backend was dialled first, or will be: the time of the client's PROXY header does not count.
     header, attempts: what is known of its header, and of its attempts at backends, once there is something to know.
-    terms: in force when the client was accepted; a later reload does not change them. A connection that was handed over
-        has those of the next process, with the timeouts that its relay began with.
+    terms: in force when the client was accepted, or those of its route; a later reload does not change them. A
+        connection that was handed over has those of the next process, with the timeouts that its relay began with.
     handovers: how often it went from one process to the next.
     """
 
@@ -78,10 +81,14 @@ class Connection:
         "counted",
         "cut_for",
         "destination",
+        "farewell",
         "handovers",
+        "head",
         "header",
+        "heard",
         "peer",
         "relay",
+        "route",
         "started",
         "task",
         "terms",
@@ -90,6 +97,10 @@ class Connection:
 
     task: Task  # runs `handle`; set by the proxy, which spawned it
     cut_for: Cause | None  # set by `cut`, and by `interrupt`
+    head: Head  # what the client says first, if it had to be awaited
+    heard: Heard  # what that says, once there is a route, or a fault in it
+    route: tuple[str, str]  # the name of the route that the client has taken, and its key
+    farewell: Farewell  # the answer to a client that gets no backend, once there is one
 
     def __init__(self, terms: Terms, client: Side, client_address: Peer) -> None:
         self.terms = terms
@@ -110,7 +121,6 @@ class Connection:
         """Serve the client to its end, whatever happens. After `interrupt`, it goes on where the client was."""
         terms = self.terms
         cause: Cause | None
-        reason = ""
         try:
             try:
                 self.client.watch()
@@ -118,13 +128,15 @@ class Connection:
                 await self._watch_client(error)
             for step in terms.steps:
                 await step(self)
+                terms = self.terms
             # A client that says nothing is served too: the backend may be the one to speak first.
             self.backend, side = await terms.pool.dial(self)
             # Most clients have spoken by now. If the relay looks at once, that saves a turn of the loop.
             self.client.ready |= IN
             cause = await self._relay_to(side).run()
         except (DialError, RefusedError) as error:
-            cause, reason = error.cause, str(error)
+            await self._refuse(error.cause, str(error))
+            return
         except Cancelled:
             cause = self.cut_for
             if not cause:
@@ -135,7 +147,7 @@ class Connection:
         # Not in a `finally`: a connection that was handed over is not closed when its coroutine is dropped.
         lost = self._close(cause)
         if cause:
-            self._log_end(cause, reason, lost)
+            self._log_end(cause, "", lost)
 
     # Handover
 
@@ -149,17 +161,16 @@ class Connection:
 
     def reset_if_nobody_takes(self) -> None:
         """It has been handed over: have the kernel reset both sides if the next process does not take them."""
-        for side in (self.client, self.relay and self.relay.backend):
+        for side in (self.client, self.relay.backend) if self.relay else (self.client,):
             try:
-                if side:
-                    side.reset_if_nobody_takes()
+                side.reset_if_nobody_takes()
             except OSError:
                 pass  # a program in the kernel may refuse it (bpf(2))
 
     async def go_on(self) -> None:
         """`handle`, for a connection that `resume` has made."""
         if not self.relay:
-            await self.handle()
+            await (self._say_farewell() if hasattr(self, "farewell") else self.handle())
             return
         cause: Cause | None = "error"
         try:
@@ -192,7 +203,7 @@ class Connection:
             if client.loop.watches(client):
                 client.loop.unwatch(client)
             client.ready = OUT | broken
-            self.task.go_on(self.handle())
+            self.task.go_on(self.go_on())
 
     def cut(self, cause: Cause) -> None:
         """End the connection in the next turn of the loop, with this cause in the log."""
@@ -207,30 +218,47 @@ class Connection:
 
     async def _watch_client(self, error: OSError) -> None:
         """Watch the client as soon as that is possible, after the first attempt failed. Raises DialError, OSError."""
-        terms = self.terms
-        deadline = self.client.loop.now + terms.config.connect_timeout
+        deadline = self.client.loop.now + self.terms.config.connect_timeout
         try:
-            await terms.shortage.retry(self.client.watch, error, deadline, lambda: False)
+            await self.terms.shortage.retry(self.client.watch, error, deadline, lambda: False)
         except OSError as last:
             if last.errno not in SHORT:
                 raise
             raise DialError("backend-unreachable", [f"the client cannot be watched: {why(last)}"]) from None
 
+    async def _refuse(self, cause: Cause | None, reason: str) -> None:
+        """End a client that gets no backend. If its protocol is known, it gets an answer."""
+        text = b""
+        if cause and hasattr(self, "heard") and not self.client.aborted:
+            text = answer(self.heard[0], self.heard[2], cause, self.terms.config.error_pages)
+        if cause and text:
+            self.farewell = Farewell(text, cause, reason)
+            await self._say_farewell()
+            return
+        self._close(cause)
+        if cause:
+            self._log_end(cause, reason, 0)
+
+    async def _say_farewell(self) -> None:
+        farewell = self.farewell
+        try:
+            await farewell.say(self.client)
+        except Cancelled:
+            if not self.cut_for:
+                return  # it goes on, here or in the next process
+        except Exception:
+            log.exception(UNEXPECTED)
+        self._close("client-closed")
+        self._log_end(farewell.cause, farewell.reason, 0)
+
     def _relay_to(self, backend: Side) -> Relay:
         terms, client = self.terms, self.client
         config = terms.config
         relay = Relay(
-            client.loop,
-            client,
-            backend,
-            terms.pipes,
-            config.idle_timeout,
-            config.half_close_timeout,
-            config.half_close,
+            client.loop, client, backend, terms.pipes, config.idle_timeout, config.half_close_timeout, config.half_close
         )
         self.relay = relay  # owns the backend's side from here on
         if terms.keep_alive:
-            # Nothing else would ever find out that a peer is gone.
             client.keep_alive()
             backend.keep_alive()
         if LOGGER.level <= logging.DEBUG:
@@ -266,15 +294,14 @@ class Connection:
         return "" if self.peer is None else f" via={format_peer(self.peer)}"
 
     def _log_end(self, cause: Cause, reason: str, lost: int) -> None:
-        level = logging.WARNING if lost or (reason and cause != "client-aborted") else logging.INFO
+        level = logging.WARNING if lost or (reason and cause not in OF_CLIENT) else logging.INFO
         if level >= LOGGER.level:
             sent, received = (self.relay.upload.total, self.relay.download.total) if self.relay else (0, 0)
-            via = "" if self.peer is None else self.via
             write(
                 level,
-                f"connection closed client={format_peer(self.client_address)}{via}{self.terms.tag} "
-                f"backend={self.backend.name if self.backend else '-'} sent={sent} received={received} "
-                f"seconds={self.client.loop.now - self.started:.3f} cause={cause}"
+                f"connection closed client={format_peer(self.client_address)}{'' if self.peer is None else self.via}"
+                f"{self.terms.tag} backend={self.backend.name if self.backend else '-'} sent={sent} "
+                f"received={received} seconds={self.client.loop.now - self.started:.3f} cause={cause}"
                 + (f" handovers={self.handovers}" if self.handovers else "")
                 + (f" lost={lost}" if lost else "")
                 + (f" reason={quote(reason)}" if reason else ""),

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import inf
 
 from rspd.balancing.backend import Backend
+from rspd.balancing.pool import Pool
 from rspd.engine.loop import EXCLUSIVE, IN, Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.engine.side import Handed
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import CLIENT_GONE, Listener
 from rspd.net.ways import Ways
-from rspd.routing.openings import openings
-from rspd.routing.pools import PoolMaker
+from rspd.routing.pools import PoolMaker, Pools
+from rspd.routing.router import Router
 from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
 from rspd.serving.connection import Connection, Terms
@@ -23,8 +25,7 @@ from rspd.serving.places import Places
 from rspd.serving.resuming import hand_over, resume
 from rspd.settings import ProxyConfig
 
-# Seconds without accepting after an error that nobody expected.
-AFTER_ERROR = 1.0
+AFTER_ERROR = 1.0  # seconds without accepting after an error that nobody expected
 
 # Seconds between two looks for clients at a listener that other processes share. The kernel wakes one of the processes
 # for a client (EPOLLEXCLUSIVE, epoll_ctl(2)). If that process ends, or has no descriptor left, no other hears of it.
@@ -51,12 +52,14 @@ class Proxy:
         pool_maker: PoolMaker,
         ways: Ways,
         watchers: set[Task],
+        shared: Mapping[str, Pool],
         config: ProxyConfig,
         listeners: Sequence[Listener],
     ) -> None:
         """watchers: tasks to wake whenever a connection begins or ends, or a backend goes down or comes up.
 
-        All proxies share what stands before `config`. The proxy owns the listeners from now on.
+        shared: the pools of the whole file, by name. All proxies share what stands before `config`.
+        The proxy owns the listeners from now on.
         """
         self.loop = loop
         self.shortage = shortage
@@ -64,7 +67,7 @@ class Proxy:
         self.watchers = watchers
         self.tag = f" proxy={config.name}" if config.name else ""
         self._ways = ways
-        self.pool = pool_maker.make(self.cut_backend, self._changed, config, self.tag)
+        self.router = Router(Pools(partial(pool_maker.make, self.cut_backend, self._changed)), shared, self.tag)
         self._accepted = 0
         self._access = Access((), (), inf)
         self._refusals = Refusals(loop, self.tag)
@@ -83,17 +86,18 @@ class Proxy:
         self.config = config
         self.listeners = list(listeners)
         self._rotation = deque(self.listeners)
-        hosts = [connection.counts_as(self._access) for connection in self.connections.values()]
+        hosts = (connection.counts_as(self._access) for connection in self.connections.values())
         present = [host for host in hosts if host is not None]
         self._shared = any(listener.passed is not None for listener in self.listeners)
+        self.router.apply(config)
         self.places.apply(config.max_connections, self.listeners)
         self._access.apply(config.allow, config.deny, config.max_connections_per_client, present)
         self._terms = Terms(
             config=config,
-            pool=self.pool,
+            pool=self.router.pool,
             pipes=self.pipes,
             shortage=self.shortage,
-            steps=steps(config, self._ways, self._access, self._refusals),
+            steps=steps(config, self._ways, self._access, self._refusals, self.router),
             guarded=self._access.needed or bool(config.accept_proxy),
             keep_alive=inf in (config.idle_timeout, config.half_close_timeout),
             tag=self.tag,
@@ -121,7 +125,6 @@ class Proxy:
 
     def apply(self, config: ProxyConfig, listeners: Sequence[Listener]) -> None:
         """Serve by a new configuration, after `pause` or `stop_accepting`. Open connections keep the one they have."""
-        self.pool.apply(config, openings(config))
         self._set(config, listeners)
         if self._acceptor.done:
             self._acceptor = self.loop.spawn(self._serve())
@@ -135,7 +138,7 @@ class Proxy:
         self._rotation.clear()
         self._leaving = True
         if not self.connections:
-            self.pool.stop()
+            self.router.stop()
 
     # Handover
 
@@ -153,7 +156,7 @@ class Proxy:
             "name": self.config.name,
             "drain_timeout": self.config.drain_timeout,
             "places": self.places.hand_over(),
-            "pool": self.pool.members.hand_over(),
+            **self.router.hand_over(),
             "connections": [hand_over(connection) for connection in self.connections.values()],
         }
 
@@ -163,11 +166,11 @@ class Proxy:
         self._refusals.count += handed.get("refused", 0)
         self._last_end = handed.get("last_end", self._last_end)
         self.places.resume(handed.get("places", {}))
-        self.pool.members.resume(handed.get("pool", {}))
+        self.router.resume(handed)
 
     def take_over(self, handed: Handed, descriptors: dict[int, int]) -> None:
         """Serve on a connection of the process before. As for `resuming.resume`."""
-        connection = resume(self.loop, self._ways, self._terms, self._access, handed, descriptors)
+        connection = resume(self.loop, self._ways, self._terms, self._access, self.router, handed, descriptors)
         connection.task = task = self.loop.spawn(connection.go_on(), self._connection_ended)
         if not task.done:
             self.connections[task] = connection
@@ -272,7 +275,7 @@ class Proxy:
             self._acceptor.wake()
         self._last_end = self.loop.now
         if self._leaving and not self.connections:
-            self.pool.stop()  # not before: clients may have waited for a backend
+            self.router.stop()  # not before: clients may have waited for a backend
         if self.watchers:
             self._changed()
 

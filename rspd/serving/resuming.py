@@ -9,11 +9,16 @@ from rspd.engine.loop import Loop
 from rspd.engine.relay import resume as resume_relay
 from rspd.engine.side import Handed
 from rspd.engine.side import resume as resume_side
+from rspd.log import quote
 from rspd.net.address import host_of, peer, plain
 from rspd.net.networks import Networks
 from rspd.net.ways import Way, Ways
+from rspd.protocols.first import Heard
+from rspd.routing.answers import resume as resume_farewell
+from rspd.routing.heads import Head
+from rspd.routing.router import Router
 from rspd.serving.access import Access
-from rspd.serving.admission import hear_peer
+from rspd.serving.admission import hear_peer, routed, words
 from rspd.serving.connection import Connection, Terms
 from rspd.serving.first_bytes import resume as resume_header
 
@@ -28,14 +33,19 @@ def hand_over(connection: Connection) -> Handed:
     }
     if connection.peer is not None:
         handed["via"] = plain(connection.peer)
+    if hasattr(connection, "heard"):
+        handed["heard"] = dict(zip(("protocol", "name", "method"), connection.heard, strict=True))
+    if hasattr(connection, "route"):
+        handed["route"], handed["route_key"] = connection.route
     relay, way, terms = connection.relay, connection.way, connection.terms
     if relay and connection.backend:
         handed.update(backend=connection.backend.name, relay=relay.hand_over())
         if way and (known := way.hand_over()):
             handed["way"] = known
         return handed
-    # Whether all steps are done: `admit` is the last one, where there is something to admit for.
-    admitted = not terms.steps or bool(connection.counted if terms.guarded else way)
+    # Whether all steps are done but the choice of a route, which is the last one.
+    awaited = hasattr(connection, "head")
+    admitted = not terms.steps or awaited or bool(connection.counted if terms.guarded else way)
     handed.update(side=connection.client.hand_over(), began=connection.began, admitted=admitted)
     if way:
         handed["passed"] = way.names
@@ -45,18 +55,49 @@ def hand_over(connection: Connection) -> Handed:
         handed["header"] = connection.header.hand_over()
     if connection.attempts:
         handed["attempts"] = connection.attempts.hand_over()
+    if awaited:
+        handed["first_bytes_until"] = connection.head.deadline
+    if hasattr(connection, "farewell"):
+        handed["farewell"] = connection.farewell.hand_over()
     return handed
 
 
 def resume(
-    loop: Loop, ways: Ways, terms: Terms, access: Access, handed: Handed, descriptors: dict[int, int]
+    loop: Loop,
+    ways: Ways,
+    terms: Terms,
+    access: Access,
+    router: Router,
+    handed: Handed,
+    descriptors: dict[int, int],
 ) -> Connection:
     """The connection that was handed over by the process before, to `go_on`. It counts at its backend, and in `access`.
 
     descriptors: its own, by their numbers in that process. It takes them; if this fails, those that it took are closed.
     """
+    name, heard = handed.get("route", ""), _heard(handed)
+    key = handed.get("route_key", "")
+    route = router.find(key) if name else None
+    dials = "relay" not in handed and "farewell" not in handed  # whether the client has yet to get a backend
+    if route and heard:
+        terms = routed(terms, route, heard)
+    elif "relay" in handed:
+        terms = terms._replace(pool=router.pool_of(handed.get("backend", "-")))
+    if heard and not route and not (dials and router.routes):
+        gone = f" route={quote(name)}" if name and not dials else ""
+        terms = terms._replace(tag=f"{terms.tag}{gone}{words(heard)}")
     make = _relayed if "relay" in handed else _waiting
     connection = make(loop, ways, terms, handed, descriptors)
+    if heard:
+        connection.heard = heard
+    if name and (route or not dials):
+        connection.route = name, key
+    until = handed.get("first_bytes_until")
+    if until is not None and router.routes:
+        connection.head = Head(until)
+    if dials and not (route or router.routes) and (name or until is not None):
+        # It chooses no route, and begins to dial.
+        connection.began, connection.attempts = loop.now, None
     connection.started = handed.get("started", connection.started)
     connection.handovers = handed.get("handovers", 1)
     if connection.backend:
@@ -64,6 +105,12 @@ def resume(
     if handed.get("admitted", "relay" in handed):
         connection.counted = access, access.enter(host_of(connection.client_address))
     return connection
+
+
+def _heard(handed: Handed) -> Heard | None:
+    """What the client has said first, if that is known."""
+    heard = handed.get("heard")
+    return (heard.get("protocol", "unknown"), heard.get("name", ""), heard.get("method", "")) if heard else None
 
 
 def _relayed(loop: Loop, ways: Ways, terms: Terms, handed: Handed, descriptors: dict[int, int]) -> Connection:
@@ -93,8 +140,11 @@ def _waiting(loop: Loop, ways: Ways, terms: Terms, handed: Handed, descriptors: 
             connection.way = Way(ways, tuple(handed["passed"]))
         if destination := handed.get("destination"):
             connection.destination = destination[0], destination[1]
+        if "farewell" in handed:
+            connection.farewell = resume_farewell(handed["farewell"])
         if handed.get("admitted"):
-            connection.terms = terms._replace(steps=())
+            # If its route is gone, it takes another.
+            connection.terms = terms._replace(steps=terms.steps[-1:] if terms.config.routes else ())
         elif "header" in handed:
             connection.header = resume_header(handed["header"])
             if not terms.config.accept_proxy:
@@ -103,7 +153,7 @@ def _waiting(loop: Loop, ways: Ways, terms: Terms, handed: Handed, descriptors: 
                 connection.terms = terms._replace(
                     steps=(*terms.steps[: ways.needed], step, *terms.steps[ways.needed :])
                 )
-        if "attempts" in handed:
+        if "attempts" in handed and not connection.terms.steps:
             connection.attempts = terms.pool.resume(connection, handed["attempts"])
     except BaseException:
         client.abort()

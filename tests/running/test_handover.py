@@ -206,11 +206,11 @@ def test_the_connections_of_a_document_of_each_version_go_on(
             assert taken == len(remade.handed)
             web, db = half.proxies.configured.values()
             assert (web.served, db.served) == (len(WEB), 1)
-            up, down = web.pool.members.everyone
+            up, down = web.router.pool.members.everyone
             assert (up.open, up.in_service, str(up.addresses[0].address)) == (web.open, True, up_address(up.name))
             assert web.open >= len(WEB) - 1  # the aborted one may have ended at once
             assert (down.state, down.why_down) == ("down", "Connection refused")
-            assert [(one.open, one.in_service) for one in db.pool.members.everyone] == [(1, True)]
+            assert [(one.open, one.in_service) for one in db.router.pool.members.everyone] == [(1, True)]
 
             for name in WEB + DB:
                 await remade.goes_on(half.loop, clock, name)

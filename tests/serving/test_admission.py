@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
 from rspd.engine.loop import Loop
 from rspd.engine.side import Side
+from rspd.net.descriptors import Shortage
 from rspd.net.networks import parse_network
+from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.routing.openings import ProxyHeader, openings
+from rspd.routing.pools import PoolMaker, Pools
+from rspd.routing.router import Router
 from rspd.serving.access import Access, Refusals
 from rspd.serving.admission import steps
 from rspd.settings import ProxyConfig
@@ -40,7 +45,11 @@ def test_a_proxy_has_the_steps_that_its_keys_need_and_no_other(
     with Loop() as loop:
         ways = Ways(loop)
         ways.needed = might_return
-        found = [getattr(step, "func", step).__name__ for step in steps(config, ways, access, Refusals(loop, ""))]
+        shortage = Shortage(loop)
+        maker = PoolMaker(loop, shortage, Resolver(loop), ways)
+        router = Router(Pools(partial(maker.make, print, print)), {}, "")
+        taken = steps(config, ways, access, Refusals(loop, ""), router)
+        found = [getattr(step, "func", step).__name__ for step in taken]
     assert found == ["find_way"] * might_return + names
 
 

@@ -37,7 +37,7 @@ from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, reset,
 def serve(loop: Loop, config: ProxyConfig, *listeners: Listener) -> Proxy:
     shortage, ways = Shortage(loop), Ways(loop)
     maker = PoolMaker(loop, shortage, Resolver(loop), ways)
-    return Proxy(loop, shortage, Pipes(2), maker, ways, set(), config, listeners)
+    return Proxy(loop, shortage, Pipes(2), maker, ways, set(), {}, config, listeners)
 
 
 def test_a_client_that_another_process_has_accepted_first_is_no_error() -> None:
@@ -243,7 +243,7 @@ def test_a_proxy_that_leaves_goes_on_checking_and_looking_up_until_its_last_conn
                     assert loop.now < end, "still not so"
                     await loop.sleep(0.01)
 
-            await until(lambda: not proxy.pool.members.any_in_service)
+            await until(lambda: not proxy.router.pool.members.any_in_service)
             with socket.create_connection((listen.host, listen.port)) as client:
                 await until(lambda: proxy.open == 1)
                 proxy.stop_listening()
@@ -251,7 +251,7 @@ def test_a_proxy_that_leaves_goes_on_checking_and_looking_up_until_its_last_conn
                     client.sendall(b"x")
                     await until(lambda: bool(select.select([client], [], [], 0)[0]))
                     assert client.recv(1) == b"x"
-                await until(lambda: not proxy.pool.members.any_in_service)
+                await until(lambda: not proxy.router.pool.members.any_in_service)
             await until(lambda: proxy.open == 0)
             await until(lambda: tasks_of(loop) == tasks)
 
