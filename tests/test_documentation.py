@@ -15,6 +15,7 @@ import pytest
 from rspd.cli import _parser
 from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
 from rspd.config.pools import BACKEND_KEYS, HEALTH_KEYS
+from rspd.config.routes import MATCH_KEYS, ROUTE_KEYS
 from rspd.config.schema import Scalar
 from rspd.engine.cause import Cause
 from rspd.errors import ConfigError
@@ -35,6 +36,10 @@ RSPD_8, RSPD_YAML_5 = (path.read_text() for path in MAN_PAGES)
 TOP = {**PROXY_KEYS, **GENERAL_KEYS}, {**ProxyConfig._field_defaults, **Config._field_defaults}
 BACKEND = BACKEND_KEYS, BackendConfig._field_defaults
 HEALTH = HEALTH_KEYS, HealthConfig._field_defaults
+ROUTES = {**MATCH_KEYS, "pool": ROUTE_KEYS["pool"]}, dict.fromkeys(("from", *MATCH_KEYS, "pool"), ())
+
+# Keys with a mapping or a list below them, which have no default.
+BLOCKS = {"routes", "pools", "proxies"}
 
 # What a document says where nothing written is the default.
 UNWRITTEN = {"required": None, "none": ""}
@@ -46,7 +51,7 @@ def assert_told(listed: Mapping[str, str], of: tuple[Mapping[str, Scalar], Mappi
     assert listed.keys() == keys.keys()
     for key, text in listed.items():
         if text in UNWRITTEN:
-            assert (defaults.get(key) or UNWRITTEN[text]) == UNWRITTEN[text]
+            assert not defaults.get(key)
         else:
             assert keys[key].parse(text) == defaults[key]
 
@@ -85,18 +90,27 @@ def test_the_shipped_configuration_says_above_listen_what_serial_means_and_which
 def test_the_shipped_configuration_explains_each_key_and_shows_its_default() -> None:
     shown = dict(re.findall(r"^#?(\w+): (.*)$", SHIPPED.read_text(), re.MULTILINE))
     listed = {"backends" if key == "backend" else key: text for key, text in shown.items()}
-    assert_told({**listed, "listen": "required", "backends": "required"}, TOP)
+    blocks = dict.fromkeys(BLOCKS - {"proxies"}, "none")
+    assert_told({**listed, **blocks, "listen": "required", "backends": "none"}, TOP)
 
 
 def test_the_shipped_configuration_shows_each_key_of_a_check_with_its_default_or_an_example() -> None:
-    shown = dict(re.findall(r"^#     (\w+): (.*?)(?:  +#.*)?$", SHIPPED.read_text(), re.MULTILINE))
+    text = SHIPPED.read_text().replace(shown_routes(), "")
+    shown = dict(re.findall(r"^#     (\w+): (.*?)(?:  +#.*)?$", text, re.MULTILINE))
     assert shown.keys() == HEALTH_KEYS.keys()
     for key in ("interval", "timeout", "rise", "fall", "status"):
         assert HEALTH_KEYS[key].parse(shown[key]) == HealthConfig._field_defaults[key]
 
 
+def shown_routes() -> str:
+    """The routes and pools in the shipped configuration, as they stand there."""
+    (block,) = re.findall(r"^(#   routes:\n(?:#   .*\n)+)", SHIPPED.read_text(), re.MULTILINE)
+    return str(block)
+
+
 def test_what_the_shipped_configuration_has_in_comments_is_valid(tmp_path: Path) -> None:
-    text = SHIPPED.read_text()
+    routes = shown_routes()
+    text = SHIPPED.read_text().replace(routes, "")
     keys, proxies = text[: text.index("\n#proxies:")], text[text.index("\n#proxies:") :]
     backends = re.findall(r"^#   (  - .*|backends:)$", keys, re.MULTILINE)
     checks = re.findall(r"^#   (  \w+: .*|health:)$", keys, re.MULTILINE)
@@ -109,6 +123,7 @@ def test_what_the_shipped_configuration_has_in_comments_is_valid(tmp_path: Path)
             [*MINIMAL, *of_http],
             [*MINIMAL, *of_bytes],
             re.sub("^#", "", proxies, flags=re.MULTILINE).splitlines(),
+            ["listen: 443", *re.sub("^#   ", "", routes, flags=re.MULTILINE).splitlines()],
         ]
     ):
         file = tmp_path / f"{number}.yaml"
@@ -117,6 +132,11 @@ def test_what_the_shipped_configuration_has_in_comments_is_valid(tmp_path: Path)
     assert load_config(f"{tmp_path}/0.yaml", {}) == load_config(str(SHIPPED), {})
     assert [backend.weight for backend in load_config(f"{tmp_path}/1.yaml", {}).proxies[0].backends] == [1, 2, 1, 1]
     assert [proxy.name for proxy in load_config(f"{tmp_path}/4.yaml", {}).proxies] == ["web", "mail"]
+    (routed,) = load_config(f"{tmp_path}/5.yaml", {}).proxies
+    assert len(routed.routes) == 5
+    assert not {key for key in MATCH_KEYS if key != "from"} - {
+        key for route in routed.routes for key, said in route._asdict().items() if said
+    }
 
 
 def examples() -> dict[str, str]:
@@ -184,7 +204,7 @@ def test_the_examples_leave_the_ports_of_the_installed_service_alone() -> None:
         assert not re.search(rf"(?<!\d){listened.port}(?!\d)", section(page, "EXAMPLES"))
 
 
-HEADINGS = {"KEYS": TOP, "Backends": BACKEND, "Health checks": HEALTH}
+HEADINGS = {"KEYS": TOP, "Backends": BACKEND, "Health checks": HEALTH, "Routes": ROUTES}
 
 
 @pytest.mark.parametrize("heading", HEADINGS)
@@ -202,10 +222,10 @@ def test_rspd_yaml_5_lists_each_key_with_its_default(heading: str) -> None:
 
 
 def test_the_manual_the_shipped_configuration_and_the_code_have_the_keys_in_the_same_order() -> None:
-    order = [key for key in TOP[0] if key != "proxies"]
-    assert [key for key in explained("KEYS") if key != "proxies"] == order
+    assert [key for key in explained("KEYS") if key != "proxies"] == list(TOP[0])
     shown = re.findall(r"^#?(\w+): ", SHIPPED.read_text(), re.MULTILINE)
-    assert ["backends" if key == "backend" else key for key in shown] == order
+    assert ["backends" if key == "backend" else key for key in shown] == [key for key in TOP[0] if key not in BLOCKS]
+    assert list(explained("Routes")) == [*MATCH_KEYS, "pool"]
 
 
 def test_rspd_yaml_5_says_how_long_a_duration_may_be() -> None:

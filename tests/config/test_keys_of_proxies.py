@@ -749,7 +749,7 @@ def test_whatever_nests_it_is_a_configuration_or_gets_lines_that_name_it(
     else:
         assert config.proxies
         for proxy in config.proxies:
-            assert proxy.backends
+            assert proxy.backends or proxy.routes
             assert proxy.listen or sockets
 
 
