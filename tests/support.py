@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -71,6 +72,19 @@ def abstract_name() -> str:
 def open_descriptors() -> int:
     """How many descriptors this process has, one of the look at them included."""
     return len(os.listdir("/proc/self/fd"))
+
+
+def client_hello(name: str | None, alpn: Sequence[str] = ()) -> bytes:
+    """What a TLS client says first that asks for a server by this name, and offers these protocols."""
+    context = ssl.create_default_context()
+    context.check_hostname = name is not None
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    said = ssl.MemoryBIO()
+    client = context.wrap_bio(ssl.MemoryBIO(), said, server_hostname=name)
+    with suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return said.read()
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:

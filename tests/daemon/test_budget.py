@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.peers.programs import receive_header
-from tests.support import Backend, can_trace, echo, eventually, free_port, rspd
+from tests.support import Backend, can_trace, client_hello, echo, eventually, free_port, rspd
 
 # What one more of each may take, the line in the log included. A change that needs more says in its commit what that
 # buys. Python 3.11 executes the most instructions, the others up to a tenth less.
@@ -30,6 +30,8 @@ CALLS = {
     "request": 10,
     "connection, send_proxy": 72,
     "connection, who may come": 72,
+    "connection, by server name": 82,
+    "connection, by host": 80,
 }
 
 # The keys that this work has in the file.
@@ -37,6 +39,13 @@ KEYS = {
     "connection, send_proxy": "send_proxy: v2",
     "connection, who may come": "{deny: 192.0.2.0/24, max_connections_per_client: 9, balance: source}",
 }
+
+# What a client says first; else MESSAGE.
+SAID = {
+    "connection, by server name": client_hello("www.example.org", ("h2", "http/1.1")),
+    "connection, by host": b"GET / HTTP/1.1\r\nHost: www.example.org\r\nAccept: */*\r\n\r\n",
+}
+ROUTES = {"connection, by server name": "server_name", "connection, by host": "host"}
 
 # Modules that some configurations need, or some messages. Others are not to pay for them at each start.
 SLOW = {
@@ -78,14 +87,19 @@ def serve_connections(work: str, launcher: Sequence[str], requests: int, file: P
     same_port = work == "connection, might return"
     with Backend(echo_after_header if "send_proxy" in work else echo, host="127.0.0.2", port=free_port()) as backend:
         listen = f"127.0.0.1:{backend.port if same_port else 0}"
+        options: tuple[str, ...] = "-c", str(file), "-b", backend.address, "--max-connections", "1" if serial else "64"
         file.write_text(KEYS.get(work, ""))
-        options = "-c", str(file), "-b", backend.address, "--max-connections", "1" if serial else "64"
+        if key := ROUTES.get(work):
+            others = f"{{{key}: [a.example, '*.example.net'], backend: 127.0.0.1:1}}"
+            file.write_text(f"routes: [{others}, {{{key}: www.example.org, backend: {backend.address}}}]")
+            options = "-c", str(file), "--max-connections", "64"
+        said = SAID.get(work, MESSAGE)
         with rspd(*options, listen=[listen], launcher=launcher) as daemon:
             for number in range(CONNECTIONS):
                 with daemon.connect() as client:
                     for _ in range(requests):
-                        client.sendall(MESSAGE)
-                        assert client.recv(1000) == MESSAGE
+                        client.sendall(said)
+                        assert client.recv(1000) == said
                 daemon.wait_for_ends(number + 1)
 
 
