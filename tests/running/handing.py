@@ -126,11 +126,11 @@ class Half:
     def end_of_process(self) -> None:
         """Close this process's copies of everything, as its end does."""
         for connection in self.connections:
-            assert connection.relay
             connection.client.sock.close()
-            connection.relay.backend.sock.close()
-            for fd in connection.relay.upload.pipe_descriptors + connection.relay.download.pipe_descriptors:
-                os.close(fd)
+            if relay := connection.relay:
+                relay.backend.sock.close()
+                for fd in relay.upload.pipe_descriptors + relay.download.pipe_descriptors:
+                    os.close(fd)
         for listener in self.listeners:
             listener._sock.close()
         self.pipes.close()

@@ -9,7 +9,6 @@ import os
 import resource
 import select
 import socket
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -47,21 +46,6 @@ pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
 
 # Both halves
-
-
-@pytest.fixture
-def store(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> keeper.Store:
-    """The manager's part, also for a process of another user."""
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    os.chmod(folder, 0o755)
-    store = keeper.Store(folder)
-    os.chmod(store.path, 0o777)
-    stack.callback(store.close)
-    stack.callback(store.clear)
-    monkeypatch.setenv("NOTIFY_SOCKET", store.path)
-    # As soon as a test has found that something does not fit.
-    monkeypatch.setattr("rspd.running.handover.AGAIN", 0.01)
-    return store
 
 
 @pytest.fixture
