@@ -28,6 +28,7 @@ PROCESSES = 10
 CONTENT = random.Random(1).randbytes(8 << 20)
 APART = 10_007  # bytes between the beginnings of two streams in CONTENT
 ID = 8  # bytes that say whose stream it is
+HEAD = b"SSH-2.0-"  # what a client of a route says first; as long as that
 MOST = 1_200_000  # bytes of a stream
 BUFFER = 1 << 14  # bytes, so that rspd soon feels that somebody does not read
 LONG = "10m"  # of what is not to happen here
@@ -53,7 +54,8 @@ class End:
     """One end of a client's connection, its own or the backend's, with a stream that nobody else has.
 
     wants: how many bytes it is to send in all. asked: how it is to end then: finish or close; or abort, at once.
-    reads: how many bytes it still takes. first, later: of a PROXY header, what it says now, and what it keeps back.
+    reads: how many bytes it still takes. first, later: of a PROXY header, or of the head that a route asks for, what it
+    says now, and what it keeps back.
     """
 
     def __init__(self, number: int) -> None:
@@ -176,7 +178,7 @@ class Client:
         near, far = self.near, self.far
         aborted = {"client-aborted"} if near.may_reset(far) else set()
         if self.unfinished_header:
-            refused = "bad-header" if near.said else "client-closed"
+            refused = "client-closed" if not near.said else "bad-head" if self.kind == "routed" else "bad-header"
             return aborted | ({refused} if near.finished else set())
         if far.may_reset(near):
             aborted.add("backend-aborted")
@@ -216,11 +218,23 @@ class Scene:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
             listener.setblocking(False)
         many, one = (f"127.0.0.1:{listener.getsockname()[1]}" for listener in self._listeners[:2])
-        self._backends = {"plain": many, "serial": many, "front": many, "queue": one, "local": f"@{name}"}
+        self._backends = {
+            "plain": many,
+            "serial": many,
+            "front": many,
+            "routed": many,
+            "queue": one,
+            "local": f"@{name}",
+        }
         self.addresses = {kind: fixed() for kind in self._backends}
         own: dict[str, dict[str, Any]] = {
             "serial": {"max_connections": 1},
             "front": {"accept_proxy": "127.0.0.0/8"},
+            "routed": {
+                "backend": None,
+                "routes": [{"protocol": "ssh", "backend": many}],
+                "first_bytes_timeout": LONG,
+            },
             "queue": {"backend": None, "backends": [{"address": one, "max_connections": 1}]},
         }
         times = ("queue_timeout", "idle_timeout", "half_close_timeout", "connect_timeout", "accept_proxy_timeout")
@@ -287,7 +301,9 @@ class Scene:
         if not name:
             sock.close()
             return True
-        if len(name) < ID:
+        if name == HEAD:
+            sock.recv(ID)
+        if len(name) < ID or name == HEAD:
             return False
         client = next((client for client in self.clients if client.near.identity == name), None)
         if not client or client.far.sock:
@@ -333,8 +349,8 @@ class Scene:
         client = Client(len(self.clients), kind, process)
         client.near.wants = 0 if silent else max(ID, action.size)
         client.near.reads, client.far.reads = action.reads
-        if kind == "front":
-            whole = header(client.number)
+        if kind in ("front", "routed"):
+            whole = header(client.number) if kind == "front" else HEAD
             cut = action.who % (len(whole) + 1)
             client.near.first, client.near.later = whole[:cut], whole[cut:]
         sock = socket.socket()
@@ -441,7 +457,8 @@ class Scene:
         near, far = client.near, client.far
         assert end["proxy"] == client.kind
         assert end["cause"] in client.causes, client.causes
-        sent, received = int(end["sent"]), int(end["received"])
+        head = near.said if client.kind == "routed" else 0
+        sent, received = max(int(end["sent"]) - head, 0), int(end["received"])
         assert far.received <= sent <= near.sent
         assert near.received <= received <= far.sent
         if client.orderly:
@@ -452,6 +469,8 @@ class Scene:
             assert end["backend"] == self._backends[client.kind]
         if client.unfinished_header:
             assert end["backend"] == "-"
+        if far.sock or client.unfinished_header or client.kind != "routed":
+            assert end.get("route") == ('"ssh"' if client.kind == "routed" and far.sock else None)
         if client.kind == "front" and not client.unfinished_header and (far.sock or client.orderly):
             assert end["client"] == f"192.0.2.{client.number + 1}:{1000 + client.number}"
         if client.unfinished_header or client.kind != "front":
@@ -566,7 +585,7 @@ def play(scene: Scene, service: Manager, rounds: list[Round]) -> None:
     scene.finish(service)
 
 
-COME = ["come plain", "come local", "come queue", "come front", "come serial", "come silent"]
+COME = ["come plain", "come local", "come queue", "come front", "come serial", "come silent", "come routed"]
 DO = ["send", "hold", "read", "release", "finish", "close", "abort"]
 WHAT = [*COME, *COME, *(f"{who} {what}" for who in ("client", "backend") for what in DO), *["client header"] * 3]
 WHAT += ["client send", "backend send"] * 2
