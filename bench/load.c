@@ -1,9 +1,9 @@
 /*
  * The load and the backend of `make bench`: one epoll loop each, one thread, nothing else.
  *
- *   load backend LISTENERS                      prints their ports, then serves until its standard input ends; whatever
+ *   load backend LISTENERS [SIZE]               prints their ports, then serves until its standard input ends; whatever
  *                                               is written there is answered by a line: connections accepted by each
- *   load connections PORT COUNT AT_A_TIME       connect, a request, its answer, close
+ *   load connections PORT COUNT AT_A_TIME [FILE]   connect, a request, its answer, close
  *   load requests PORT COUNT CONNECTIONS        requests over connections that stay open, each after the answer before
  *   load rate PORT COUNT CONNECTIONS PER_SECOND requests at a fixed rate, whether or not there are answers
  *   load down PORT BYTES STREAMS                receive so many bytes over each stream, up to the end of it
@@ -18,7 +18,7 @@
  *
  * The protocol: a request is 64 bytes, `ask`, `down BYTES` or `up BYTES`, filled with spaces. `ask` is answered by 256
  * bytes and may be repeated; `down` by so many bytes and the end of the stream; `up` is followed by so many bytes and
- * answered by 4.
+ * answered by 4. With SIZE, a request has so many bytes; with FILE, it is what the file holds, as long as that is.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -37,11 +37,12 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { REQUEST = 64, ANSWER = 256, DONE = 4, CHUNK = 1 << 18, PATIENCE = 10, OPENING = 64, EVENTS = 256, TURN = 16 };
+enum { REQUEST = 64, REQUEST_MAX = 2048, ANSWER = 256, DONE = 4, CHUNK = 1 << 18, PATIENCE = 10, OPENING = 64, EVENTS = 256, TURN = 16 };
 
 static char chunk[CHUNK]; /* what is sent */
 static char waste[CHUNK]; /* what is received: counted, not looked at */
 static int epoll_fd;
+static int request_size = REQUEST;
 
 static void fail(const char *format, ...)
 {
@@ -99,7 +100,7 @@ static struct sockaddr_in loopback(int port)
 /* -- the backend ------------------------------------------------------------------------------------------------ */
 
 struct served {
-    char request[REQUEST];
+    char request[REQUEST_MAX];
     int filled;           /* bytes of the request so far */
     enum { ASKING, SENDING, RECEIVING } state;
     long long left;       /* bytes to send or to receive */
@@ -132,14 +133,14 @@ static void serve(int fd, struct served *one)
         }
         return;
     }
-    count = recv(fd, one->request + one->filled, REQUEST - one->filled, 0);
+    count = recv(fd, one->request + one->filled, request_size - one->filled, 0);
     if (count < 0 && errno == EAGAIN)
         return;
     if (count <= 0) {
         close(fd);
         return;
     }
-    if ((one->filled += count) < REQUEST)
+    if ((one->filled += count) < request_size)
         return;
     one->filled = 0;
     if (one->request[0] == 'd') {
@@ -205,7 +206,8 @@ static int backend(int listeners)
             while ((accepted = accept4(fd, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
                 connections[listener_of[fd]]++;
                 no_delay(accepted);
-                memset(&all[accepted], 0, sizeof *all);
+                all[accepted].filled = 0;
+                all[accepted].state = ASKING;
                 watch(EPOLL_CTL_ADD, accepted, EPOLLIN, accepted);
             }
         }
@@ -225,11 +227,11 @@ struct client {
 
 static int port, clients;
 static struct client *all;
-static char request[REQUEST];
+static char request[REQUEST_MAX];
 
 static void ask(struct client *one)
 {
-    one->asked = send(one->fd, request, REQUEST, MSG_NOSIGNAL) == REQUEST;
+    one->asked = send(one->fd, request, request_size, MSG_NOSIGNAL) == request_size;
     if (!one->asked && errno != EAGAIN && errno != ENOTCONN)
         fail("the proxy does not take a request: %s", strerror(errno));
 }
@@ -534,6 +536,22 @@ static void beside(long count, int streams)
     report_latencies(ended - began, latency, count, text);
 }
 
+static int checked_size(long size)
+{
+    if (size < 1 || size > REQUEST_MAX)
+        fail("expected a request of 1 to %d bytes, got %ld", REQUEST_MAX, size);
+    return size;
+}
+
+static void request_from(const char *path)
+{
+    FILE *file = fopen(path, "rb");
+    if (!file)
+        fail("%s: %s", path, strerror(errno));
+    request_size = checked_size(fread(request, 1, REQUEST_MAX, file));
+    fclose(file);
+}
+
 int main(int argc, char **argv)
 {
     struct rlimit limit;
@@ -544,8 +562,11 @@ int main(int argc, char **argv)
     memset(chunk, 'x', CHUNK);
     memset(request, ' ', REQUEST);
     const char *mode = argc > 2 ? argv[1] : "";
-    if (!strcmp(mode, "backend"))
+    if (!strcmp(mode, "backend")) {
+        if (argc > 3)
+            request_size = checked_size(atol(argv[3]));
         return backend(atoi(argv[2]));
+    }
     if (argc < 4)
         fail("expected a subcommand, a port and counts, see the top of load.c");
     port = atoi(argv[2]);
@@ -562,6 +583,8 @@ int main(int argc, char **argv)
         all[i].to_receive = ANSWER;
     double began = now();
     if (!strcmp(mode, "connections")) {
+        if (argc > 5)
+            request_from(argv[5]);
         for (int i = 0; i < clients; i++)
             start(&all[i]);
         answers(count, reconnect, clients);

@@ -81,6 +81,7 @@ class Peer:
     least: int = 0  # the hard limit of descriptors that it must have
     balances: bool = False  # it can have several backends
     backends: int = 1
+    question: bytes = b""  # what its clients ask; empty: what the backend of the works answers
 
     @property
     def path(self) -> str | None:

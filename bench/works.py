@@ -138,10 +138,12 @@ class Ground:
 
 
 @contextmanager
-def ground(program: Path, folder: Path, proxy: set[int], load: set[int], sizes: Sizes) -> Iterator[Ground]:
-    """The backend, on the load's processors; it ends with this."""
+def ground(
+    program: Path, folder: Path, proxy: set[int], load: set[int], sizes: Sizes, request: int = len(QUESTION)
+) -> Iterator[Ground]:
+    """The backend, on the load's processors; it ends with this. request: the bytes that it answers."""
     with subprocess.Popen(
-        [str(program), "backend", str(PORTS)],
+        [str(program), "backend", str(PORTS), str(request)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -346,7 +348,7 @@ def run(
             own = stack.enter_context(ExitStack())
             one = own.enter_context(running(peer, place.new_folder(), ports, logs, place.proxy_cpus))
             alive[peer.name] = one, own
-            first_answer(one, time.monotonic(), question=place.question)
+            first_answer(one, time.monotonic(), question=peer.question or place.question)
             measure(one, 0.1)
 
         def go(name: str) -> None:

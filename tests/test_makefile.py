@@ -43,6 +43,7 @@ def make(folder: Path, *words: str, path: str = "") -> subprocess.CompletedProce
         ("run", ["."]),
         ("bench", ["."]),
         ("bench-restarts", ["."]),
+        ("bench-routes", ["."]),
         ("test", [".", "'.[test]'"]),
         ("test-system", [".", "'.[test]'"]),
         ("test-handover", [".", "'.[test]'"]),
