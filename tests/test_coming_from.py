@@ -96,7 +96,7 @@ def test_what_is_for_the_file_is_valid_and_is_what_is_in_force(row: Row, tmp_pat
 @those(lambda row: re.match(r"[a-z_]+: ", row.ours) is not None)
 def test_what_is_called_the_default_is_the_default_and_nothing_else_is(row: Row) -> None:
     key, text = row.ours.split(": ", 1)
-    if key not in ("listen", "backend", "backends", "health", "proxies"):
+    if key not in ("listen", "backend", "backends", "health", "proxies", "routes"):
         default = {**ProxyConfig._field_defaults, **Config._field_defaults}[key]
         assert row.note.startswith("the default") == ({**PROXY_KEYS, **GENERAL_KEYS}[key].parse(text) == default)
 

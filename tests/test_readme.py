@@ -67,7 +67,7 @@ def test_the_readme_shows_what_a_check_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (first,) = (text for text in EXAMPLES.values() if "health: {http: /}" in text)
+    (first,) = (text for text in EXAMPLES.values() if "health: {http: /}" in text and "pools" not in text)
     (shown,) = (text for text in blocks(README) if text.startswith("$ rspd --check\n"))
     Path("rspd.yaml").write_text(first)
     monkeypatch.setattr("rspd.cli.DEFAULT_FILE", "rspd.yaml")
@@ -99,7 +99,8 @@ def test_a_connections_line_has_the_fields_that_are_shown() -> None:
     shown = [text for page in DOCUMENTS.values() for text in re.findall("connection closed (.*)", page)]
     fields = {tuple(re.findall(r"(?:^| )(\w+)=", text)) for text in shown}
     usual = ("client", "backend", "sent", "received", "seconds", "cause")
-    assert fields == {usual, (*usual, "handovers"), (*usual, "reason")}
+    routed = ("client", "route", "name", "protocol", *usual[1:])
+    assert fields == {usual, (*usual, "handovers"), (*usual, "reason"), routed, ("client", *routed[2:])}
 
 
 def test_the_try_is_at_the_ports_of_make_run_which_the_installed_service_does_not_use() -> None:
