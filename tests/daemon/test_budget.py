@@ -99,7 +99,7 @@ def serve_connections(work: str, launcher: Sequence[str], requests: int, file: P
                 with daemon.connect() as client:
                     for _ in range(requests):
                         client.sendall(said)
-                        assert client.recv(1000) == said
+                        assert client.recv(len(said), socket.MSG_WAITALL) == said
                 daemon.wait_for_ends(number + 1)
 
 
