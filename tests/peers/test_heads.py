@@ -24,7 +24,7 @@ from tests.peers.programs import haproxy, nginx
 from tests.support import PATIENCE
 
 VALID, DOUBTFUL = heads.valid(), heads.doubtful()
-FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", 4))
+FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", 7))
 
 # A second request, which some may take for more of the first. Only the first one is answered.
 FOLLOWING = b"GET /2 HTTP/1.1\r\nHost: following.example\r\n\r\n"
