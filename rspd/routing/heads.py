@@ -68,17 +68,19 @@ class Head:
 
     def _look(self, client: Side, readers: Sequence[Reader]) -> Said | None:
         ended = client.ready & (RDHUP | HUP)
-        data = _peek(client)
+        data = client.peek(LOOK_MAX)
         known, seen = self._seen
         if known is not readers:
             seen = self._awaited = 0
         if data and len(data) < self._awaited and not ended:
             return None
-        said = _verdict(client, data, ended, readers, seen)
-        if data and not said:
+        if data and (said := read(data, readers, seen)):
+            return said
+        _not_yet(client, data, ended, readers)
+        if data:
             self._seen = readers, len(data)
             self._awaited = tls.awaited(data) if data[0] == tls.HANDSHAKE and tls.read in readers else 0
-        return said
+        return None
 
 
 def _at_deadline(client: Side, readers: Sequence[Reader]) -> Said:
@@ -97,23 +99,16 @@ def look(client: Side, readers: Sequence[Reader]) -> Said | None:
     """
     ended = client.ready & (RDHUP | HUP)
     data = client.peek(USUAL)
-    if data and len(data) < USUAL:
-        said = read(data, readers)
-        if said:
-            return said
-    return _verdict(client, _peek(client), ended, readers, 0)
+    if data and len(data) == USUAL:
+        data = client.peek(LOOK_MAX)
+    said = read(data, readers) if data else None
+    if not said:
+        _not_yet(client, data, ended, readers)
+    return said
 
 
-def _peek(client: Side) -> bytes | None:
-    data = client.peek(USUAL)
-    return client.peek(LOOK_MAX) if data and len(data) == USUAL else data
-
-
-def _verdict(client: Side, data: bytes | None, ended: int, readers: Sequence[Reader], seen: int) -> Said | None:
-    """What the bytes say that have come. ended: whether no more will come. seen: as for a reader. Raises as `look`."""
-    said = read(data, readers, seen) if data else None
-    if said:
-        return said
+def _not_yet(client: Side, data: bytes | None, ended: int, readers: Sequence[Reader]) -> None:
+    """Too few bytes have come. ended: whether no more will come. Raises as `look` if it makes no sense to wait."""
     if client.aborted:
         raise ConnectionAbortedError(errno.ECONNABORTED, "the client is gone")
     if data:
@@ -124,7 +119,6 @@ def _verdict(client: Side, data: bytes | None, ended: int, readers: Sequence[Rea
             raise HeadError(begun(data, readers), f"expected a head of at most {HEAD_MAX} bytes, found more")
     elif data is not None:
         raise NothingSaidError
-    return None
 
 
 def readers_of(protocols: Collection[str]) -> tuple[Reader, ...]:
