@@ -203,9 +203,9 @@ def test_systemd_that_reads_its_units_or_starts_itself_anew_while_a_process_hand
 ) -> None:
     old = on_host(started, started.pid())
     with Talks(CLIENTS) as talks:
-        with restarting(started):
-            with Tracer(old, *call.stop()) as tracer:
-                tracer.wait_for_stop()
+        # The tracer comes first: a restart that is quicker than it has made the call already.
+        with Tracer(old, *call.stop()) as tracer, restarting(started):
+            tracer.wait_for_stop()
             started.systemctl(command)
             with connect() as waiting:
                 os.kill(old, signal.SIGCONT)
