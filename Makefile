@@ -1,5 +1,5 @@
 # make run    a small web server showing FOLDER, and rspd in front of it: open the address that is printed
-# make test   the tests, as any user; REQUIRED=1 forbids skipping
+# make test   the tests, as any user; REQUIRED=1 forbids skipping; COVERAGE=yes measures branch coverage
 # make test-peers    rspd beside other programs: HAProxy, nginx, socat, rinetd, NSD, and the bench; REQUIRED=1 forbids skipping
 # make test-system   the package in booted machines, as root; SUITES='bookworm trixie'; REQUIRED=1 forbids skipping
 # make test-handover   the package restarted under load, in booted machines, as root; SUITES and REQUIRED=1 as above
@@ -46,11 +46,16 @@ run: .venv/run
 	$(BIN)/python -m rspd --foreground $(RUN_OPTIONS) -l 127.0.0.1:$(PORT) -b 127.0.0.1:$(BACKEND_PORT) & proxy=$$!; \
 	until wait $$proxy; code=$$?; [ $$code -lt 128 ]; do :; done; exit $$code
 
+# To measure coverage takes as long again as the tests, most of all at each start of rspd.
 test: .venv/test
+ifeq ($(COVERAGE),yes)
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q -rfEs -n 4
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
+else
+	$(BIN)/python -m pytest -q -rfEs -n 4
+endif
 
 test-peers: .venv/test
 	$(BIN)/python -m pytest -q -rfEs -n 4 tests/peers
