@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import uuid
@@ -390,7 +392,6 @@ class Daemon:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
             env={**os.environ, **(env or {})},
             pass_fds=pass_fds,
             preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit)) if limit else None,
@@ -401,6 +402,8 @@ class Daemon:
         # Refused in a user namespace while root's pipes, of other tests too, fill fs.pipe-user-pages-soft (pipe(7)).
         with suppress(PermissionError):
             fcntl.fcntl(self.process.stderr, fcntl.F_SETPIPE_SZ, LOG_SIZE)
+        self._rest = b""
+        self._reading = threading.Lock()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if wait:
@@ -412,15 +415,41 @@ class Daemon:
 
     def _read(self) -> None:
         assert self.process.stderr
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip("\n"))
+        something = select.poll()
+        something.register(self.process.stderr, select.POLLIN)
+        while True:
+            something.poll()
+            with self._reading:
+                if something.poll(0) and not self._take():  # who looks may have been quicker
+                    return
+
+    def _take(self) -> int:
+        """Read what is there; the caller holds the lock. Returns the count of bytes, 0 at the end."""
+        assert self.process.stderr
+        data = os.read(self.process.stderr.fileno(), LOG_SIZE)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if not data and self._rest:
+            lines.append(self._rest)
+        self.lines += [line.decode() for line in lines]
+        return len(data)
+
+    def _catch_up(self) -> None:
+        """Read all that rspd has written until now: who has its answer finds the lines before it."""
+        assert self.process.stderr
+        with self._reading:
+            if not self.process.stderr.closed:
+                there = struct.unpack("i", fcntl.ioctl(self.process.stderr, termios.FIONREAD, bytes(4)))[0]
+                while there > 0:
+                    there -= self._take()
 
     @property
     def log(self) -> str:
-        return "\n".join(list(self.lines))
+        self._catch_up()
+        return "\n".join(self.lines)
 
     def find(self, pattern: str) -> list[str]:
         """The lines of the log that match."""
+        self._catch_up()
         return [line for line in list(self.lines) if re.search(pattern, line)]
 
     def wait_for(self, pattern: str, count: int = 1, patience: float = PATIENCE) -> list[str]:
