@@ -2,11 +2,14 @@
 
 A folder imports only from folders below it, and not from all of them. Each folder has a map of its own.
 
+commands    looking at a running rspd: status, connections, top
 cli         the command line: options over the configuration file, --check, exit codes
 running     one process: start, signals, reload, drain
 serving     one client, from accept to its line in the log
 routing     which pool, by what a client says first
 balancing   which backend, and the way to it
+listening   what this process listens on
+admin       HTTP for who looks: asked, answered, summed up, and as metrics
 explaining  what a configuration means, for people and as a file
 config      reading the configuration file
 host        what Unix and systemd want of a service

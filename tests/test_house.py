@@ -18,15 +18,22 @@ MAY_IMPORT = {
     "errors": "",
     "net": "engine log",
     "settings": "net",
-    "balancing": "engine net settings log",
-    "serving": "routing balancing protocols engine net settings log",
+    "snapshot": "",
+    "histogram": "snapshot",
+    "balancing": "snapshot histogram engine net settings log",
+    "serving": "routing balancing protocols snapshot histogram engine net settings log",
     "routing": "balancing protocols engine net settings log",
+    "observing": "admin serving routing balancing snapshot histogram engine net log",
+    "admin": "snapshot histogram protocols net engine log",
+    "parser": "config errors",
+    "commands": "parser admin snapshot config engine net settings errors log",
     "explaining": "config settings net",
     "config": "settings net errors log",
     "host": "errors log",
-    "running": "serving routing balancing explaining config host settings net protocols engine errors log",
-    "cli": "running explaining config host settings errors log",
-    "__main__": "cli",
+    "listening": "admin host settings net engine errors log",
+    "running": "observing listening serving routing balancing explaining config host settings net engine errors log",
+    "cli": "parser running explaining config host settings errors log",
+    "__main__": "cli commands errors log",
     "__init__": "",
 }
 
@@ -34,7 +41,7 @@ MAY_IMPORT = {
 FILES_MAX = 8
 
 # About so many lines are where a file begins to be two.
-LINES_MAX = 310
+LINES_MAX = 320
 
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 FOLDERS = sorted({path.parent for path in FILES.values()})

@@ -7,5 +7,4 @@ legacy    what the process before has left
 document  what is handed over, as bytes
 status    what systemd hears of this process
 proxies   which proxies there are: those configured, and those taken out with connections left
-sockets   what is listened on, from systemd or our own; which listeners stay over a reload
 """

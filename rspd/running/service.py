@@ -18,6 +18,7 @@ from rspd.errors import ConfigError, StartError
 from rspd.host.store import Store
 from rspd.host.systemd import Notifier, PassedSocket
 from rspd.host.upgrade import UPGRADE_OR_RESTART, Successor, who_asks
+from rspd.listening.sockets import Plan, Sockets, log_replaced, make_room
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener, ListenError
 from rspd.net.resolver import Resolver
@@ -25,7 +26,6 @@ from rspd.net.ways import Ways
 from rspd.routing.pools import PoolMaker
 from rspd.running.handover import Handover
 from rspd.running.proxies import Proxies
-from rspd.running.sockets import Plan, Sockets, log_replaced, make_room
 from rspd.running.status import Reporter
 from rspd.running.upgrade import Upgrade
 from rspd.settings import Config

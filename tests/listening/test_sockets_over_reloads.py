@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rspd.config.addresses import parse_address
+from rspd.listening.replacing import Binding, replace_listeners
 from rspd.net.address import Address, resolve
 from rspd.net.listener import Listener, ListenError, by_place, open_listeners
-from rspd.running.sockets import Binding, replace_listeners
 from tests.net import test_listener
 from tests.net.test_listener import Open, accept, backlog_of, connect, keep, let_go, port_of, serves
 from tests.support import PATIENCE, abstract_name, free_port, loopback, open_descriptors

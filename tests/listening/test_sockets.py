@@ -14,14 +14,15 @@ import pytest
 from rspd.config.addresses import parse_address
 from rspd.engine.loop import Loop
 from rspd.errors import ConfigError
+from rspd.listening.replacing import Binding, replace_listeners
+from rspd.listening.sockets import Part, Sockets, assign, log_replaced
 from rspd.net.address import Address, resolve
 from rspd.net.listener import Listener, ListenError, adopt_listener
 from rspd.net.resolver import Resolver
-from rspd.running.sockets import Binding, Part, Sockets, assign, log_replaced, replace_listeners
 from rspd.settings import BackendConfig, Config, ProxyConfig
+from tests.listening.test_sockets_over_reloads import wanted
 from tests.manager import tcp_listener, unix_listener
 from tests.net.test_listener import accept, backlog_of, connect, keep, let_go, port_of, serves
-from tests.running.test_sockets_over_reloads import wanted
 from tests.support import PATIENCE, abstract_name, free_port, run
 
 # One end systemd keeps, so that what we close listens on.

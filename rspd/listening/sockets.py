@@ -11,18 +11,10 @@ from typing import NamedTuple
 from rspd.engine.loop import Loop
 from rspd.errors import ConfigError, StartError
 from rspd.host.systemd import PassedSocket
-from rspd.net.address import Address, SocketAddress, literal, own_listeners, place_of
+from rspd.listening.replacing import Binding, replace_listeners
+from rspd.net.address import Address, literal, own_listeners
 from rspd.net.descriptors import TooFewError, reserve
-from rspd.net.listener import (
-    Kept,
-    Listener,
-    ListenError,
-    adopt_listener,
-    by_place,
-    close_all,
-    kept_listener,
-    open_listeners,
-)
+from rspd.net.listener import Listener, ListenError, adopt_listener, by_place
 from rspd.net.resolver import Resolver
 from rspd.net.waiting import GivenUp
 from rspd.settings import Config, ProxyConfig
@@ -35,14 +27,6 @@ class Part(NamedTuple):
 
     adopted: list[Listener]
     addresses: list[Address]
-
-
-class Binding(NamedTuple):
-    """How a configured address is to be listened on: what it stands for, and the options of its proxy."""
-
-    where: Sequence[SocketAddress]
-    backlog: int
-    reuse_port: bool = False
 
 
 class Plan(NamedTuple):
@@ -177,63 +161,3 @@ def log_replaced(config: Config, parts: Mapping[str, Part]) -> None:
         for address in proxy.listen:
             if not address.passed and address not in listening:
                 log.info("not listening on %s, systemd passed sockets in place of listen: %s", address, names)
-
-
-def replace_listeners(
-    old: Sequence[Listener], wanted: Mapping[Address, Binding], kept: Kept | None = None
-) -> list[Listener]:
-    """Listeners for the wanted addresses. Old listeners that are still wanted stay; the other old ones are closed.
-
-    Listeners from systemd always stay: rspd could not get a closed one back.
-    kept: sockets of the process before. Where they are wanted, they are taken; the others are closed.
-    No old listener may be watched meanwhile. Raises ListenError; then old listeners and kept sockets are as they were.
-    """
-    kept = kept or {}
-    adopted = [listener for listener in old if listener.passed is not None]
-    bound = [listener for listener in old if listener.passed is None]
-    staying = [listener for listener in bound if listener.address in wanted]
-    leaving = [listener for listener in bound if listener.address not in wanted]
-    known = {listener.address for listener in bound}
-    coming = {address: binding for address, binding in wanted.items() if address not in known}
-    places = {(where.family, place_of(where.address)) for binding in coming.values() for where in binding.where}
-    leaving += [kept_listener(sock) for place, sock in kept.items() if place not in places]
-    opened = _open_in_place_of(leaving, coming, kept)
-    for listener in leaving:
-        listener.close()
-    for listener in staying:
-        binding = wanted[listener.address]
-        listener.listen(binding.backlog)
-        if binding.reuse_port:
-            listener.share_port()
-    return adopted + staying + opened
-
-
-def _open_in_place_of(leaving: Sequence[Listener], coming: Mapping[Address, Binding], kept: Kept) -> list[Listener]:
-    """New listeners. Old ones in their way stop listening. Raises ListenError; then the old ones listen again."""
-    try:
-        return _open_all(coming, kept)
-    except ListenError as error:
-        ports = {address.port for address in coming} - {0}
-        in_the_way = [listener for listener in leaving if listener.address.port in ports]
-        if error.errno != errno.EADDRINUSE or not in_the_way:
-            raise
-        # An old listener may be in the way: 8080 is in the way of 127.0.0.1:8080. A client that comes now is refused.
-        for listener in in_the_way:
-            listener.rest()
-        try:
-            return _open_all(coming, kept)
-        except ListenError:
-            for listener in in_the_way:
-                listener.listen(listener.backlog)
-            raise
-
-
-def _open_all(bindings: Mapping[Address, Binding], kept: Kept) -> list[Listener]:
-    opened: list[Listener] = []
-    try:
-        for address, binding in bindings.items():
-            opened += open_listeners(address, binding.where, binding.backlog, binding.reuse_port, kept)
-    except ListenError:
-        close_all(opened, kept)
-        raise
-    return opened

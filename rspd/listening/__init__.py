@@ -1,0 +1,5 @@
+"""What this process listens on.
+
+sockets    what is wanted, from systemd or our own: planned, then opened
+replacing  which listeners stay, and which are opened and closed, when others are wanted
+"""
