@@ -4,6 +4,7 @@ A folder imports only from folders below it, and not from all of them. Each fold
 
 commands    looking at a running rspd: status, connections, top
 cli         the command line: options over the configuration file, --check, exit codes
+parser      the words of a command line: kind messages, exit codes
 running     one process: start, signals, reload, drain
 serving     one client, from accept to its line in the log
 routing     which pool, by what a client says first

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,13 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rspd import __version__
 from rspd.config.addresses import parse_address, parse_backend, parse_pair
 from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
-from rspd.config.values import closest, listed, matching
+from rspd.config.values import listed, matching
 from rspd.errors import ConfigError, StartError
 from rspd.host.detach import Starter, detach, open_standard_descriptors, started_by_systemd
 from rspd.host.pidfile import PidFile, process_in
 from rspd.host.systemd import Notifier, take_descriptors
 from rspd.host.upgrade import CAN_TAKE_OVER, COMMAND, PID_FILE, Program, Successor, ask
 from rspd.log import complain, set_up
+from rspd.parser import Parser, checked
 from rspd.running.service import run
 from rspd.settings import DEFAULT_FILE, BackendConfig, Config
 
@@ -149,7 +149,7 @@ def _execute(successor: Successor) -> NoReturn:
 def _process(words: Sequence[str]) -> int:
     """The process that `rspd upgrade` names. Raises StartError."""
     parser = Parser(prog="rspd upgrade", usage="rspd upgrade PID|--pid-file FILE", allow_abbrev=False)
-    parser.add_argument("pid", nargs="?", type=_checked(matching(r"[1-9]\d{0,8}", "a process's number")))
+    parser.add_argument("pid", nargs="?", type=checked(matching(r"[1-9]\d{0,8}", "a process's number")))
     parser.add_argument("--pid-file", metavar="FILE")
     options = parser.parse_args(words)
     if bool(options.pid) == bool(options.pid_file):
@@ -205,35 +205,6 @@ def _load_first(path: str | None, overrides: dict[str, Any], sockets: bool | Non
         raise StartError(f"{path}: cannot be read: {error.strerror}; {advice}", code, error.errno or 0) from None
 
 
-# argparse looks for translations of its words. rspd has none, but the look imports locale: 3 % of a start, and 230 kB.
-argparse._ = str  # type: ignore[attr-defined]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the exit code of sysexits(3)."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the arguments. Raises StartError."""
-        self.print_usage(sys.stderr)
-        raise StartError(f"{message}{' See' if message.endswith('?') else '; see'} rspd --help", os.EX_USAGE)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Say of an unknown option which one was meant."""
-        for word in sys.argv[1:] if args is None else args:
-            if re.match("-[a-z]", word) and f"-{word}" in self._option_string_actions:
-                self.error(f"unknown option {word!r}; did you mean -{word}?")  # not -c with a value
-        options, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            word = unknown[0].partition("=")[0]
-            dashed = word.replace("_", "-")
-            key, meant = dashed.lstrip("-").replace("-", "_"), closest(dashed, self._option_string_actions)
-            advice = f"; did you mean {meant}?" if meant else ""
-            if key in PROXY_KEYS and meant != dashed:
-                advice = f"; {key} is a key of the configuration file"
-            self.error(f"unknown option {word!r}{advice}")
-        return options, unknown
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="rspd",
@@ -244,10 +215,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=33, width=80),
         allow_abbrev=False,
     )
+    parser.keys = PROXY_KEYS
     add = parser.add_argument
 
     def add_value(names: str, value: str, parse: Callable[[str], object], text: str, action: str = "store") -> None:
-        add(*names.split(), metavar=value, type=_checked(parse), help=text, action=action)
+        add(*names.split(), metavar=value, type=checked(parse), help=text, action=action)
 
     add("addresses", nargs="*", help=argparse.SUPPRESS)
     add_value("-c --config", "FILE", str, f"the configuration file, else {DEFAULT_FILE}")
@@ -264,18 +236,6 @@ def _parser() -> argparse.ArgumentParser:
     add("-h", "--help", action="help", help="print this and exit")
     add("-V", "--version", action="version", version=f"rspd {__version__}", help="print the version and exit")
     return parser
-
-
-def _checked(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """A parser whose ValueError argparse repeats to the user."""
-
-    def check(text: str) -> object:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return check
 
 
 def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:

@@ -131,6 +131,7 @@ def test_its_modules_import_each_other_when_they_are_imported_and_never_later() 
     own = {entry for entry in later if entry[2].startswith(("import rspd", "from rspd", "from ."))}
     # The first two check the configuration, and end. The others are part of the start, but not of each start.
     assert own == {
+        ("parser.py", "parse_known_args", "from rspd.config.values import closest"),
         ("cli.py", "_check", "from rspd.explaining.summary import describe"),
         ("cli.py", "_check", "from rspd.explaining.dump import dump"),
         ("cli.py", "_legacy", "from rspd.running.legacy import Legacy"),
