@@ -15,6 +15,7 @@ explaining  what a configuration means, for people and as a file
 config      reading the configuration file
 host        what Unix and systemd want of a service
 settings    what is wanted, as named tuples; every default
+histogram   counting durations
 snapshot    what is, as named tuples
 net         sockets and addresses
 protocols   bytes understood: no loop, no socket
