@@ -1,0 +1,5 @@
+"""Who looks at a running rspd, and what is said to them.
+
+server   HTTP/1.1 over a listener: one request a connection, bounded in all that it takes
+request  a request and an answer
+"""
