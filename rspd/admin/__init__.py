@@ -1,5 +1,7 @@
 """Who looks at a running rspd, and what is said to them.
 
+client   asking a running rspd by its control socket
 server   HTTP/1.1 over a listener: one request a connection, bounded in all that it takes
 request  a request and an answer
+query    which connections somebody asks for
 """
