@@ -1,0 +1,257 @@
+"""The counters in Prometheus' formats: the text that its server asks for.
+
+Only here is prometheus_client used. It is imported when an `Exposition` is made: not by who has no metrics.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rspd.admin.client import AnswerError, ask
+from rspd.admin.history import History, Values, note
+from rspd.admin.merging import merge
+from rspd.admin.request import STATUS
+from rspd.snapshot import CONNECT_BOUNDS, CONNECTION_BOUNDS, QUEUE_BOUNDS, TURN_BOUNDS, Snapshot, read
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+# Seconds: for each step of asking a worker, and for all workers. Prometheus waits for 10 s if it is not told otherwise.
+PATIENCE, PATIENCE_FOR_ALL = 1.0, 3.0
+
+# Seconds. A thread at work keeps the loop's thread waiting for so long; it would be 5 ms (sys.setswitchinterval).
+SWITCH_INTERVAL = 0.0001
+
+
+class Family(NamedTuple):
+    """A metric. labels: their names. words: what it is. bounds: of a histogram's buckets."""
+
+    kind: str
+    name: str
+    labels: tuple[str, ...]
+    words: str
+    bounds: tuple[float, ...] = ()
+
+
+PROXY, BACKEND = ("proxy",), ("proxy", "pool", "backend")
+
+FAMILIES = (
+    Family("gauge", "rspd_open_connections", PROXY, "Connections that are open now."),
+    Family("gauge", "rspd_max_connections", PROXY, "How many connections may be open at once."),
+    Family("gauge", "rspd_backlog", PROXY, "Clients that wait in the kernel's queue, not yet accepted."),
+    Family("counter", "rspd_accepted_total", PROXY, "Clients accepted, refused ones too."),
+    Family(
+        "counter",
+        "rspd_connections_total",
+        ("proxy", "backend", "cause"),
+        "Connections that have ended, by the cause that the log shows. Backend -: they had none.",
+    ),
+    Family(
+        "counter",
+        "rspd_bytes_total",
+        ("proxy", "backend", "direction"),
+        "Bytes relayed, those of open connections too. upload: from clients, download: from backends.",
+    ),
+    Family("counter", "rspd_refused_total", ("proxy", "reason"), "Clients refused, by the key that refused them."),
+    Family("counter", "rspd_routed_total", ("proxy", "route"), "Clients that took a route."),
+    Family(
+        "histogram", "rspd_connection_seconds", PROXY, "How long connections lasted that have ended.", CONNECTION_BOUNDS
+    ),
+    Family("gauge", "rspd_queue_length", ("proxy", "pool"), "Clients that are accepted and wait for a backend."),
+    Family("histogram", "rspd_queue_seconds", PROXY, "How long clients waited for a backend.", QUEUE_BOUNDS),
+    Family(
+        "gauge",
+        "rspd_backend_up",
+        BACKEND,
+        "Whether a backend may get connections: 1 if it may in at least one process, 0 if it may in none.",
+    ),
+    Family("gauge", "rspd_backend_up_processes", BACKEND, "In how many processes a backend may get connections."),
+    Family("gauge", "rspd_backend_connections", BACKEND, "Connections of a backend, those being opened too."),
+    Family(
+        "counter", "rspd_backend_checks_total", (*BACKEND, "result"), "Checks of a backend, good ones and bad ones."
+    ),
+    Family("counter", "rspd_connect_failures_total", BACKEND, "Attempts to connect to a backend that failed."),
+    Family(
+        "histogram", "rspd_connect_seconds", BACKEND, "How long connecting took, where it succeeded.", CONNECT_BOUNDS
+    ),
+    Family(
+        "counter",
+        "rspd_reloads_total",
+        ("result",),
+        "Reloads of the configuration, by result: ok or failed. With workers: of the process that has most.",
+    ),
+    Family(
+        "gauge",
+        "rspd_config_last_reload_successful",
+        (),
+        "Whether the last reload, or start, went by the file as it is: 1 if so, 0 if older settings are in force.",
+    ),
+    Family("counter", "rspd_handovers_total", (), "Restarts in which the connections went on."),
+    Family("gauge", "rspd_descriptors", (), "Open file descriptors, of the process that is nearest to its limit."),
+    Family("gauge", "rspd_descriptors_max", (), "The limit of that process."),
+    Family("histogram", "rspd_loop_turn_seconds", (), "How long the turns of the event loop took.", TURN_BOUNDS),
+    Family(
+        "gauge",
+        "rspd_processes",
+        ("state",),
+        "Processes of the service: those that answer, and silent workers.",
+    ),
+    Family("gauge", "rspd_start_time_seconds", (), "When the service started, as Unix time. A restart keeps it."),
+    Family("info", "rspd_build_info", ("version",), "The version of rspd."),
+)
+
+
+class Exposition:
+    """The text of all metrics.
+
+    workers: says where the control sockets of the other processes are that are summed up with this one.
+    Raises ImportError if prometheus_client is missing.
+    """
+
+    def __init__(self, workers: Callable[[], Sequence[str]] = tuple) -> None:
+        import prometheus_client.core
+        import prometheus_client.exposition
+
+        self._core = prometheus_client.core
+        self._choose_encoder = prometheus_client.exposition.choose_encoder
+        self._workers = workers
+        self._silent_since: dict[str, float] = {}  # by the paths of those that did not answer when asked last
+        self._history = History()
+        self._turn = threading.Lock()
+
+    def text(self, own: Snapshot, accept: str) -> tuple[str, bytes]:
+        """The type of the content and the content: OpenMetrics if the header Accept names it, else Prometheus' format.
+
+        own: what this process says. To be called in a thread beside that of the loop: asking the workers takes up to
+        PATIENCE_FOR_ALL seconds, and further steps of the last one asked: see `ask`.
+        """
+        with self._turn:
+            interval = sys.getswitchinterval()
+            sys.setswitchinterval(SWITCH_INTERVAL)
+            try:
+                return self._encode(self._values(own), accept)
+            finally:
+                sys.setswitchinterval(interval)
+
+    def hand_over(self) -> Any:
+        """What `resume` takes in the next process, as a value for JSON; at any time, in any thread.
+
+        Empty if there is nothing to go on from.
+        """
+        return self._history.hand_over()
+
+    def resume(self, value: Any) -> None:
+        """Go on from what the process before has handed over. Raises ValueError if it does not fit."""
+        self._history.resume(value)
+
+    def _values(self, own: Snapshot) -> Values:
+        paths = self._workers()
+        answers = self._ask(paths)
+        self._history.take(own, answers)
+        present = _present(own, merge([own, *answers.values()]), silent=len(paths) - len(answers))
+        return {**self._history.sums(), **present}
+
+    def _ask(self, paths: Sequence[str]) -> dict[str, Snapshot]:
+        """What the workers say, by the paths of their sockets. They run as this user; nobody else is believed.
+
+        One after another, for threads would take the interpreter from the loop by turns. Those that did not answer come
+        last, so that they use up the time of nobody else; first of them those that were asked longest ago.
+        """
+        end = time.monotonic() + PATIENCE_FOR_ALL
+        answers = {}
+        self._silent_since = {path: since for path, since in self._silent_since.items() if path in paths}
+        for path in sorted(paths, key=lambda path: self._silent_since.get(path, 0.0)):
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                answers[path] = read(Snapshot, ask(path, STATUS, min(PATIENCE, left), ours=True))
+                self._silent_since.pop(path, None)
+            except (OSError, AnswerError, ValueError, OverflowError):
+                self._silent_since[path] = time.monotonic()
+        return answers
+
+    def _encode(self, values: Values, accept: str) -> tuple[str, bytes]:
+        # Not the header itself: what its parameters do differs between the versions of prometheus_client.
+        wanted = "application/openmetrics-text" if "application/openmetrics-text" in accept.lower() else ""
+        encoder, content_type = self._choose_encoder(wanted)
+        registry = self._core.CollectorRegistry()
+        registry.register(_Collector(self._family, values))
+        return content_type, encoder(registry)
+
+    def _family(self, family: Family, values: Values) -> "Metric":
+        """A metric as prometheus_client has it; without samples if there are no values that fit."""
+        width = len(family.bounds) + 2 if family.bounds else 1
+        series = [
+            (labels, each)
+            for labels, each in values.get(family.name, {}).items()
+            if len(labels) == len(family.labels) and len(each) == width
+        ]
+        if family.kind == "histogram":
+            histogram = self._core.HistogramMetricFamily(family.name, family.words, labels=family.labels)
+            names = (*map(str, family.bounds), "+Inf")
+            for labels, (*counts, total) in series:
+                # As Prometheus counts: a bucket holds what the buckets below it hold, too.
+                histogram.add_metric(labels, list(zip(names, accumulate(counts), strict=True)), total)
+            return histogram
+        if family.kind == "info":
+            info = self._core.InfoMetricFamily(family.name.removesuffix("_info"), family.words)
+            for labels, _ in series:
+                info.add_metric((), dict(zip(family.labels, labels, strict=True)))
+            return info
+        kind = self._core.CounterMetricFamily if family.kind == "counter" else self._core.GaugeMetricFamily
+        plain = kind(family.name, family.words, labels=family.labels)
+        for labels, (value,) in series:
+            plain.add_metric(labels, value)
+        return plain
+
+
+class _Collector:
+    """What a registry of prometheus_client asks: makes a family when the one before has been written."""
+
+    def __init__(self, make: Callable[[Family, Values], "Metric"], values: Values) -> None:
+        self._make = make
+        self._values = values
+
+    def collect(self) -> Iterator["Metric"]:
+        """The metrics that have samples."""
+        for family in FAMILIES:
+            made = self._make(family, self._values)
+            if made.samples:
+                yield made
+
+
+def _present(own: Snapshot, merged: Snapshot, silent: int) -> Values:
+    """What is so now. merged: of all processes that have answered. silent: how many have not."""
+    found: Values = {}
+    process = merged.process
+    for proxy in merged.proxies:
+        waiting = [listener.waiting for listener in proxy.listeners if listener.waiting is not None]
+        note(found, "rspd_open_connections", proxy.open, proxy.name)
+        if not proxy.retired:
+            note(found, "rspd_max_connections", proxy.most, proxy.name)
+        if waiting:
+            note(found, "rspd_backlog", sum(waiting), proxy.name)
+    for pool in merged.pools:
+        note(found, "rspd_queue_length", pool.queue, pool.proxy, pool.name)
+    for backend in merged.backends:
+        labels = backend.proxy, backend.pool, backend.name
+        note(found, "rspd_backend_connections", backend.open, *labels)
+        # Of several processes, `in_service` is about the one for which the backend is worst.
+        serving = backend.in_service_in if process.processes > 1 else int(backend.in_service)
+        note(found, "rspd_backend_up_processes", serving, *labels)
+        note(found, "rspd_backend_out", not serving, *labels)
+    # Two with the same labels, one of the file and one of a proxy, are one; it is up if both are.
+    out = found.pop("rspd_backend_out", {})
+    found["rspd_backend_up"] = {labels: (not any(values),) for labels, values in out.items()}
+    note(found, "rspd_config_last_reload_successful", not process.failure)
+    note(found, "rspd_descriptors", process.descriptors)
+    note(found, "rspd_descriptors_max", process.descriptors_max)
+    note(found, "rspd_processes", process.processes, "answering")
+    note(found, "rspd_processes", silent, "silent")
+    note(found, "rspd_start_time_seconds", round(own.process.now - own.process.service_age))
+    note(found, "rspd_build_info", 1, own.process.version)
+    return found
