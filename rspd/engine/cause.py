@@ -33,3 +33,23 @@ UNSERVED: frozenset[Cause] = frozenset(
 
 # The client ended the connection for these, or said what it should not: no warning is needed.
 OF_CLIENT: frozenset[Cause] = frozenset({"client-aborted", "bad-head", "first-bytes-timeout", "no-route"})
+
+# A backend, or rspd itself, did not serve the client as it should. All other causes of failures are those of clients,
+# of networks, or of what is configured.
+OF_BACKENDS: frozenset[Cause] = frozenset(
+    {
+        "backend-aborted",
+        "backend-refused",
+        "backend-unreachable",
+        "backend-unknown",
+        "backend-down",
+        "connect-timeout",
+        "queue-timeout",
+        "loop",
+        "handover-failed",
+        "error",
+    }
+)
+
+# Both streams have ended. All other causes are failures, of whomever.
+WELL: frozenset[Cause] = frozenset({"client-closed", "backend-closed"})

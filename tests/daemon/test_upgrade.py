@@ -123,7 +123,7 @@ def test_it_does_all_that_it_can_when_its_files_are_replaced(
 
 def test_its_modules_import_each_other_when_they_are_imported_and_never_later() -> None:
     later = set()
-    for path in PACKAGE.rglob("*.py"):
+    for path in (path for path in PACKAGE.rglob("*.py") if path.parent.name != "commands"):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 imports = [node for node in ast.walk(function) if isinstance(node, (ast.Import, ast.ImportFrom))]
