@@ -1,6 +1,7 @@
 """The commands that look at a running rspd.
 
 connections  the open connections, as a table
+status       what is wrong, and what goes on, in one screen
 troubles     what is wrong, in sentences
 asking       the options that all of them have, and whom they ask
 words        numbers, durations and names, as people read them
