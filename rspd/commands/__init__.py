@@ -1,5 +1,7 @@
 """The commands that look at a running rspd.
 
+screen       what it shows, and what its keys do
+tables       its tables
 connections  the open connections, as a table
 status       what is wrong, and what goes on, in one screen
 troubles     what is wrong, in sentences
