@@ -262,6 +262,6 @@ def _advise(word: str) -> str:
     """What was probably meant by arguments that begin with a word that is no port; empty where that is not known."""
     if os.path.isfile(word):
         return f"; a configuration file needs -c: rspd -c {word}"
-    if word in ("start", "stop", "restart", "reload", "status"):
+    if word in ("start", "stop", "restart", "reload"):
         return f"; the service is for systemctl: systemctl {word} rspd"
     return ""

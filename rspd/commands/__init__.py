@@ -1,5 +1,6 @@
 """The commands that look at a running rspd.
 
+top          what goes on, live, in a terminal
 screen       what it shows, and what its keys do
 tables       its tables
 connections  the open connections, as a table
