@@ -104,6 +104,7 @@ class ProxyConfig(NamedTuple):
     max_connections_per_client: float = inf
     first_bytes_timeout: float = 5.0  # finite
     error_pages: tuple[ErrorPage, ...] = ()
+    log_start: bool = False  # whether the log has a line when a backend has been reached
     routes: tuple["RouteConfig", ...] = ()
     pools: tuple["NamedPool", ...] = ()  # its own; further ones are in Config
 
@@ -189,6 +190,10 @@ class Config(NamedTuple):
     proxies: tuple[ProxyConfig, ...]
     log_level: str = "info"
     exit_idle_time: float = inf
+    control: Address | str | None = None  # a unix socket's path, or `off`; None: in systemd's folder, if there is one
+    control_mode: int = 0o660
+    control_group: str = ""  # empty: that of the process
+    metrics: Address | None = None  # None: nowhere
     handover: bool = True  # whether connections go on in the next process when the service restarts
     pools: tuple[NamedPool, ...] = ()  # those that routes of all proxies may name
 

@@ -41,6 +41,9 @@ ROUTES = {**MATCH_KEYS, "pool": ROUTE_KEYS["pool"]}, dict.fromkeys(("from", *MAT
 # Keys with a mapping or a list below them, which have no default.
 BLOCKS = {"routes", "pools", "proxies"}
 
+# Keys whose default depends on how rspd is started, with what that is for rspd.service.
+OF_THE_SERVICE: dict[str, Any] = {"control": Address(path="/run/rspd/control.sock"), "control_group": "rspd"}
+
 # What a document says where nothing written is the default.
 UNWRITTEN = {"required": None, "none": ""}
 
@@ -95,7 +98,9 @@ def test_the_shipped_configuration_explains_each_key_and_shows_its_default() -> 
     shown = dict(re.findall(r"^#?(\w+): (.*)$", SHIPPED.read_text(), re.MULTILINE))
     listed = {"backends" if key == "backend" else key: text for key, text in shown.items()}
     blocks = dict.fromkeys(BLOCKS - {"proxies"}, "none")
-    assert_told({**listed, **blocks, "listen": "required", "backends": "none"}, TOP)
+    keys, defaults = TOP
+    of_the_service = keys, {**defaults, **OF_THE_SERVICE}
+    assert_told({**listed, **blocks, "listen": "required", "backends": "none"}, of_the_service)
 
 
 def test_the_shipped_configuration_shows_each_key_of_a_check_with_its_default_or_an_example() -> None:
@@ -133,7 +138,7 @@ def test_what_the_shipped_configuration_has_in_comments_is_valid(tmp_path: Path)
         file = tmp_path / f"{number}.yaml"
         file.write_text("\n".join(lines))
         load_config(str(file), {})
-    assert load_config(f"{tmp_path}/0.yaml", {}) == load_config(str(SHIPPED), {})
+    assert load_config(f"{tmp_path}/0.yaml", {}) == load_config(str(SHIPPED), {})._replace(**OF_THE_SERVICE)
     assert [backend.weight for backend in load_config(f"{tmp_path}/1.yaml", {}).proxies[0].backends] == [1, 2, 1, 1]
     assert [proxy.name for proxy in load_config(f"{tmp_path}/4.yaml", {}).proxies] == ["web", "mail"]
     (routed,) = load_config(f"{tmp_path}/5.yaml", {}).proxies

@@ -56,6 +56,22 @@ def parse_address(text: str, dialled: bool = False) -> Address:
     return Address(host, _parse_port(port, text, dialled))
 
 
+def parse_path(text: str) -> Address:
+    """The path of a unix socket to listen on. Raises ValueError."""
+    if not text.startswith("/"):
+        raise ValueError(f"expected the path of a unix socket, as /run/rspd/control.sock, or off, found {text!r}")
+    return parse_address(text)
+
+
+def parse_place(text: str) -> Address:
+    """Where metrics are served: an address to listen on, which is neither from systemd nor an abstract name."""
+    # A word alone, as `on`, would be the port of a service of that name; it is a mistake.
+    address = Address() if text.isalpha() else parse_address(text)
+    if address.passed or address.path.startswith("@") or not (address.path or address.port):
+        raise ValueError(f"expected HOST:PORT, as 127.0.0.1:9114, or /PATH, or off, found {text!r}")
+    return address
+
+
 def parse_backend(text: str) -> Address:
     """An address that can be dialled. Raises ValueError."""
     address = parse_address(text, dialled=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rspd.config import values
-from rspd.config.addresses import parse_address
+from rspd.config.addresses import parse_address, parse_path, parse_place
 from rspd.config.pools import BACKENDS, CHOICE_KEYS, CONNECTIONS_MAX, POOL_KEYS, SEND_PROXY, lacks_port, parse_limit
 from rspd.config.routes import ERROR_PAGES, MATCH_KEYS, NETWORK, RELAY_KEYS, Route, make_pools, make_routes
 from rspd.config.schema import USUAL, Draft, Many, Named, Report, Scalar, Settings, read_keys
@@ -37,10 +37,15 @@ PROXY_KEYS: Mapping[str, Scalar] = {
     "pools": Named(POOL_KEYS, "pool"),
     "first_bytes_timeout": Scalar(values.parse_finite_duration),
     "error_pages": ERROR_PAGES,
+    "log_start": Scalar(values.parse_switch),
 }
 
 GENERAL_KEYS: Mapping[str, Scalar] = {
     "exit_idle_time": Scalar(values.parse_duration),
+    "control": Scalar(values.unless(values.OFF, values.OFF[0], parse_path)),
+    "control_mode": Scalar(values.parse_mode),
+    "control_group": Scalar(values.matching(r"[a-zA-Z_][\w.-]*\$?", "a group's name")),
+    "metrics": Scalar(values.unless(values.OFF, None, parse_place)),
     "handover": Scalar(lambda text: values.parse_switch(text, "on or off")),
     "log_level": Scalar(values.one_of(LEVELS)),
 }
@@ -83,6 +88,7 @@ def load_config(
     if not report:
         config = Config(tuple(made), **general, pools=shared)
         _check(config, drafts, pools, given, report)
+        _check_looking(config, top, report)
     if report:
         raise ConfigError(report.errors)
     return config
@@ -135,6 +141,17 @@ def _check(
         users = [proxy for proxy in config.proxies if pool.name in proxy.shared_pools]
         _check_pool(draft, pool.settings, [address for proxy in users for address in proxy.listen], report)
     _check_together(drafts, config.proxies, report)
+
+
+def _check_looking(config: Config, top: Settings, report: Report) -> None:
+    """Report a control socket, or metrics, where something else listens."""
+    taken = [(address, f"{proxy.name or 'listen'} has it") for proxy in config.proxies for address in proxy.listen]
+    for name, wanted in (("control", config.control), ("metrics", config.metrics)):
+        if isinstance(wanted, Address):
+            what = [what for other, what in taken if covers(other, wanted) or covers(wanted, other)]
+            for text in what[:1]:
+                report.add(top.seen[name].line, name, f"{wanted} cannot be bound twice, {text}")
+            taken.append((wanted, f"{name} has it"))
 
 
 def _check_proxy(draft: Draft, proxy: ProxyConfig, given: Mapping[str, Any], report: Report) -> None:

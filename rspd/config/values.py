@@ -111,7 +111,7 @@ def one_of(words: Collection[str]) -> Callable[[str], str]:
 
 
 def closest(word: str, words: Iterable[str]) -> str:
-    """Which of the known words was probably meant by an unknown word; empty if none is near."""
+    """Which of the known words was probably meant by an unknown word, or which two; empty if none is near."""
     import difflib  # slow to import, and for messages only
 
     word, by_lower = word.lower(), {other.lower(): other for other in words}
@@ -121,7 +121,9 @@ def closest(word: str, words: Iterable[str]) -> str:
     # Of the words that are near, prefer one with the same beginning: `proxy` more likely means proxies than send_proxy.
     near = difflib.get_close_matches(word, by_lower, 3, cutoff=0.65)
     alike = [other for other in near if other[:3] == word[:3]]
-    return by_lower[(alike or near)[0]] if near else ""
+    if near:
+        return by_lower[(alike or near)[0]]
+    return " or ".join(by_lower[other] for other in begun) if len(begun) == 2 else ""
 
 
 def listed(parse: Callable[[str], T], noun: str, option: str = "") -> Callable[[str], T]:
@@ -173,6 +175,13 @@ def parse_bytes(text: str) -> bytes:
     if not data:
         raise ValueError(f'expected text or bytes, as "PING\\r\\n" or "\\x00\\xff" in double quotes, found {text!r}')
     return data
+
+
+def parse_mode(text: str) -> int:
+    """The mode of a socket's file, in octal: what its owner may, and what others may. Raises ValueError."""
+    if not re.fullmatch("0?6[0-7][0-7]", text):
+        raise ValueError(f"expected a mode from 0600 to 0677, as 0660 or 0666, found {text!r}")
+    return int(text, 8)
 
 
 def matching(pattern: str, expected: str) -> Callable[[str], str]:

@@ -12,7 +12,7 @@ from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS
 from rspd.config.pools import BACKEND_KEYS, HEALTH_KEYS, POOL_KEYS
 from rspd.config.routes import ROUTE_KEYS
 from rspd.config.schema import USUAL, Many, Scalar
-from rspd.config.values import OFF, ON, accepts, format_duration, parse_switch
+from rspd.config.values import OFF, ON, accepts, format_duration, parse_mode, parse_switch
 from rspd.net.address import Address
 from rspd.settings import BackendConfig, Config, ErrorPage, HealthConfig, NamedPool, RouteConfig
 
@@ -84,6 +84,8 @@ def _texts(reader: Scalar, value: Any) -> Iterator[str]:
     elif isinstance(value, bool):
         yield ON[0] if value else OFF[0]
     yield from (OFF[0], "all")
+    if reader.parse is parse_mode:
+        yield f"{value:04o}"
     if isinstance(value, Address):
         yield value.host  # where the port stands elsewhere
     if isinstance(value, float):

@@ -7,6 +7,9 @@ from math import inf
 
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig, RouteConfig
 
+# What a mode has to have for others than the owner, so that they can connect to a unix socket.
+GROUP, OTHERS = 0o020, 0o002
+
 DEFAULTS = ProxyConfig((), ())
 
 TIMEOUTS = ("idle_timeout", "half_close_timeout", "drain_timeout")
@@ -21,14 +24,38 @@ def describe(config: Config) -> list[str]:
         lines += _backends(proxy)
         lines += (f"  {line}" for line in _routes(proxy))
     lines += _pools(config)
-    general = []
+    general = "; ".join(_general(config))
+    return [*lines, general] if general else lines
+
+
+def _general(config: Config) -> Iterator[str]:
     if config.exit_idle_time != inf:
-        general.append(f"ends after {_span(config.exit_idle_time)} without a connection")
+        yield f"ends after {_span(config.exit_idle_time)} without a connection"
+    yield from _looking(config)
+    if config.metrics:
+        yield f"metrics at {config.metrics}"
     if not config.handover:
-        general.append("hands no connection over at a restart")
+        yield "hands no connection over at a restart"
     if config.log_level != Config._field_defaults["log_level"]:
-        general.append(f"logs from {config.log_level} on")
-    return [*lines, "; ".join(general)] if general else lines
+        yield f"logs from {config.log_level} on"
+
+
+def _looking(config: Config) -> Iterator[str]:
+    """Where somebody can look at it, and who."""
+    if isinstance(config.control, str):
+        yield "no control socket, nobody can look at it"
+        return
+    if config.control:
+        yield f"control socket {config.control}"
+    group, others = config.control_mode & GROUP, config.control_mode & OTHERS
+    if group and others:
+        yield "all users of this host may look at it"
+    elif others:
+        yield f"all users but those of the group {config.control_group or 'of its process'} may look at it"
+    elif not group:
+        yield "only root and its own user may look at it"
+    elif config.control_group:
+        yield f"the group {config.control_group} may look at it"
 
 
 def _proxy(proxy: ProxyConfig) -> Iterator[str]:
@@ -53,6 +80,8 @@ def _proxy(proxy: ProxyConfig) -> Iterator[str]:
     yield from _timing(proxy, DEFAULTS)
     if proxy.backlog != DEFAULTS.backlog:
         yield f"backlog {proxy.backlog}"
+    if proxy.log_start:
+        yield "a line in the log also when a connection begins"
 
 
 def _pool(pool: ProxyConfig, above: ProxyConfig) -> Iterator[str]:

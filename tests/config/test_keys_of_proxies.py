@@ -297,6 +297,18 @@ def test_a_check_of_the_proxy_itself_is_an_error(errors: Errors, lines: str, mes
         ("health: {address: off}", f"health.address: {TARGET}, found 'off'"),
         ("health: {address: ''}", f"health.address: {TARGET}, found ''"),
         ("health: {address: 8008}", f"health.address: {TARGET}, found '8008'; a port alone is port: 8008"),
+        ("log_start: info", "log_start: expected true or false, found 'info'"),
+        (
+            "control: control.sock",
+            "control: expected the path of a unix socket, as /run/rspd/control.sock, or off, found 'control.sock'",
+        ),
+        ("control_mode: 660x", "control_mode: expected a mode from 0600 to 0677, as 0660 or 0666, found '660x'"),
+        ("control_mode: 0444", "control_mode: expected a mode from 0600 to 0677, as 0660 or 0666, found '0444'"),
+        ("control_group: 0", "control_group: expected a group's name, found '0'"),
+        ("metrics: on", "metrics: expected HOST:PORT, as 127.0.0.1:9114, or /PATH, or off, found 'on'"),
+        ("metrics: fd://a", "metrics: expected HOST:PORT, as 127.0.0.1:9114, or /PATH, or off, found 'fd://a'"),
+        ("metrics: '@a'", "metrics: expected HOST:PORT, as 127.0.0.1:9114, or /PATH, or off, found '@a'"),
+        ("metrics: a:0", "metrics: expected HOST:PORT, as 127.0.0.1:9114, or /PATH, or off, found 'a:0'"),
         ("proxy: v1", "proxy: unknown key, did you mean proxies?"),
         ("max: 3", "max: unknown key, expected listen, backend, max_connections, or another one of rspd.yaml(5)"),
         (
@@ -306,7 +318,7 @@ def test_a_check_of_the_proxy_itself_is_an_error(errors: Errors, lines: str, mes
                 "host, status, send, expect"
             ),
         ),
-        ("log: debug", "log: unknown key, did you mean log_level?"),
+        ("log: debug", "log: unknown key, did you mean log_start or log_level?"),
         (
             "daemon: yes",
             "daemon: unknown key, expected listen, backend, max_connections, or another one of rspd.yaml(5)",
@@ -651,6 +663,23 @@ def test_two_proxies_cannot_listen_on_the_same(
     content = f"proxies:\n  a:\n    listen: {first}\n    backend: a:1\n  b:\n    listen: {second}\n    backend: b:1\n"
     what = f"{address} cannot be bound twice, a listens on {taken}"
     assert errors(content) == [f"FILE:6: proxies.b.listen: {what}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("listen: 81\nmetrics: 127.0.0.1:81", "metrics: 127.0.0.1:81 cannot be bound twice, listen has it"),
+        ("listen: [80, /run/a]\ncontrol: /run/a", "control: /run/a cannot be bound twice, listen has it"),
+        ("control: /run/a\nmetrics: /run/a\nlisten: 80", "metrics: /run/a cannot be bound twice, control has it"),
+    ],
+)
+def test_who_looks_is_not_answered_where_something_else_listens(errors: Errors, text: str, error: str) -> None:
+    assert errors(f"backend: a:1\n{text}\n") == [f"FILE:3: {error}"]
+
+
+def test_who_looks_is_not_answered_where_one_of_several_proxies_listens(errors: Errors) -> None:
+    proxies = "proxies: {a: {listen: 80, backend: a:1}, b: {listen: '[::1]:81', backend: a:1}}"
+    assert errors(f"metrics: 81\n{proxies}\n") == ["FILE:1: metrics: 81 cannot be bound twice, b has it"]
 
 
 def test_each_address_that_is_taken_is_one_error_though_several_proxies_have_it(errors: Errors) -> None:

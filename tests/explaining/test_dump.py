@@ -53,7 +53,10 @@ accept_proxy: off
 accept_proxy_timeout: 5s
 first_bytes_timeout: 5s
 error_pages: off
+log_start: false
 exit_idle_time: off
+control_mode: 0660
+metrics: off
 handover: on
 log_level: info
 """
@@ -92,7 +95,7 @@ def test_each_value_has_a_line_and_several_backends_are_called_so() -> None:
 
 def test_several_proxies_stand_under_their_names_after_what_is_for_all() -> None:
     told = dump(read("idle_timeout: 9s\nproxies: {a: {listen: 1, backend: a:1}, b: {backend: b:1}}"))
-    general = "exit_idle_time: off\nhandover: on\nlog_level: info\n"
+    general = "exit_idle_time: off\ncontrol_mode: 0660\nmetrics: off\nhandover: on\nlog_level: info\n"
     assert told.startswith(f"{general}proxies:\n  a:\n    listen: 1\n    backend:\n")
     assert told.count("\n    idle_timeout: 9s\n") == 2
     assert told.count("listen: ") == 1
@@ -126,6 +129,11 @@ WORDS = {
     "send_proxy": ["v1", "v2", "off"],
     "log_level": ["debug", "info", "warning", "error"],
     "reuse_port": ["true", "no"],
+    "log_start": ["yes", "false"],
+    "control": ["/run/rspd/control.sock", "/run/#c: d", "/off", "off", "no"],
+    "control_mode": ["0660", "600", "0666"],
+    "control_group": ["adm", "_a-b.c", "off", "on1"],
+    "metrics": ["127.0.0.1:9114", "9114", "[::1]:9114", "/run/rspd/metrics.sock", "off", "no"],
     "half_close": ["on", "off", "true", "No"],
     "handover": ["on", "off", "True", "no"],
     "backup": ["yes", "false"],
@@ -201,6 +209,10 @@ def test_what_is_printed_is_a_file_that_means_the_same(
     dialled = {parse_target(text) for text in [*asked, *(backend["address"] for backend in proxies[0]["backends"])]}
     own = [text for text in listen if parse_address(text) not in dialled]
     first = {**proxies[0], **({"listen": own} if own else {})}
+    places = [general.get("control"), general.get("metrics")]
+    general = {key: value for key, value in general.items() if value not in own or key not in ("control", "metrics")}
+    if places[0] == places[1]:
+        general.pop("metrics", None)  # each of them has a place of its own
     named = named or len(proxies) > 1
     top = {"proxies": {f"p{n}": proxy for n, proxy in enumerate([first, *proxies[1:]])}} if named else first
     config = read(json.dumps({**top, **general}))  # JSON is YAML
@@ -244,9 +256,8 @@ def test_a_duration_is_printed_in_its_usual_unit(text: str, printed: str) -> Non
 
 def test_a_value_of_each_field_is_printed() -> None:
     """A field that is new has its key here, or the file would not mean the same."""
-    told = yaml.load(
-        dump(Config((ProxyConfig((parse_address("1"),), (BackendConfig(parse_backend("a:1")),)),))), yaml.BaseLoader
-    )
+    proxy = ProxyConfig((parse_address("1"),), (BackendConfig(parse_backend("a:1")),))
+    told = yaml.load(dump(Config((proxy,), control="off", control_group="adm")), yaml.BaseLoader)
     fields = (set(ProxyConfig._fields) | set(Config._fields)) - {"name", "proxies", "backends", "routes", "pools"}
     assert told.keys() == fields | {"backend"}
     # What a backend does not say itself, the proxy says.

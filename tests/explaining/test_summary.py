@@ -49,6 +49,18 @@ OTHERS: dict[str, tuple[Any, str]] = {
         (ErrorPage(404, "/404", b""), ErrorPage(503, "/503", b"")),
         "pages of its own for 404, 503",
     ),
+    "log_start": (True, "a line in the log also when a connection begins"),
+}
+
+# The same of what is for all proxies.
+GENERAL: dict[str, tuple[Any, str]] = {
+    "log_level": ("debug", "logs from debug on"),
+    "exit_idle_time": (300.0, "ends after 5 min without a connection"),
+    "control": (Address(path="/run/web/control.sock"), "control socket /run/web/control.sock"),
+    "control_mode": (0o666, "all users of this host may look at it"),
+    "control_group": ("adm", "the group adm may look at it"),
+    "metrics": (Address("127.0.0.1", 9114), "metrics at 127.0.0.1:9114"),
+    "handover": (False, "hands no connection over at a restart"),
 }
 
 
@@ -68,6 +80,33 @@ def test_nothing_that_is_not_default_goes_unsaid() -> None:
     assert OTHERS.keys() == set(ProxyConfig._fields) - elsewhere
     line, _ = describe(Config((PROXY._replace(accept_proxy=(NETWORK,), accept_proxy_timeout=9.0),)))
     assert line.endswith("; a PROXY header within 9 s from 10.0.0.0/8")
+    assert GENERAL.keys() == set(Config._fields) - {"proxies", "pools"}
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_what_is_not_default_for_all_proxies_is_said(name: str) -> None:
+    value, words = GENERAL[name]
+    assert describe(Config((PROXY,), **{name: value}))[2:] == [words]
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "words"),
+    [
+        (0o600, "", "only root and its own user may look at it"),
+        (0o644, "adm", "only root and its own user may look at it"),
+        (0o666, "adm", "all users of this host may look at it"),
+        (0o602, "", "all users but those of the group of its process may look at it"),
+        (0o602, "adm", "all users but those of the group adm may look at it"),
+    ],
+)
+def test_who_may_look_at_it_is_said_in_words(mode: int, group: str, words: str) -> None:
+    """To connect to a unix socket, one has to be allowed to write to it."""
+    assert describe(Config((PROXY,), control_mode=mode, control_group=group))[2:] == [words]
+
+
+def test_that_nobody_can_look_at_it_is_said_and_nothing_else_of_it() -> None:
+    config = Config((PROXY,), control="off", control_mode=0o666, control_group="adm", metrics=Address(path="/run/m"))
+    assert describe(config)[2:] == ["no control socket, nobody can look at it; metrics at /run/m"]
 
 
 @pytest.mark.parametrize(
