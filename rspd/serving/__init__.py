@@ -7,4 +7,5 @@ connection   one client: its steps, dial, relay, close, one log line; an answer 
 first_bytes  what a proxy in front says before all else: the PROXY header
 access       allow, deny and the limit for each client; what the log says of refused clients
 places       the wait of clients while max_connections are open
+tally        what a proxy has counted so far
 """
