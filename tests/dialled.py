@@ -107,7 +107,12 @@ class Client:
         self.backend: Backend | None = None
         self.far: Side | None = None
         self.outcome: str | DialError | None = None
+        self.waits: list[float] = []
         self.task: Task | None = None
+
+    def waited(self, seconds: float) -> None:
+        """The waits in the queue, in seconds."""
+        self.waits.append(seconds)
 
     async def dial(self) -> None:
         self.began = self.scene.loop.now

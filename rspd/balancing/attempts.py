@@ -90,6 +90,9 @@ class Caller(Protocol):
     began: float
     attempts: Attempts | None
 
+    def waited(self, seconds: float) -> None:
+        """The client has waited in the queue for so long."""
+
 
 class Chooser(Protocol):
     """The pool: who chooses the backends that are tried."""
@@ -112,6 +115,7 @@ class Attempts:
     deadline: until when the client may dial.
     tried: the backends that failed since the client last waited.
     used: attempts that count for `retries`: those at backends that were in service.
+    queued_at: since when the client has been in the queue; 0 while it is not.
     """
 
     def __init__(self, pool: Chooser, caller: Caller) -> None:
@@ -124,6 +128,7 @@ class Attempts:
         self.deadline = caller.began + config.connect_timeout
         self.tried: list[Backend] = []
         self.used = 0
+        self.queued_at = 0.0
 
     def hand_over(self) -> Handed:
         """What `resume` takes, in the next process."""
@@ -132,6 +137,7 @@ class Attempts:
             "give_up": self._give_up,
             "tried": [backend.name for backend in self.tried],
             "used": self.used,
+            "queued_at": self.queued_at,
             "reasons": self._reasons,
             "cause": self._cause,
         }
@@ -143,6 +149,7 @@ class Attempts:
         tried = handed.get("tried", ())
         self.tried = [backend for name, backend in self._pool.members.by_name.items() if name in tried]
         self.used = handed.get("used", 0)
+        self.queued_at = handed.get("queued_at", 0.0)
         self._reasons += handed.get("reasons", ())
         self._cause = handed.get("cause", self._cause)
 
@@ -151,7 +158,10 @@ class Attempts:
         pool = self._pool
         waits = pool.queue.waiting and pool.members.any_in_service
         over = self.used > self._config.retries or self._loop.now >= self.deadline
-        return self.deadline, None if over or waits else pool.choose(caller.client_address, self.tried)
+        backend = None if over or waits else pool.choose(caller.client_address, self.tried)
+        if backend and self.queued_at:
+            self._leave_queue(caller)
+        return self.deadline, backend
 
     def failed(
         self, caller: Caller, backend: Backend, retry_at: float, where: object, error: OSError
@@ -200,18 +210,26 @@ class Attempts:
             raise DialError("backend-down", [situation(members.everyone)])
         if self.tried:
             await loop.sleep(RETRY)
+        self.queued_at = self.queued_at or loop.now  # if the task is interrupted, its time goes on
         try:
             backend = await pool.queue.wait(caller.began, self._give_up, client, lambda: pool.ask(address))
         except ConnectionAbortedError:
+            self._leave_queue(caller)
             raise DialError("client-aborted", []) from None
         except TimeoutError:
+            self._leave_queue(caller)
             reasons = self._reasons if members.any_in_service and self._reasons else [situation(members.everyone)]
             raise DialError("queue-timeout", reasons) from None
+        self._leave_queue(caller)
         patience = inf if members.any_in_service else self._give_up
         self.deadline = min(loop.now + self._config.connect_timeout, patience)
         self._reasons.clear()
         self.tried, self.used = [], 0
         return backend
+
+    def _leave_queue(self, caller: Caller) -> None:
+        caller.waited(self._loop.now - self.queued_at)
+        self.queued_at = 0.0
 
     def _patience(self) -> float:
         """How many seconds the client may wait for a backend."""

@@ -32,15 +32,16 @@ class Relay:
     idle_timeout: seconds without a byte in either direction; up to twice as long while the kernel holds bytes.
     half_close_timeout: the same once one flow has ended, if it is shorter.
     half_close: whether the other flow goes on when one has ended. If not, both sides are ended then.
+    bounds: of bytes, and of time, once both sides are being ended.
     """
 
     __slots__ = (
-        "_bounds",
         "_deadline",
         "_first",
         "_half_closed_timeout",
         "_unsent",
         "backend",
+        "bounds",
         "client",
         "download",
         "half_close",
@@ -70,7 +71,7 @@ class Relay:
         self._unsent = 0
         self._deadline = loop.now + idle_timeout  # the first one
         self._first: Cause | None = None  # whose end has been passed on
-        self._bounds: tuple[int, float] | None = None  # of `_end_both`, once it has begun: of bytes, and of time
+        self.bounds: tuple[int, float] | None = None
 
     def hand_over(self) -> Handed:
         """What `resume` makes this relay from, in the next process. To be asked while its task waits."""
@@ -83,7 +84,7 @@ class Relay:
             "deadline": self.client.task.deadline if hasattr(self.client, "task") else self._deadline,
         }
         if not self.half_close or self._first or self._unsent:
-            handed.update(half_close=self.half_close, first=self._first, bounds=self._bounds, unsent=self._unsent)
+            handed.update(half_close=self.half_close, first=self._first, bounds=self.bounds, unsent=self._unsent)
         return handed
 
     @types.coroutine
@@ -121,7 +122,7 @@ class Relay:
 
     def go_on(self) -> Coroutine[Any, Any, Cause]:
         """`run` for a relay that `resume` has made. The running task watches both sides."""
-        if not (self._bounds and self._first):
+        if not (self.bounds and self._first):
             return self.run()
         self.loop.current.wake_at(self._deadline)
         return self._end_both(self._first)
@@ -186,12 +187,12 @@ class Relay:
         loop, task = self.loop, self.loop.current
         flow = self.download if first == "client-closed" else self.upload
         source, target = flow.source, flow.target
-        if not self._bounds:
+        if not self.bounds:
             here = flow.held_back + source.unread()
             # If nothing is here, the source was not sending: the end comes at once. If it was, it may send for ever.
             enough = flow.total + (here + SENDING_MAX if here else 0)
-            self._bounds = enough, loop.now + self._half_closed_timeout
-        enough, latest = self._bounds
+            self.bounds = enough, loop.now + self._half_closed_timeout
+        enough, latest = self.bounds
         while not target.ended:
             more = flow.pump()
             if (source.ready | target.ready) & ERR:
@@ -298,7 +299,7 @@ def resume(loop: Loop, pipes: Pipes, handed: Handed, descriptors: dict[int, int]
         relay._deadline = handed.get("deadline", inf)
         relay._unsent = handed.get("unsent", 0)
         relay._first = handed.get("first")
-        relay._bounds = handed.get("bounds")
+        relay.bounds = handed.get("bounds")
         for flow, name in ((relay.upload, "upload"), (relay.download, "download")):
             flow.resume(handed.get(name, {}), descriptors)
     except BaseException:

@@ -74,7 +74,7 @@ class Shortage:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._waiting: list[Task] = []
+        self.waiting: list[Task] = []
         self._last: float | None = None  # when a call failed last; None if there is no shortage
         self.spare = -1
 
@@ -116,15 +116,15 @@ class Shortage:
         if began:
             loop.spawn(self._report(error))
         task = loop.current
-        self._waiting.append(task)
+        self.waiting.append(task)
         until = loop.now + RETRY
         task.wake_at(until)
         try:
-            while task in self._waiting and loop.now < until:
+            while task in self.waiting and loop.now < until:
                 await news()
         finally:
-            if task in self._waiting:
-                self._waiting.remove(task)
+            if task in self.waiting:
+                self.waiting.remove(task)
 
     async def retry(self, attempt: Callable[[], T], error: OSError, deadline: float, given_up: Callable[[], bool]) -> T:
         """`attempt` has failed: make it again as long as something is short, and return what it returns.
@@ -142,8 +142,8 @@ class Shortage:
 
     def relieve(self) -> None:
         """A connection has ended: let those who wait try again."""
-        while self._waiting:
-            self._waiting.pop(0).wake()
+        while self.waiting:
+            self.waiting.pop(0).wake()
 
     async def _report(self, error: OSError) -> None:
         advice = ADVICE.get(error.errno or 0, "")

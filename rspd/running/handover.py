@@ -16,6 +16,7 @@ from rspd.log import quote
 from rspd.running.document import write
 from rspd.running.proxies import Proxies
 from rspd.serving.connection import Connection
+from rspd.serving.resuming import descriptors_of, reset_if_nobody_takes
 from rspd.settings import Config
 
 # Seconds that systemd has for an answer.
@@ -174,7 +175,7 @@ class Handover:
 
     def _fill(self, parcel: Parcel, connections: Sequence[Connection], config: Config) -> Sequence[Connection]:
         """Put connections into a parcel, with all that is known. Returns those that find no room. Raises OSError."""
-        descriptors = [connection.descriptors for connection in connections]
+        descriptors = [descriptors_of(connection) for connection in connections]
         token = os.urandom(TOKEN_SIZE // 2).hex()
         room = parcel.send([fd for own in descriptors for fd in own], token.encode())
         fitting = bisect_right(list(accumulate(len(own) for own in descriptors)), room)
@@ -192,5 +193,5 @@ class Handover:
                 connection.serve_on()
             raise
         for connection in connections:
-            connection.reset_if_nobody_takes()
+            reset_if_nobody_takes(connection)
         return ()

@@ -14,11 +14,11 @@ from rspd.errors import ConfigError
 from rspd.host.store import Inheritance, abort
 from rspd.host.systemd import StoredDescriptor
 from rspd.log import quote
-from rspd.net.address import format_peer, peer
 from rspd.net.descriptors import allow_all
 from rspd.running.document import DocumentError, read
 from rspd.running.proxies import Proxies
 from rspd.serving.proxy import Proxy
+from rspd.serving.resuming import describe
 from rspd.settings import Config
 
 # How many connections are taken over in a turn of the loop: about 5 ms of work.
@@ -127,7 +127,7 @@ def _take_over(proxy: Proxy, handed: Handed, descriptors: dict[int, int], lost: 
             log.exception("unexpected error, a connection of the process before ends; please report it")
             reason = str(error)
     abort(own.values())
-    client, backend = format_peer(peer(handed.get("client", ""))), handed.get("backend", "-")
-    text = "connection closed client=%s%s backend=%s cause=%s reason=%s"
-    log.warning(text, client, proxy.tag, backend, LOST, quote(reason))
+    backend, _, seconds, *moved = proxy.tally.note_lost(handed, LOST, reason, proxy.loop.now)
+    text = "connection closed %s backend=%s sent=%d received=%d seconds=%.3f cause=%s reason=%s"
+    log.warning(text, describe(handed, proxy.tag), backend, *moved, seconds, LOST, quote(reason))
     return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from math import inf
 
@@ -18,6 +18,7 @@ from rspd.net.ways import Ways
 from rspd.routing.pools import PoolMaker, Pools
 from rspd.serving.places import who_waits
 from rspd.serving.proxy import Proxy
+from rspd.serving.tally import Tally
 from rspd.settings import Config, ProxyConfig
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Proxies:
     """The proxies of this process.
 
     configured: those of the configuration in force, by their names, in the order of the configuration.
+    pools: those of the whole file. tallies: the counts of all proxies that there have been, by their names.
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class Proxies:
         self._loop = loop
         self._ways = ways
         self._watchers = watchers
-        self._pools = Pools(partial(pool_maker.make, self._cut_backend, self._changed))  # those of the whole file
-        self._make = partial(Proxy, loop, shortage, pipes, pool_maker, ways, watchers, self._pools.by_name)
+        self.pools = Pools(partial(pool_maker.make, self._cut_backend, self._changed))  # those of the whole file
+        self._maker = partial(Proxy, loop, shortage, pipes, pool_maker, ways, watchers, self.pools.by_name)
         self.configured: dict[str, Proxy] = {}
         self._retired: list[Proxy] = []  # taken out, with connections that are still open
+        self.tallies: dict[str, Tally] = {}
         self._served_before = 0  # clients served by proxies that are gone
         self._last_end = -inf  # when the last connection of these proxies ended
 
@@ -64,7 +67,7 @@ class Proxies:
         backends = (backend.address for pool in config.every_pool for backend in pool.backends)
         named = {name for wanted in config.proxies for name in wanted.shared_pools}
         self._ways.listen(listeners, backends)
-        self._pools.apply({name: (pool, f" pool={name}") for name, pool in config.pools if name in named})
+        self.pools.apply({name: (pool, f" pool={name}") for name, pool in config.pools if name in named})
         for wanted in config.proxies:
             own = listeners[wanted.name]
             proxy = old.pop(wanted.name, None)
@@ -83,20 +86,31 @@ class Proxies:
             self._retired.append(proxy)
             log.info("proxy taken out%s connections=%d", proxy.tag, proxy.open)
 
+    def _make(self, config: ProxyConfig, listeners: Sequence[Listener]) -> Proxy:
+        return self._maker(self.tallies.setdefault(config.name, Tally()), config, listeners)
+
     def everyone(self) -> list[Proxy]:
         """All proxies, also those that were taken out and still have connections."""
         for proxy in self._retired:
             if not proxy.open:
                 self._served_before += proxy.served
+                self.tallies[proxy.config.name].accepted += proxy.accepted
                 self._last_end = max(self._last_end, self._loop.now - proxy.idle)
         self._retired = [proxy for proxy in self._retired if proxy.open]
         return [*self.configured.values(), *self._retired]
+
+    def accepted(self, name: str) -> int:
+        """How many clients the proxies of this name have accepted so far, those included that are gone."""
+        own = [self.configured[name]] if name in self.configured else []
+        there = own + [proxy for proxy in self._retired if proxy.config.name == name]
+        return self.tallies[name].accepted + sum(proxy.accepted for proxy in there)
 
     def hand_over(self) -> Handed:
         """What `resume` takes, in the next process, with all connections."""
         everyone = self.everyone()
         parts = [proxy.hand_over() | {"retired": proxy in self._retired} for proxy in everyone]
-        return {"served_before": self._served_before, "proxies": parts, **self._pools.hand_over()}
+        tallies = [(name, tally.hand_over()) for name, tally in self.tallies.items()]
+        return {"served_before": self._served_before, "proxies": parts, "tallies": tallies, **self.pools.hand_over()}
 
     def resume(self, handed: Handed, before: Callable[[], Config | None]) -> list[tuple[Proxy, Handed]]:
         """Go on with what the process before knew. Returns its connections, each with the proxy that is to take it.
@@ -105,17 +119,20 @@ class Proxies:
         before: returns the configuration of the process before.
         """
         self._served_before += handed.get("served_before", 0)
-        self._pools.resume(handed)
+        self.pools.resume(handed)
+        for name, known in handed.get("tallies", ()):
+            self.tallies.setdefault(name, Tally()).resume(known)
         found = []
         for known in handed.get("proxies", ()):
             name, connections = known.get("name", ""), known.get("connections", ())
             if name in self.configured and not known.get("retired"):
                 proxy = self.configured[name]
             elif connections:
-                proxy = self._make(_taken_out(known, before, self._pools.by_name), ())
+                proxy = self._make(_taken_out(known, before, self.pools.by_name), ())
                 self._retired.append(proxy)
             else:
                 self._served_before += known.get("accepted", 0) - known.get("refused", 0)
+                self.tallies.setdefault(name, Tally()).accepted += known.get("accepted", 0)
                 continue
             proxy.resume(known)
             found += [(proxy, connection) for connection in connections]

@@ -1,11 +1,10 @@
 """Which clients may connect, and what the log says of refused clients."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import inf
+from typing import NamedTuple
 
 from rspd.engine.loop import Loop, Task
 from rspd.log import quote
@@ -15,6 +14,13 @@ from rspd.net.networks import Network, Networks, client_key
 INTERVAL = 1.0
 
 log = logging.getLogger(__name__)
+
+
+class Refusal(NamedTuple):
+    """Why a client may not come. key: of the configuration. reason: for the log."""
+
+    key: str
+    reason: str
 
 
 class Access:
@@ -42,24 +48,25 @@ class Access:
         self._open: dict[str, int] = Counter(map(client_key, present)) if per_client < inf else {}
         self.needed = bool(allow or deny or per_client < inf)
 
-    def admit(self, host: str) -> str:
-        """Why a client is refused, for the log. Empty if it may come: then its connection counts until `leave`.
+    def admit(self, host: str) -> Refusal | None:
+        """Why a client is refused. None if it may come: then its connection counts until `leave`.
 
         Raises OSError if host is no address.
         """
         if self._deny and (network := self._deny.find(host)):
-            return f"in deny {network}"
+            return Refusal("deny", f"in deny {network}")
         if self._allow and not self._allow.find(host):
-            return "not in allow"
+            return Refusal("allow", "not in allow")
         if self._per_client < inf:
             client = client_key(host)
             count = self._open.get(client, 0)
             if count >= self._per_client:
                 whole = f"{client} " if "/" in client else ""
                 connections = "connection" if count == 1 else "connections"
-                return f"{whole}has {count} {connections}, max_connections_per_client is {self._per_client:.0f}"
+                text = f"{whole}has {count} {connections}, max_connections_per_client is {self._per_client:.0f}"
+                return Refusal("max_connections_per_client", text)
             self._open[client] = count + 1
-        return ""
+        return None
 
     def enter(self, host: str) -> str:
         """A connection that was admitted by the process before counts from now on, until `leave`. Returns the host."""

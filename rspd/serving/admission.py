@@ -87,9 +87,10 @@ async def admit(access: Access, refusals: Refusals, connection: Connection) -> N
     if connection.counted:
         return  # it was admitted by the process before
     host = host_of(connection.client_address)
-    if reason := access.admit(host):
-        refusals.note(format_peer(connection.client_address) + connection.via, reason)
-        raise RefusedError(None, reason)
+    if refusal := access.admit(host):
+        connection.terms.tally.note_refusal(*refusal, connection.client.loop.now)
+        refusals.note(format_peer(connection.client_address) + connection.via, refusal.reason)
+        raise RefusedError(None, refusal.reason)
     connection.counted = access, host
 
 
@@ -137,4 +138,15 @@ def routed(terms: Terms, route: Route, heard: Heard) -> Terms:
     """The terms of a connection that has taken a route, by what its client has said first."""
     tag = f"{terms.tag}{route.tag}{words(heard)}"
     # In the order of the fields: by their names it would take twice as long, for each connection.
-    return Terms(route.settings, route.pool, terms.pipes, terms.shortage, (), terms.guarded, route.keep_alive, tag)
+    return Terms(
+        route.settings,
+        route.pool,
+        terms.pipes,
+        terms.shortage,
+        (),
+        terms.guarded,
+        route.keep_alive,
+        tag,
+        terms.log_start,
+        terms.tally,
+    )

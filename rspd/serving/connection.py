@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from logging import INFO, WARNING
 from math import inf
 from typing import NamedTuple
 
 from rspd.balancing.attempts import Attempts, DialError
 from rspd.balancing.backend import Backend
 from rspd.balancing.pool import Pool
-from rspd.engine.cause import OF_CLIENT, UNSERVED, Cause
+from rspd.engine.cause import OF_CLIENT, UNSERVED, WELL, Cause
 from rspd.engine.loop import ERR, IN, OUT, Cancelled, Task
 from rspd.engine.pipes import Pipes
 from rspd.engine.relay import Relay
@@ -23,6 +24,7 @@ from rspd.routing.answers import Farewell, answer
 from rspd.routing.heads import Head
 from rspd.serving.access import Access
 from rspd.serving.first_bytes import Awaited
+from rspd.serving.tally import BATCH, Tally
 from rspd.settings import ProxyConfig
 
 UNEXPECTED = "unexpected error, this connection ends; please report it"
@@ -42,6 +44,7 @@ class Terms(NamedTuple):
     steps: what is done before dialling, in order. guarded: whether one of them sets `Connection.counted`.
     keep_alive: whether the kernel is to find out which peers are gone.
     tag: names the proxy in the log, with a space before it, or is empty.
+    log_start: the level of the line that the log has for the begin. tally: the proxy's counts.
     """
 
     config: ProxyConfig
@@ -52,6 +55,8 @@ class Terms(NamedTuple):
     guarded: bool
     keep_alive: bool
     tag: str
+    log_start: int
+    tally: Tally
 
 
 class RefusedError(Exception):
@@ -86,6 +91,7 @@ class Connection:
         "head",
         "header",
         "heard",
+        "id",
         "peer",
         "relay",
         "route",
@@ -96,6 +102,7 @@ class Connection:
     )
 
     task: Task  # runs `handle`; set by the proxy, which spawned it
+    id: str  # no other connection has it, in no process; known once somebody has looked
     cut_for: Cause | None  # set by `cut`, and by `interrupt`
     head: Head  # what the client says first, if it had to be awaited
     heard: Heard  # what that says, once there is a route, or a fault in it
@@ -150,22 +157,6 @@ class Connection:
             self._log_end(cause, "", lost)
 
     # Handover
-
-    @property
-    def descriptors(self) -> list[int]:
-        """Those that the next process needs."""
-        if not self.relay:
-            return [self.client.fd]
-        client, backend, upload, download = self.client, self.relay.backend, self.relay.upload, self.relay.download
-        return [client.fd, backend.fd, *upload.pipe_descriptors, *download.pipe_descriptors]
-
-    def reset_if_nobody_takes(self) -> None:
-        """It has been handed over: have the kernel reset both sides if the next process does not take them."""
-        for side in (self.client, self.relay.backend) if self.relay else (self.client,):
-            try:
-                side.reset_if_nobody_takes()
-            except OSError:
-                pass  # a program in the kernel may refuse it (bpf(2))
 
     async def go_on(self) -> None:
         """`handle`, for a connection that `resume` has made."""
@@ -261,9 +252,9 @@ class Connection:
         if terms.keep_alive:
             client.keep_alive()
             backend.keep_alive()
-        if LOGGER.level <= logging.DEBUG:
-            name = self.backend and self.backend.name
-            log.debug("connection opened client=%s%s backend=%s", format_peer(self.client_address), terms.tag, name)
+        if LOGGER.level <= terms.log_start:
+            text, name = "connection opened client=%s%s%s backend=%s", self.backend and self.backend.name
+            log.log(terms.log_start, text, format_peer(self.client_address), self.via, terms.tag, name)
         return relay
 
     def _close(self, cause: Cause | None) -> int:
@@ -293,16 +284,36 @@ class Connection:
         """The peer that told the client's address, for the log, with a space before it; empty if none did."""
         return "" if self.peer is None else f" via={format_peer(self.peer)}"
 
+    def waited(self, seconds: float) -> None:
+        """The client has waited for a backend: for so long."""
+        self.terms.tally.queue_seconds.note(seconds)
+
     def _log_end(self, cause: Cause, reason: str, lost: int) -> None:
-        level = logging.WARNING if lost or (reason and cause not in OF_CLIENT) else logging.INFO
+        """Count the end, and log it."""
+        relay, tally, now = self.relay, self.terms.tally, self.client.loop.now
+        backend = self.backend.name if self.backend else "-"
+        seconds = now - self.started
+        sent, received = (relay.upload.total, relay.download.total) if relay else (0, 0)
+        new = tally.new
+        if self in tally.shares:
+            new.append(tally.less_share(self, (backend, cause, seconds, sent, received)))
+        else:
+            new.append((backend, cause, seconds, sent, received))
+        if len(new) >= BATCH:
+            tally.settle()
+        level, more = INFO, ""
+        if lost or cause not in WELL:
+            if cause not in WELL:
+                tally.note_failure(cause, backend, reason, now)
+            if lost or (reason and cause not in OF_CLIENT):
+                level = WARNING
+            more = (f" lost={lost}" if lost else "") + (f" reason={quote(reason)}" if reason else "")
         if level >= LOGGER.level:
-            sent, received = (self.relay.upload.total, self.relay.download.total) if self.relay else (0, 0)
+            if self.handovers:
+                more = f" handovers={self.handovers}{more}"
             write(
                 level,
                 f"connection closed client={format_peer(self.client_address)}{'' if self.peer is None else self.via}"
-                f"{self.terms.tag} backend={self.backend.name if self.backend else '-'} sent={sent} "
-                f"received={received} seconds={self.client.loop.now - self.started:.3f} cause={cause}"
-                + (f" handovers={self.handovers}" if self.handovers else "")
-                + (f" lost={lost}" if lost else "")
-                + (f" reason={quote(reason)}" if reason else ""),
+                f"{self.terms.tag} backend={backend} sent={sent} received={received} seconds={seconds:.3f} "
+                f"cause={cause}{more}",
             )

@@ -23,6 +23,7 @@ from rspd.serving.admission import steps
 from rspd.serving.connection import Connection, Terms
 from rspd.serving.places import Places
 from rspd.serving.resuming import hand_over, resume
+from rspd.serving.tally import Tally
 from rspd.settings import ProxyConfig
 
 AFTER_ERROR = 1.0  # seconds without accepting after an error that nobody expected
@@ -42,6 +43,7 @@ class Proxy:
     """A proxy at work. Owns its listeners, its connections and its backends.
 
     connections: those that are open, in the order in which they were accepted.
+    accepted: how many clients so far, those that may not come too.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Proxy:
         ways: Ways,
         watchers: set[Task],
         shared: Mapping[str, Pool],
+        tally: Tally,
         config: ProxyConfig,
         listeners: Sequence[Listener],
     ) -> None:
@@ -65,10 +68,11 @@ class Proxy:
         self.shortage = shortage
         self.pipes = pipes
         self.watchers = watchers
+        self.tally = tally
         self.tag = f" proxy={config.name}" if config.name else ""
         self._ways = ways
         self.router = Router(Pools(partial(pool_maker.make, self.cut_backend, self._changed)), shared, self.tag)
-        self._accepted = 0
+        self.accepted = 0
         self._access = Access((), (), inf)
         self._refusals = Refusals(loop, self.tag)
         self.connections: dict[Task, Connection] = {}
@@ -101,12 +105,14 @@ class Proxy:
             guarded=self._access.needed or bool(config.accept_proxy),
             keep_alive=inf in (config.idle_timeout, config.half_close_timeout),
             tag=self.tag,
+            log_start=logging.INFO if config.log_start else logging.DEBUG,
+            tally=self.tally,
         )
 
     @property
     def served(self) -> int:
         """How many clients have been accepted so far, without those that may not come."""
-        return self._accepted - self._refusals.count
+        return self.accepted - self._refusals.count
 
     @property
     def open(self) -> int:
@@ -151,7 +157,8 @@ class Proxy:
 
     def hand_over(self) -> dict[str, object]:
         """What `resume` takes, in the next process, and its connections, for `take_over`."""
-        counts = {"accepted": self._accepted, "refused": self._refusals.count, "last_end": self._last_end}
+        self._refusals.close()  # who had yet to say who it is may have been refused since `stop_accepting`
+        counts = {"accepted": self.accepted, "refused": self._refusals.count, "last_end": self._last_end}
         return counts | {
             "name": self.config.name,
             "drain_timeout": self.config.drain_timeout,
@@ -162,7 +169,7 @@ class Proxy:
 
     def resume(self, handed: Handed) -> None:
         """Go on with what the proxy of this name knew in the process before, its connections left out."""
-        self._accepted += handed.get("accepted", 0)
+        self.accepted += handed.get("accepted", 0)
         self._refusals.count += handed.get("refused", 0)
         self._last_end = handed.get("last_end", self._last_end)
         self.places.resume(handed.get("places", {}))
@@ -191,6 +198,7 @@ class Proxy:
         while self.connections:
             await news()
         self.watchers.discard(task)
+        self._refusals.close()
         await self.loop.yield_turn()  # to let the acceptor end
 
     async def _serve(self) -> None:
@@ -260,7 +268,7 @@ class Proxy:
         if self.shortage.spare < 0:
             self.shortage.keep_spare()
         sock, address = listener.accept()
-        self._accepted += 1
+        self.accepted += 1
         connection = Connection(self._terms, listener.side(self.loop, sock), address)
         connection.task = task = self.loop.spawn(connection.handle(), self._connection_ended)
         if not task.done:
@@ -270,7 +278,8 @@ class Proxy:
 
     def _connection_ended(self, task: Task) -> None:
         self.connections.pop(task, None)
-        self.shortage.relieve()
+        if self.shortage.waiting:
+            self.shortage.relieve()
         if not self._accepting:
             self._acceptor.wake()
         self._last_end = self.loop.now

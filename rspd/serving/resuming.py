@@ -10,7 +10,7 @@ from rspd.engine.relay import resume as resume_relay
 from rspd.engine.side import Handed
 from rspd.engine.side import resume as resume_side
 from rspd.log import quote
-from rspd.net.address import host_of, peer, plain
+from rspd.net.address import format_peer, host_of, peer, plain
 from rspd.net.networks import Networks
 from rspd.net.ways import Way, Ways
 from rspd.protocols.first import Heard
@@ -29,8 +29,12 @@ def hand_over(connection: Connection) -> Handed:
         "client": plain(connection.client_address),
         "started": connection.started,
         "handovers": connection.handovers + 1,
-        "descriptors": connection.descriptors,
+        "descriptors": descriptors_of(connection),
     }
+    if hasattr(connection, "id"):
+        handed["id"] = connection.id
+    if share := connection.terms.tally.shares.get(connection):
+        handed["counted"] = share
     if connection.peer is not None:
         handed["via"] = plain(connection.peer)
     if hasattr(connection, "heard"):
@@ -39,7 +43,7 @@ def hand_over(connection: Connection) -> Handed:
         handed["route"], handed["route_key"] = connection.route
     relay, way, terms = connection.relay, connection.way, connection.terms
     if relay and connection.backend:
-        handed.update(backend=connection.backend.name, relay=relay.hand_over())
+        handed.update(backend=connection.backend.name, relay=relay.hand_over(), began=connection.began)
         if way and (known := way.hand_over()):
             handed["way"] = known
         return handed
@@ -98,13 +102,49 @@ def resume(
     if dials and not (route or router.routes) and (name or until is not None):
         # It chooses no route, and begins to dial.
         connection.began, connection.attempts = loop.now, None
-    connection.started = handed.get("started", connection.started)
-    connection.handovers = handed.get("handovers", 1)
+    _know(connection, handed)
     if connection.backend:
         connection.backend.enter()
     if handed.get("admitted", "relay" in handed):
         connection.counted = access, access.enter(host_of(connection.client_address))
     return connection
+
+
+def _know(connection: Connection, handed: Handed) -> None:
+    """What is known of it, but does not decide how it goes on."""
+    connection.started = handed.get("started", connection.started)
+    connection.handovers = handed.get("handovers", 1)
+    if "id" in handed:
+        connection.id = handed["id"]
+    if counted := handed.get("counted"):
+        connection.terms.tally.shares[connection] = counted[0], counted[1]
+
+
+def describe(handed: Handed, tag: str) -> str:
+    """The client of a connection that was handed over, as the log names it. tag: of its proxy."""
+    client = f"client={format_peer(peer(handed.get('client', '')))}"
+    via = f" via={format_peer(peer(handed['via']))}" if "via" in handed else ""
+    route = f" route={quote(handed['route'])}" if handed.get("route") else ""
+    heard = _heard(handed)
+    return f"{client}{via}{tag}{route}{words(heard) if heard else ''}"
+
+
+def descriptors_of(connection: Connection) -> list[int]:
+    """Those that the next process needs."""
+    client, relay = connection.client, connection.relay
+    if not relay:
+        return [client.fd]
+    return [client.fd, relay.backend.fd, *relay.upload.pipe_descriptors, *relay.download.pipe_descriptors]
+
+
+def reset_if_nobody_takes(connection: Connection) -> None:
+    """It has been handed over: have the kernel reset both sides if the next process does not take them."""
+    client, relay = connection.client, connection.relay
+    for side in (client, relay.backend) if relay else (client,):
+        try:
+            side.reset_if_nobody_takes()
+        except OSError:
+            pass  # a program in the kernel may refuse it (bpf(2))
 
 
 def _heard(handed: Handed) -> Heard | None:
@@ -121,6 +161,7 @@ def _relayed(loop: Loop, ways: Ways, terms: Terms, handed: Handed, descriptors: 
     try:
         connection = Connection(terms, relay.client, address)
         connection.relay, connection.backend, connection.peer = relay, backend, via
+        connection.began = handed.get("began", handed.get("started", connection.began))
         if "way" in handed:
             connection.way = ways.resume(handed["way"])
     except BaseException:

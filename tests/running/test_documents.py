@@ -195,7 +195,9 @@ def test_a_key_that_is_missing_costs_no_other_connection(
     elif name_of(key):
         reason = taken.said[-1]
         assert re.fullmatch(
-            r"connection closed client=\S+ proxy=\S+ backend=\S+ cause=handover-failed reason=.+", reason
+            r"connection closed client=\S+( via=\S+)? proxy=\S+ backend=\S+ sent=\d+ received=\d+ seconds=\d\.\d+ "
+            r"cause=handover-failed reason=.+",
+            reason,
         )
 
 

@@ -27,6 +27,7 @@ from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.routing.pools import PoolMaker
 from rspd.serving.proxy import Proxy
+from rspd.serving.tally import Tally
 from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
 from tests.dialled import unix_listener
 from tests.engine.test_loop import advance, rounds
@@ -37,7 +38,7 @@ from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, reset,
 def serve(loop: Loop, config: ProxyConfig, *listeners: Listener) -> Proxy:
     shortage, ways = Shortage(loop), Ways(loop)
     maker = PoolMaker(loop, shortage, Resolver(loop), ways)
-    return Proxy(loop, shortage, Pipes(2), maker, ways, set(), {}, config, listeners)
+    return Proxy(loop, shortage, Pipes(2), maker, ways, set(), {}, Tally(), config, listeners)
 
 
 def test_a_client_that_another_process_has_accepted_first_is_no_error() -> None:
