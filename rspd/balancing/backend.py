@@ -33,11 +33,13 @@ from math import inf
 from typing import Literal
 
 from rspd.balancing.discovery import Source
-from rspd.balancing.health import Checker
+from rspd.balancing.health import Checker, Verdicts
 from rspd.balancing.policies import POLICIES, Policy
 from rspd.engine.side import Handed
+from rspd.histogram import Histogram
 from rspd.net.address import Address, SocketAddress
 from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
+from rspd.snapshot import CONNECT_BOUNDS
 
 State = Literal["up", "full", "down", "trial", "gone"]
 
@@ -73,6 +75,9 @@ class Backend:
     retry_at: when it is due for a client to try it; inf if it is in service, or its last check was bad.
     failed_at: when connecting to it failed last; 0 before.
     down_since, why_down: of the last time that it went down.
+    since: for how long it has been in service, or out of it. Set by `Members`.
+    connected: how long connecting to it took, where it succeeded. failed_in_all: how often it did not.
+    checks: what its checks have said so far.
     checker: makes its health checks, if it has any. checked_by: its settings and preface.
     """
 
@@ -93,6 +98,10 @@ class Backend:
         self.failed_at = 0.0
         self.down_since = 0.0
         self.why_down = ""
+        self.since = 0.0
+        self.connected = Histogram(CONNECT_BOUNDS)
+        self.failed_in_all = 0
+        self.checks = Verdicts()
         self.checker: Checker | None = None
         self.checked_by: tuple[HealthConfig | None, bytes] = (None, b"")
         self._changed = changed
@@ -151,14 +160,26 @@ class Backend:
             "down_since": self.down_since,
             "why_down": self.why_down,
             "failures": list(self.failures),
+            "since": self.since,
+            "connected": self.connected.hand_over(),
+            "failed_in_all": self.failed_in_all,
+            "verdicts": self.checks.hand_over(),
             "checks": self.checker.hand_over() if self.checker else None,
         }
 
-    def resume(self, handed: Handed) -> None:
-        """Go on as the backend of the process before. This is no news, so nothing is logged."""
+    def resume(self, handed: Handed, same: bool) -> None:
+        """Go on as the backend of the process before. This is no news, so nothing is logged.
+
+        same: whether it was in the same pool there; else it has none of the counts.
+        """
         self.failed_at = handed.get("failed_at", 0.0)
         self.down_since, self.why_down = handed.get("down_since", 0.0), handed.get("why_down", "")
         self.failures.extend(handed.get("failures", ()))
+        self.since = handed.get("since", self.since)
+        if same:
+            self.connected.resume(handed.get("connected"))
+            self.failed_in_all += handed.get("failed_in_all", 0)
+            self.checks.resume(handed.get("verdicts", {}))
         if self.checker and handed.get("checks"):
             self.checker.resume(handed["checks"])
         retry_at = handed.get("retry_at", inf)
@@ -196,6 +217,7 @@ class Backend:
 
     def failed(self, now: float, reason: str) -> None:
         """Connecting to it failed."""
+        self.failed_in_all += 1
         if self.state == "gone":
             return
         self.failed_at = now

@@ -141,25 +141,63 @@ def _shown(data: bytes) -> str:
 # One after another
 
 
+class Verdicts:
+    """What the checks of a backend have said, over all checkers that it has had.
+
+    good, bad: how many. at: when the last one was, by the loop's time; 0 before. reason: why it was bad, or empty.
+    """
+
+    def __init__(self) -> None:
+        self.good = self.bad = 0
+        self.at = 0.0
+        self.reason = ""
+
+    def note(self, good: bool, reason: str, now: float) -> None:
+        """Count one."""
+        self.good += good
+        self.bad += not good
+        self.at, self.reason = now, reason
+
+    def hand_over(self) -> Handed:
+        """What `resume` takes, in the next process."""
+        return {"good": self.good, "bad": self.bad, "at": self.at, "reason": self.reason}
+
+    def resume(self, handed: Handed) -> None:
+        """Go on with those of the process before."""
+        self.good += handed.get("good", 0)
+        self.bad += handed.get("bad", 0)
+        self.at, self.reason = handed.get("at", 0.0), handed.get("reason", "")
+
+
 class Checker:
     """Checks one backend again and again, in a task of its own, until `stop`.
 
     config, connect, host, preface: as for `check`.
     first: seconds from the first check, made at once, to the second: above 0, up to `interval`. Further checks follow
     every `interval`. So the owner of many checkers can spread their checks. A check that takes longer delays the next.
+    verdicts: notes what each check says.
     report: called when the verdict changes: whether the backend is up, and if not, why. The constructor never calls it.
     The first check decides alone. Later, `fall` bad checks or `rise` good checks in a row decide. A check for which
     rspd was short of something does not count.
     """
 
     def __init__(
-        self, loop: Loop, config: HealthConfig, connect: Dial, host: str, preface: bytes, first: float, report: Report
+        self,
+        loop: Loop,
+        config: HealthConfig,
+        connect: Dial,
+        host: str,
+        preface: bytes,
+        first: float,
+        verdicts: Verdicts,
+        report: Report,
     ) -> None:
         self._loop = loop
         self._config = config
         self._connect = connect
         self._host = host
         self._preface = preface
+        self._verdicts = verdicts
         self._report = report
         self._up: bool | None = None  # as reported; None: report the next verdict, whatever it is
         self._latest: bool | None = None  # what the last check said; None before the first
@@ -209,6 +247,7 @@ class Checker:
             good, reason = False, str(error)
         except OSError:
             return  # a shortage has log lines of its own
+        self._verdicts.note(good, reason, self._loop.now)
         first = self._latest is None
         self._in_a_row = self._in_a_row + 1 if good == self._latest else 1
         self._latest = good

@@ -157,15 +157,18 @@ class Members:
         names = [(source.origin.host, source.addresses(source.origin)) for source in sources]
         return {"names": names, "backends": [(name, backend.hand_over()) for name, backend in self.by_name.items()]}
 
-    def resume(self, handed: Handed) -> None:
-        """Go on with what the process before knew when it handed them over. To be called before any client comes."""
+    def resume(self, handed: Handed, same: bool = True) -> None:
+        """Go on with what the process before knew of these names, and backends. To be called before any client comes.
+
+        same: whether it knew it of this pool, and not of another one.
+        """
         names = dict(handed.get("names", ()))
         for source in dict.fromkeys(self._sources.values()):
             if known := names.get(source.origin.host):
                 source.resume([SocketAddress(family, tuple(address)) for family, address in known])
         for name, known in handed.get("backends", ()):
             if name in self.by_name:
-                self.by_name[name].resume(known)
+                self.by_name[name].resume(known, same)
         self._find_only()
 
     # Who they are
@@ -250,7 +253,7 @@ class Members:
 
         report = partial(self._checked, backend)
         first = health.interval * part
-        backend.checker = Checker(self._loop, health, reach, str(target), preface, first, report)
+        backend.checker = Checker(self._loop, health, reach, str(target), preface, first, backend.checks, report)
 
     async def _reach_elsewhere(
         self, backend: Backend, health: HealthConfig, asked: list[SocketAddress], deadline: float, way: Way | None
@@ -288,6 +291,7 @@ class Members:
         if backend.retry_at < inf:
             insort(self.trials, backend, key=attrgetter("retry_at"))
         if was is not is_now:
+            backend.since = self._loop.now
             self._find_only()
             self._on_room()
             self._on_change()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Collection
 from math import inf
 
@@ -19,6 +20,7 @@ from rspd.net.networks import client_key
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
 from rspd.settings import ProxyConfig
+from rspd.snapshot import CONNECT_BOUNDS
 
 # A client's time is divided among this number of attempts at most, whatever the number of backends.
 SHARES_MAX = 3
@@ -107,6 +109,7 @@ class Pool:
                 deadline = attempts.deadline
             # All as it is now: a reload meanwhile is not for this attempt.
             addresses, retry_at, openings = backend.addresses, backend.retry_at, self._openings
+            begun = loop.now
             backend.enter()
             try:
                 until = deadline if members.only else self._share(deadline, caller.attempts)
@@ -125,6 +128,10 @@ class Pool:
                 backend.no_verdict(loop.now, retry_at)
                 raise
             else:
+                seconds, connected = loop.now - begun, backend.connected
+                # As `note` does: a call would cost each connection more.
+                connected.counts[bisect_left(CONNECT_BOUNDS, seconds)] += 1
+                connected.total += seconds
                 if backend.retry_at < inf:
                     backend.reached()
                 return backend, side

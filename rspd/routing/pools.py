@@ -71,4 +71,4 @@ class Pools:
         pools = dict(handed.get("pools", ()))
         for name, pool in self.by_name.items():
             for known in [pools[name]] if name in pools else pools.values():
-                pool.members.resume(known)
+                pool.members.resume(known, name in pools)

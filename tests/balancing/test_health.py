@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rspd.balancing.health import ANSWER_MAX, Checker, CheckError, check
+from rspd.balancing.health import ANSWER_MAX, Checker, CheckError, Verdicts, check
 from rspd.engine.loop import ERR, HUP, IN, OUT, Loop, news
 from rspd.engine.side import Side
 from rspd.settings import HealthConfig, StatusRange
@@ -663,7 +663,7 @@ class Switched:
 
     def start(self, first: float = 5.0, config: HealthConfig = HealthConfig()) -> Checker:  # noqa: B008
         self.began = self.clock.now
-        return Checker(self.loop, config, self.connect, "app.sock", b"", first, self.report)
+        return Checker(self.loop, config, self.connect, "app.sock", b"", first, Verdicts(), self.report)
 
     async def connect(self, deadline: float) -> Side:
         self.times.append(self.loop.now - self.began)
@@ -959,7 +959,7 @@ def test_a_checker_stopped_while_it_connects_closes_what_is_open(tmp_path: Path)
             host, _, port = address.rpartition(":")
             connect = connecting(backend.loop, (host, int(port)))
             tasks, before = tasks_of(backend.loop), open_descriptors()
-            checker = Checker(backend.loop, TCP, connect, address, b"", 5, backend.report)
+            checker = Checker(backend.loop, TCP, connect, address, b"", 5, Verdicts(), backend.report)
             await backend.settle()
             assert (tasks_of(backend.loop), open_descriptors()) == (tasks + 1, before + 1)
             checker.stop()
@@ -1012,7 +1012,7 @@ def test_a_checker_follows_a_real_backend_by_the_real_clock() -> None:
 
         with Backend(lambda sock: handlers[0](sock)) as backend:
             connect = connecting(loop, ("127.0.0.1", backend.port))
-            checker = Checker(loop, config, connect, backend.address, b"", 0.01, report)
+            checker = Checker(loop, config, connect, backend.address, b"", 0.01, Verdicts(), report)
             while len(reports) < 4:
                 await news()
             checker.stop()
