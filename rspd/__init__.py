@@ -6,6 +6,7 @@ commands    looking at a running rspd: status, connections, top
 cli         the command line: options over the configuration file, --check, exit codes
 parser      the words of a command line: kind messages, exit codes
 running     one process: start, signals, reload, drain
+observing   what goes on in this process, for who looks
 serving     one client, from accept to its line in the log
 routing     which pool, by what a client says first
 balancing   which backend, and the way to it

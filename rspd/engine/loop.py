@@ -23,6 +23,9 @@ IN, OUT, PRI = select.EPOLLIN, select.EPOLLOUT, select.EPOLLPRI
 ERR, HUP, RDHUP = select.EPOLLERR, select.EPOLLHUP, select.EPOLLRDHUP
 EDGE, EXCLUSIVE = select.EPOLLET, select.EPOLLEXCLUSIVE
 
+# How many turns are measured before they are counted: one by one, this would take a call more.
+TURNS = 256
+
 T = TypeVar("T")
 Work = Coroutine[Any, Any, object]
 
@@ -80,8 +83,7 @@ class Task:
     def wake_at(self, when: float) -> None:
         """Resume the task once at the loop's time `when`, in place of an earlier deadline; `inf` for never."""
         self.deadline = when
-        # A deadline that moves away costs nothing here: when the timer is due, it sees the deadline and is set again.
-        # A deadline after the next look is found by that.
+        # When a timer is due, it sees a later deadline and is set again. The next look finds a deadline after it.
         loop = self._loop
         if when < self.armed and when < loop._timers.next_look:
             loop._timers.arm(when, self, loop.now, len(loop._tasks))
@@ -135,6 +137,7 @@ class Loop:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._epoll = select.epoll()
+        self._poll: Callable[[float, int], list[tuple[int, int]]] = self._epoll.poll
         self._watches: dict[int, Watch] = {}
         self._queue: dict[Task, None] = {}  # to be resumed in the next turn, in this order
         self._stopped = False
@@ -150,7 +153,6 @@ class Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Tasks that are not done are abandoned.
         self._epoll.close()
         self.wakeups.close()
 
@@ -183,9 +185,10 @@ class Loop:
             self._stopped = True
 
         self.now = self._clock()
-        self._stopped = False
         self.spawn(keep_outcome())
-        self._run_turns()
+        while not (results or errors):
+            self._stopped = False
+            self._run_turns()
         if errors:
             raise errors[0]
         return results[0]
@@ -249,6 +252,18 @@ class Loop:
 
     # Turns
 
+    def measure_turns(self, seconds: list[float], settle: Callable[[], object]) -> None:
+        """Append the seconds of each turn from the next on; call `settle` after TURNS. Before, it costs nothing."""
+        poll = self._poll
+
+        def measured(timeout: float, most: int) -> list[tuple[int, int]]:
+            seconds.append(self._clock() - self.now)
+            if len(seconds) >= TURNS:
+                settle()
+            return poll(timeout, most)
+
+        self._poll, self._stopped = measured, True  # `run` begins again, with the other poll
+
     async def _receive_wakeups(self) -> None:
         self.watch(Watch(self.wakeups.fd), IN | EDGE)
         while True:
@@ -257,7 +272,7 @@ class Loop:
 
     def _run_turns(self) -> None:
         """Wait for events and resume the tasks that they concern, again and again, until the main task is done."""
-        poll, clock, watches = self._epoll.poll, self._clock, self._watches
+        poll, clock, watches = self._poll, self._clock, self._watches
         timers, heap = self._timers, self._timers.heap
         while not self._stopped:
             self.turn += 1
@@ -278,8 +293,8 @@ class Loop:
                 try:
                     watch = watches[fd]
                 except KeyError:
-                    # The descriptor is closed here, but another process has a copy, which epoll goes on reporting
-                    # (epoll(7)). As soon as the number has a new owner, the new owner gets these events.
+                    # It is closed here, but another process has a copy, which epoll goes on reporting (epoll(7)).
+                    # As soon as the number has a new owner, the new owner gets these events.
                     continue
                 watch.ready |= mask
                 queue[watch.task] = None
