@@ -118,7 +118,8 @@ def _start(
     with PidFile(pid_file, kept.get(PID_FILE, -1)) if pid_file else nullcontext() as file:
         if successor and file:
             successor.pid_file = file.fd
-        handed_over = run(config, load, sockets, notifier, lambda: starter.release(0), legacy, fault, successor)
+        on_ready = partial(starter.release, 0)
+        handed_over = run(config, load, sockets, notifier, on_ready, legacy, fault, successor, __version__)
         if handed_over and successor:
             _execute(successor)
     if handed_over:

@@ -48,6 +48,10 @@ NO_ROOM = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYRE
 USEC_INFINITY = 2**64 - 1
 
 
+# By this, rspd-worker@.service tells a worker its number.
+WORKER = "RSPD_WORKER"
+
+
 class PassedSocket(NamedTuple):
     """A listening socket from systemd, non-blocking, and its name (`FileDescriptorName=`)."""
 
@@ -109,6 +113,16 @@ def _take(fd: int, name: str) -> socket.SocketType:
         raise wrong("one that does not listen", "set Accept=no")
     sock.setblocking(False)
     return sock
+
+
+def runtime_folder() -> str:
+    """The folder that systemd has made for this service (RuntimeDirectory=); empty if there is none."""
+    return os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+
+
+def worker() -> str:
+    """The number of this worker, which its unit says; empty for each other service."""
+    return os.environ.get(WORKER, "")
 
 
 class Notifier:

@@ -4,20 +4,35 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
+from rspd.admin.request import CONTROL, MOST, of_worker
 from rspd.engine.loop import Loop
 from rspd.errors import ConfigError, StartError
-from rspd.host.systemd import PassedSocket
+from rspd.host.systemd import PassedSocket, runtime_folder, worker
 from rspd.listening.replacing import Binding, replace_listeners
-from rspd.net.address import Address, literal, own_listeners
+from rspd.net.address import Address, Place, SocketAddress, literal, own_listeners
 from rspd.net.descriptors import TooFewError, reserve
-from rspd.net.listener import Listener, ListenError, adopt_listener, by_place
+from rspd.net.listener import Listener, ListenError, adopt_listener, by_place, open_listeners
 from rspd.net.resolver import Resolver
 from rspd.net.waiting import GivenUp
 from rspd.settings import Config, ProxyConfig
+
+_NOT_ALLOWED, _TOO_FEW = (errno.EACCES, errno.EPERM), (errno.EMFILE, errno.ENFILE)
+EXIT_CODES = {**dict.fromkeys(_NOT_ALLOWED, os.EX_NOPERM), **dict.fromkeys(_TOO_FEW, os.EX_OSERR)}
+
+# Seconds for which a start under systemd goes on trying to listen, and seconds between two tries. The process that has
+# the port may give it up. Each start that fails writes several lines to the journal, and systemd starts four a second.
+LISTEN_PATIENCE = 5.0
+LISTEN_AGAIN = 0.5
+
+# Who waits there to ask, at most.
+CONTROL_BACKLOG = 128
+
+# Seconds for the lookup of a name in `metrics`, at a reload.
+LOOKUP = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +45,29 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How to listen: the part of each proxy, by name; how each address is bound; for how many pipes there is room."""
+    """How to listen.
+
+    parts: of each proxy, by name. bindings: how each address is bound. pipes: for how many there is room.
+    control, metrics: where those who look are answered; None for nowhere. optional: whether rspd goes on without
+    `control`, which is not in `bindings` then. control_mode, control_group: of its file; see `Listener.allow`.
+    """
 
     parts: Mapping[str, Part]
     bindings: Mapping[Address, Binding]
     pipes: int
+    control: Address | None = None
+    metrics: Address | None = None
+    optional: bool = False
+    control_mode: int = 0
+    control_group: str = ""
+
+
+class Opened(NamedTuple):
+    """What is listened on: by each proxy, by name, and for who looks."""
+
+    proxies: dict[str, list[Listener]]
+    control: list[Listener]
+    metrics: list[Listener]
 
 
 class Sockets:
@@ -47,10 +80,38 @@ class Sockets:
         self, loop: Loop, resolver: Resolver, passed: Sequence[PassedSocket], kept: Sequence[socket.SocketType] = ()
     ) -> None:
         """kept: listening sockets of the process before. The first `open` takes or closes each."""
+        self._folder, self._worker = runtime_folder(), worker()
         self._loop = loop
         self._resolver = resolver
         self._kept = by_place(kept)
         self.adopted = [adopt_listener(name, sock) for name, sock in passed]
+
+    async def listen(
+        self, config: Config, patient: bool, tell: Callable[[str], object], prepare: Callable[[Plan], object]
+    ) -> tuple[Plan, Opened]:
+        """Listen for the first time. Raises StartError.
+
+        patient: whether to wait for a port in use; `tell` is called with what is wrong then.
+        prepare: called with the plan before anything is opened; may raise StartError.
+        """
+        until = self._loop.now + (LISTEN_PATIENCE if patient else 0.0)
+        told = False
+        while True:
+            try:
+                plan = await self.plan(config, patient=True)
+                prepare(plan)
+                return plan, self.open(plan, self.adopted)
+            except ConfigError as error:
+                raise StartError(str(error), os.EX_CONFIG) from None
+            except ListenError as error:
+                code = EXIT_CODES.get(error.errno or 0, os.EX_UNAVAILABLE)
+                if code != os.EX_UNAVAILABLE or self._loop.now >= until:
+                    raise StartError(str(error), code, error.errno or 0) from None
+                if not told:
+                    log.warning("%s; trying again for %g s", error, LISTEN_PATIENCE)
+                    tell(str(error))
+                    told = True
+            await self._loop.sleep(LISTEN_AGAIN)
 
     async def plan(self, config: Config, patient: bool, given_up: GivenUp | None = None) -> Plan:
         """How to listen by a configuration. Nothing is bound yet.
@@ -63,28 +124,64 @@ class Sockets:
         bindings: dict[Address, Binding] = {}
         for proxy in config.proxies:
             for address in parts[proxy.name].addresses:
-                deadline = inf if patient else self._loop.now + proxy.connect_timeout
-                try:
-                    where = await self._resolver.look_up(address, deadline, given_up)
-                except OSError as error:
-                    raise ListenError(address, address, error) from None
+                where = await self._look_up(address, inf if patient else proxy.connect_timeout, given_up)
                 bindings[address] = Binding(where, proxy.backlog, proxy.reuse_port)
+        control, optional = control_address(config.control, self._folder, self._worker), config.control is None
+        metrics = None if self._worker else config.metrics
+        for address in filter(None, (None if optional else control, metrics)):
+            where = await self._look_up(address, inf if patient else LOOKUP, given_up)
+            bindings[address] = Binding(where, CONTROL_BACKLOG)
         listeners = len(self.adopted) + sum(len(binding.where) for binding in bindings.values())
-        return Plan(parts, bindings, make_room(config, listeners))
+        looking = 2 * MOST + optional if control or metrics else 0
+        pipes = make_room(config, listeners + looking)
+        return Plan(parts, bindings, pipes, control, metrics, optional, config.control_mode, config.control_group)
 
-    def open(self, plan: Plan, old: Sequence[Listener]) -> dict[str, list[Listener]]:
-        """Listen by a plan; the listeners of each proxy, by its name.
+    async def _look_up(self, address: Address, patience: float, given_up: GivenUp | None) -> Sequence[SocketAddress]:
+        try:
+            return await self._resolver.look_up(address, self._loop.now + patience, given_up)
+        except OSError as error:
+            raise ListenError(address, address, error) from None
+
+    def open(self, plan: Plan, old: Sequence[Listener]) -> Opened:
+        """Listen by a plan.
 
         old: those that are open. Those no longer wanted are closed. None may be watched meanwhile.
         Raises ListenError; then nothing has changed.
         """
-        everyone = replace_listeners(old, plan.bindings, self._kept)
+        wanted, kept = plan.control if plan.optional else None, dict(self._kept)
+        place: tuple[int, Place] = (socket.AF_UNIX, wanted.path if wanted else "")
+        own = {place: kept.pop(place)} if place in kept else {}
+        everyone = replace_listeners([one for one in old if one.address != wanted], plan.bindings, kept)
         self._kept = {}
         bound = [listener for listener in everyone if listener.passed is None]
-        return {
-            name: part.adopted + [listener for listener in bound if listener.address in part.addresses]
-            for name, part in plan.parts.items()
-        }
+        control = [one for one in (old if plan.optional else bound) if one.address == plan.control]
+        if wanted and not control:
+            try:
+                control = open_listeners(wanted, [SocketAddress(*place)], CONTROL_BACKLOG, kept=own)
+            except ListenError as error:
+                log.warning("nobody can look at this process, %s", error)
+        metrics = [listener for listener in bound if listener.address == plan.metrics]
+        for listener in (one for one in (*control, *metrics) if one.address.path):
+            try:
+                listener.allow(plan.control_mode, plan.control_group)
+            except OSError as error:
+                log.warning("who may look is not as configured: %s", error.strerror)
+        return Opened(
+            {
+                name: part.adopted + [listener for listener in bound if listener.address in part.addresses]
+                for name, part in plan.parts.items()
+            },
+            control,
+            metrics,
+        )
+
+
+def control_address(wanted: Address | str | None, folder: str, worker: str) -> Address | None:
+    """Where the control socket is. wanted: as in `Config`. folder: of systemd's. None: there is none."""
+    if isinstance(wanted, str) or not (wanted or folder):
+        return None
+    path = wanted.path if wanted else os.path.join(folder, CONTROL)
+    return Address(path=of_worker(path, worker) if worker else path)
 
 
 def make_room(config: Config, listeners: int) -> int:

@@ -134,6 +134,24 @@ class Listener(Watch):
         if self._sock.family != socket.AF_UNIX:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
+    def allow(self, mode: int, group: str) -> None:
+        """Let a mode and a group decide who may connect to a unix socket with a path. Raises OSError with the reason.
+
+        group: its name; empty for that of a new file.
+        """
+        os.chmod(self.address.path, mode)
+        gid = _gid(group, os.path.dirname(self.address.path))
+        try:
+            # The hardened unit refuses chown(2), also if nothing would change.
+            if os.lstat(self.address.path).st_gid != gid:
+                os.chown(self.address.path, -1, gid)
+        except PermissionError:
+            needed = f"SupplementaryGroups={group} and SystemCallFilter=@chown"
+            what = f"rspd may not give the socket to the group {group}; its unit needs {needed}"
+            if not group:
+                what = "the socket keeps the group that it had; it gets its own at a stop and a start of rspd"
+            raise OSError(errno.EPERM, what) from None
+
     def rest(self) -> None:
         """Stop listening, so that another socket can take the address over; clients in the backlog are reset.
 
@@ -252,6 +270,19 @@ def _inode(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
+
+
+def _gid(group: str, folder: str) -> int:
+    """The number of a group; if its name is empty, of that which a new file in this folder has (inode(7))."""
+    if not group:
+        status = os.stat(folder or ".")
+        return status.st_gid if status.st_mode & stat.S_ISGID else os.getegid()
+    import grp  # hardly anybody needs another group
+
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise OSError(errno.EINVAL, f"expected a group of this host, found {group!r}") from None
 
 
 def _remove_stale(path: str) -> None:

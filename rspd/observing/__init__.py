@@ -1,5 +1,7 @@
 """What goes on in this process, for who looks.
 
+desk         the control socket and the metrics: what listens there
+answers      what is answered there
 proxies      proxies, routes, pools and backends as they are
 connections  the open connections as they are
 samples      samples of what goes on, for rates

@@ -13,6 +13,7 @@ from itertools import accumulate
 from rspd.engine.loop import IN, Loop, Watch, news
 from rspd.host.store import PARCEL, STORE_MAX, Parcel, Store
 from rspd.log import quote
+from rspd.observing.desk import Desk
 from rspd.running.document import write
 from rspd.running.proxies import Proxies
 from rspd.serving.connection import Connection
@@ -37,11 +38,12 @@ log = logging.getLogger(__name__)
 class Handover:
     """To the next process of the service."""
 
-    def __init__(self, loop: Loop, store: Store, proxies: Proxies, from_file: bool) -> None:
+    def __init__(self, loop: Loop, store: Store, proxies: Proxies, desk: Desk, from_file: bool) -> None:
         """from_file: whether there is a file that may be wrong when the next process reads it."""
         self._loop = loop
         self._store = store
         self._proxies = proxies
+        self._desk = desk
         self._dump: Callable[[Config], str] | None = None
         if from_file:
             # Now, since another version may be installed at the end. It needs PyYAML, as the file does.
@@ -122,12 +124,14 @@ class Handover:
         parcel = await self._leave_parcel()
         done = False
         try:
+            await self._desk.finish()
             left = self._fill(parcel, self._open(), config)
             done = not left
         finally:
             parcel.close()
             if not done:
                 self._store.remove(PARCEL)
+                self._desk.go_on()
         return left
 
     def _open(self) -> list[Connection]:
@@ -186,7 +190,7 @@ class Handover:
         try:
             for connection in connections:
                 connection.interrupt()
-            parcel.write(write({**document, **self._proxies.hand_over()}))
+            parcel.write(write({**document, **self._proxies.hand_over(), **self._desk.hand_over()}))
         except BaseException:
             gc.enable()
             for connection in sorted(connections, key=lambda one: one.began):

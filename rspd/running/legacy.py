@@ -15,6 +15,7 @@ from rspd.host.store import Inheritance, abort
 from rspd.host.systemd import StoredDescriptor
 from rspd.log import quote
 from rspd.net.descriptors import allow_all
+from rspd.observing.desk import Desk
 from rspd.running.document import DocumentError, read
 from rspd.running.proxies import Proxies
 from rspd.serving.proxy import Proxy
@@ -59,7 +60,7 @@ class Legacy:
             log.error("the settings of the process before cannot be read: %s", error)
             return None
 
-    async def take_over(self, loop: Loop, proxies: Proxies) -> int:
+    async def take_over(self, loop: Loop, proxies: Proxies, desk: Desk) -> int:
         """Go on with all that it has left. Returns how many connections go on.
 
         Those on which something happens come first, and go on while the others are taken over.
@@ -71,6 +72,8 @@ class Legacy:
         try:
             if token:
                 descriptors = self._inheritance.receive(token)
+            if self._document:
+                desk.resume(self._document)
             connections = proxies.resume(self._document, self.config)
             ready = _ready(descriptors)
             lost = TOO_FEW if descriptors else TAKEN

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -16,13 +15,15 @@ from rspd.engine.loop import Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.errors import ConfigError, StartError
 from rspd.host.store import Store
-from rspd.host.systemd import Notifier, PassedSocket
+from rspd.host.systemd import Notifier, PassedSocket, worker
 from rspd.host.upgrade import UPGRADE_OR_RESTART, Successor, who_asks
-from rspd.listening.sockets import Plan, Sockets, log_replaced, make_room
+from rspd.listening.sockets import Opened, Plan, Sockets, log_replaced, make_room
 from rspd.net.descriptors import Shortage
-from rspd.net.listener import Listener, ListenError
+from rspd.net.listener import ListenError
 from rspd.net.resolver import Resolver
 from rspd.net.ways import Ways
+from rspd.observing.desk import Desk
+from rspd.observing.life import Life
 from rspd.routing.pools import PoolMaker
 from rspd.running.handover import Handover
 from rspd.running.proxies import Proxies
@@ -33,9 +34,6 @@ from rspd.settings import Config
 if TYPE_CHECKING:
     from rspd.running.legacy import Legacy
 
-_NOT_ALLOWED, _TOO_FEW = (errno.EACCES, errno.EPERM), (errno.EMFILE, errno.ENFILE)
-EXIT_CODES = {**dict.fromkeys(_NOT_ALLOWED, os.EX_NOPERM), **dict.fromkeys(_TOO_FEW, os.EX_OSERR)}
-
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 # Seconds within which SIGTERM follows if the service restarts. A signal to end that comes later has another reason.
@@ -43,11 +41,6 @@ RESTART_WITHIN = 30.0
 
 # Seconds. With a shorter exit_idle_time, so many starts follow that the limits in rspd.service and rspd.socket are hit.
 SHORTEST_IDLE_TIME = 1.0
-
-# Seconds for which a start under systemd goes on trying to listen, and seconds between two tries. The process that has
-# the port may give it up. Each start that fails writes several lines to the journal, and systemd starts four a second.
-LISTEN_PATIENCE = 5.0
-LISTEN_AGAIN = 0.5
 
 # Objects made and not freed before the garbage collector looks for cycles. Python looks once for a few dozen clients.
 GARBAGE = 20_000
@@ -64,6 +57,7 @@ def run(
     legacy: Legacy | None = None,
     fault: str = "",
     successor: Successor | None = None,
+    version: str = "",
 ) -> bool:
     """Serve until a signal to end, or until it was idle for long enough, and drain. Raises StartError.
 
@@ -80,7 +74,7 @@ def run(
         make_room(config, max(len(passed), 1))  # too few descriptors even for the loop
         loop = Loop()
     with loop:
-        return loop.run(Service(loop, config, load, passed, notifier, legacy, fault, successor).run(on_ready))
+        return loop.run(Service(loop, config, load, passed, notifier, legacy, fault, successor, version).run(on_ready))
 
 
 class Service:
@@ -96,6 +90,7 @@ class Service:
         legacy: Legacy | None,
         fault: str,
         successor: Successor | None,
+        version: str,
     ) -> None:
         """config: the configuration to start with."""
         self._loop = loop
@@ -112,29 +107,32 @@ class Service:
         self._sockets = Sockets(loop, resolver, passed, legacy.listeners if legacy else ())
         maker = PoolMaker(loop, self._shortage, resolver, self._ways)
         self._proxies = Proxies(loop, self._shortage, self._pipes, maker, self._ways, watchers)
+        self._life = Life(loop, version, worker())
+        self._desk = Desk(loop, self._shortage, self._proxies, self._life, watchers)
         self._reporter = Reporter(loop, self._proxies, watchers, notifier)
         self._successor = successor
         self._store = Store(successor, ()) if successor else Store(notifier, legacy.found if legacy else ())
-        self._handover = Handover(loop, self._store, self._proxies, from_file=load is not None)
-        self._upgrade = Upgrade(loop, successor, self._store, self._proxies, self._handover)
+        self._handover = Handover(loop, self._store, self._proxies, self._desk, from_file=load is not None)
+        self._upgrade = Upgrade(loop, successor, self._store, self._proxies, self._desk, self._handover)
         self._restart_until = -inf  # until when a signal to end is one to restart
         self._ends = 0  # signals to end so far
         self._reload_asked = False
 
     async def run(self, on_ready: Callable[[], object]) -> bool:
         """Serve until SIGTERM or SIGINT, or until idle for `exit_idle_time`, and drain. Returns as `run` does."""
-        plan, listeners = await self._listen_first()
+        plan, opened = await self._listen_first()
         self._shortage.keep_spare()
         self._heed_signals()
         if self._legacy:
             await self._take_over(self._legacy, plan)
             self._legacy = None
-        self._go_by(self._config, plan, listeners)
+        self._go_by(self._config, plan, opened)
         self._keep_listeners()
         # The objects made so far stay. A connection leaves no cycles behind; only the lookup of a name does.
         gc.freeze()
         gc.set_threshold(GARBAGE)
         gc.enable()  # it was disabled for the imports
+        self._life.failure = self._fault
         for line in self._fault.splitlines():
             log.error("serving by the settings of the process before: %s", line)
         self._reporter.ready(self._fault and f"serving by the settings of the process before: {self._fault}")
@@ -144,7 +142,8 @@ class Service:
             if self._reload_asked:
                 self._reload_asked = False
                 self._reporter.reloading()
-                failure = await self._reload()
+                failure = self._life.failure = await self._reload()
+                self._life.reloads_failed += bool(failure)
                 self._reporter.ready(failure and f"reload failed: {failure}")
             elif self._upgrade.asked:
                 if handed_over := await self._upgrade.run(self._config, lambda: self._ends):
@@ -160,6 +159,7 @@ class Service:
             await self._drain()
             self._pipes.close()
             self._shortage.give_up_spare()
+            self._desk.close()
             self._reporter.ending()
             log.info("ended served=%d", self._proxies.served)
         # Closing the loop restores the default actions: one more signal would kill rspd and be its exit status.
@@ -173,13 +173,13 @@ class Service:
         """Go on with the connections of the process before, while nobody is accepted: they have their places first."""
         self._proxies.apply(self._config, {proxy.name: [] for proxy in self._config.proxies})
         self._pipes.resize(plan.pipes)
-        taken = await legacy.take_over(self._loop, self._proxies)
+        taken = await legacy.take_over(self._loop, self._proxies, self._desk)
         log.info("took over connections=%d", taken)
         self._reporter.took_over(taken)
         for proxy in self._proxies.configured.values():
             proxy.pause()
 
-    async def _listen_first(self) -> tuple[Plan, dict[str, list[Listener]]]:
+    async def _listen_first(self) -> tuple[Plan, Opened]:
         """Listen, by what the process before went by if the configuration cannot be followed. Raises StartError."""
         try:
             return await self._listen()
@@ -190,26 +190,31 @@ class Service:
             self._config, self._fault = before, str(error)
             return await self._listen()
 
-    async def _listen(self) -> tuple[Plan, dict[str, list[Listener]]]:
-        """Listen for the first time. Raises StartError; under systemd, a port in use is waited for first."""
+    async def _listen(self) -> tuple[Plan, Opened]:
         # Connections of the process before would stand still meanwhile.
-        until = self._loop.now + (LISTEN_PATIENCE if self._notifier.active and not self._legacy else 0.0)
-        told = False
-        while True:
-            try:
-                plan = await self._sockets.plan(self._config, patient=True)
-                return plan, self._sockets.open(plan, self._sockets.adopted)
-            except ConfigError as error:
-                raise StartError(str(error), os.EX_CONFIG) from None
-            except ListenError as error:
-                code = EXIT_CODES.get(error.errno or 0, os.EX_UNAVAILABLE)
-                if code != os.EX_UNAVAILABLE or self._loop.now >= until:
-                    raise StartError(str(error), code, error.errno or 0) from None
-                if not told:
-                    log.warning("%s; trying again for %g s", error, LISTEN_PATIENCE)
-                    self._notifier.starting(str(error))
-                    told = True
-            await self._loop.sleep(LISTEN_AGAIN)
+        patient = self._notifier.active and not self._legacy
+        try:
+            return await self._sockets.listen(self._config, patient, self._notifier.starting, self._prepare)
+        except StartError as error:
+            if not (self._fault and self._config.metrics):
+                raise
+            # The process before had what metrics need. To lose its connections would be worse than to lose the metrics.
+            self._config = self._config._replace(metrics=None)
+            self._fault += "" if str(error) in self._fault else f"\n{error}"
+            return await self._sockets.listen(self._config, patient, self._notifier.starting, self._prepare)
+
+    def _prepare(self, plan: Plan) -> None:
+        """Have what answers to those who look need, if a plan has a place for them. Raises StartError."""
+        try:
+            if plan.control or plan.metrics:
+                self._desk.prepare(metrics=plan.metrics is not None)
+        except ModuleNotFoundError as error:
+            what = f"metrics: expected the module prometheus_client, found {error}"
+            advice = "install Debian's python3-prometheus-client, or leave the key out"
+            raise StartError(f"{what}; {advice}", os.EX_CONFIG) from None
+        except Exception as error:
+            # At a reload, modules of another version may be installed by now.
+            raise StartError(f"control, metrics: cannot be prepared: {error}; restart rspd", os.EX_SOFTWARE) from error
 
     def _heed_signals(self) -> None:
         task = self._loop.current
@@ -236,9 +241,10 @@ class Service:
         # The process that started rspd may have blocked these signals (daemon(7)).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS | {signal.SIGHUP, UPGRADE_OR_RESTART})
 
-    def _go_by(self, config: Config, plan: Plan, listeners: dict[str, list[Listener]]) -> None:
+    def _go_by(self, config: Config, plan: Plan, opened: Opened) -> None:
         """Serve by a configuration from now on. Log those of its effects that may surprise."""
-        self._proxies.apply(config, listeners)
+        self._proxies.apply(config, opened.proxies)
+        self._desk.apply(opened.control, opened.metrics)
         self._pipes.resize(plan.pipes)
         self._config = config
         log_setup.set_up(config.log_level)
@@ -253,7 +259,8 @@ class Service:
     def _keep_listeners(self) -> None:
         """Let the next process have our own listeners. systemd passes the others to it anyway."""
         if not self._successor:
-            own = [listener.fd for listener in self._proxies.listeners if listener.passed is None]
+            everyone = [*self._proxies.listeners, *self._desk.listeners]
+            own = [listener.fd for listener in everyone if listener.passed is None]
             self._store.keep(own if self._config.handover else ())
 
     async def _reload(self) -> str:
@@ -264,10 +271,13 @@ class Service:
         try:
             config = self._load()
             plan = await self._sockets.plan(config, patient=False, given_up=lambda: self._ends > 0)
+            self._prepare(plan)
             for proxy in self._proxies.configured.values():
                 proxy.pause()
-            listeners = self._sockets.open(plan, self._proxies.listeners)
+            self._desk.pause()
+            opened = self._sockets.open(plan, [*self._proxies.listeners, *self._desk.listeners])
         except (ConfigError, ListenError, StartError, OSError) as error:
+            self._desk.go_on()
             if self._ends:
                 return ""
             what = str(error)
@@ -276,8 +286,9 @@ class Service:
             for line in what.splitlines():
                 log.error("reload failed, nothing has changed: %s", line)
             return what
-        self._go_by(config, plan, listeners)
+        self._go_by(config, plan, opened)
         self._keep_listeners()
+        self._life.reloads += 1
         log.info("reloaded listen=%s", ",".join(listener.name for listener in self._proxies.listeners))
         return ""
 
@@ -296,6 +307,7 @@ class Service:
     async def _drain(self) -> None:
         """Stop listening, and wait for the open connections, at most for `drain_timeout`, or until a second signal."""
         timeouts = {f"{proxy.config.drain_timeout:g}" for proxy in self._proxies.everyone()}
+        self._life.ending = True
         reset = self._proxies.stop_listening()
         waiting = f" waiting={reset}" if reset else ""
         self._store.keep(())

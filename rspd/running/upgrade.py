@@ -13,6 +13,7 @@ from rspd.host.detach import Starter
 from rspd.host.store import Store
 from rspd.host.upgrade import Program, Successor
 from rspd.net.descriptors import allow_all
+from rspd.observing.desk import Desk
 from rspd.running.handover import Handover
 from rspd.running.proxies import Proxies
 from rspd.settings import Config
@@ -33,13 +34,14 @@ class Upgrade:
     """
 
     def __init__(
-        self, loop: Loop, successor: Successor | None, store: Store, proxies: Proxies, handover: Handover
+        self, loop: Loop, successor: Successor | None, store: Store, proxies: Proxies, desk: Desk, handover: Handover
     ) -> None:
         """successor: the program; None if systemd starts the next process. store, handover: to it."""
         self._loop = loop
         self._successor = successor
         self._store = store
         self._proxies = proxies
+        self._desk = desk
         self._handover = handover
         self.asked: Starter | None = None
         self._leaves = False
@@ -85,7 +87,8 @@ class Upgrade:
         allow_all()
         try:
             successor.prepare(command)
-            self._store.keep([one.fd for one in self._proxies.listeners if one.passed is None])
+            listeners = [*self._proxies.listeners, *self._desk.listeners]
+            self._store.keep([one.fd for one in listeners if one.passed is None])
             if await self._handover.run_or_stay(config):
                 return True
         except OSError as error:

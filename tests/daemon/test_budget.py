@@ -32,10 +32,12 @@ CALLS = {
     "connection, who may come": 71,
     "connection, by server name": 81,
     "connection, by host": 79,
+    "connection, metrics": 67,
 }
 
 # The keys that this work has in the file.
 KEYS = {
+    "connection, metrics": "metrics: 127.0.0.1:{port}",
     "connection, send_proxy": "send_proxy: v2",
     "connection, who may come": "{deny: 192.0.2.0/24, max_connections_per_client: 9, balance: source}",
 }

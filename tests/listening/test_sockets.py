@@ -366,12 +366,12 @@ def test_the_first_opening_takes_or_closes_what_was_kept_and_a_later_one_knows_n
             with pytest.raises(ListenError, match="Address already in use"):
                 sockets.open(await sockets.plan(config(*texts[:2], taken), patient=True), [])
         # After a failure the kept ones are there for the next attempt.
-        first = sockets.open(await sockets.plan(config(*texts[:2]), patient=True), [])[""]
+        first = sockets.open(await sockets.plan(config(*texts[:2]), patient=True), []).proxies[""]
         assert [os.path.sameopenfile(one.fd, old.fd) for one, old in zip(first, before, strict=False)] == [True, True]
         assert all(serves(listener) for listener in first)
         with pytest.raises(ConnectionRefusedError):
             connect(before[2])
-        second = sockets.open(await sockets.plan(config(texts[2]), patient=True), first)[""]
+        second = sockets.open(await sockets.plan(config(texts[2]), patient=True), first).proxies[""]
         for listener in before:
             let_go(listener)
         assert all(serves(listener) for listener in second)

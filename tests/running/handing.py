@@ -31,6 +31,10 @@ from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener, open_listeners
 from rspd.net.networks import parse_network
 from rspd.net.ways import Ways
+from rspd.observing.desk import Desk
+from rspd.observing.life import Life
+from rspd.observing.pace import Pace
+from rspd.observing.samples import Sampler
 from rspd.routing.pools import PoolMaker
 from rspd.running.handover import Handover
 from rspd.running.legacy import Legacy
@@ -63,6 +67,8 @@ class Half:
         self.shortage = Shortage(loop)
         maker = PoolMaker(loop, self.shortage, names, ways)
         self.proxies = Proxies(loop, self.shortage, self.pipes, maker, ways, set())
+        self.life = Life(loop, "", "")
+        self.desk = Desk(loop, self.shortage, self.proxies, self.life, set())
 
     def listen(self) -> None:
         """Begin to accept."""
@@ -85,6 +91,12 @@ class Half:
     @property
     def listeners(self) -> list[Listener]:
         return self.proxies.listeners
+
+    async def look(self) -> None:
+        """Look at all connections: count their bytes, and give them ids."""
+        await Sampler(self.loop, Pace(self.loop), self.proxies, set()).count_bytes()
+        for connection in self.connections:
+            self.life.id_of(connection)
 
     async def connect(
         self, backend: socket.socket, name: str = "", family: int = socket.AF_INET, says: bytes = b""
@@ -184,7 +196,7 @@ def hand_over(
                 await script(half)
                 kept = Store(notifier, ())
                 kept.keep([listener.fd for listener in half.listeners])
-                if await Handover(loop, kept, half.proxies, from_file=True).run(config, lambda: False):
+                if await Handover(loop, kept, half.proxies, half.desk, from_file=True).run(config, lambda: False):
                     half.end_of_process()
                     return True
                 if after:
@@ -215,7 +227,7 @@ def take_over(
             for sock in legacy.listeners:
                 sock.close()
             try:
-                await script(half, await legacy.take_over(loop, half.proxies))
+                await script(half, await legacy.take_over(loop, half.proxies, half.desk))
             finally:
                 await half.close()
 
@@ -350,7 +362,17 @@ def write_version(path: str) -> None:
         store = keeper.Store(folder)
         os.environ["NOTIFY_SOCKET"] = store.path
         config = everything(folder, web.getsockname()[1], db.getsockname()[1])
-        assert hand_over(config, lambda half: live(half, web, db), clock)
+
+        async def live_and_look(half: Half) -> None:
+            half.life.measure_turns()
+            with socket.create_connection(half.proxies.configured["db"].listeners[0].reached_at[0]) as client:
+                await until(half.loop, lambda: half.connections)
+                client.sendall(b"no header\r\n")
+                await half.ended()
+            await live(half, web, db)
+            await half.look()
+
+        assert hand_over(config, live_and_look, clock)
         inheritance = Inheritance(stored(store))
         [state] = [state for state in inheritance.states() if state]
         Path(path).write_bytes(state)

@@ -1,0 +1,133 @@
+"""What is answered at the control socket, and at the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+from rspd.admin.query import read_query
+from rspd.admin.request import CONNECTIONS, METRICS, STATUS, Answer, Request
+from rspd.admin.server import Server
+from rspd.engine.loop import Loop, Task, news
+from rspd.net.descriptors import Shortage
+from rspd.observing.connections import Look
+from rspd.observing.life import Life
+from rspd.observing.pace import Pace
+from rspd.observing.proxies import backend, pools, proxies, routes
+from rspd.observing.samples import Everyone, Sampler
+from rspd.snapshot import Snapshot, as_json
+
+if TYPE_CHECKING:
+    from rspd.admin.metrics import Exposition
+
+# How many backends, or entries of an answer, are made in one turn of the loop: less than a millisecond of work. And how
+# many proxies: each may have counts of many backends.
+SLICE, LARGE = 20, 2
+
+T = TypeVar("T")
+
+JSON = "application/json"
+
+
+class Answers:
+    """Who answers: `control` and `metrics` are the servers.
+
+    exposition: makes the text of the metrics; set before there are listeners for it.
+    sampler: takes samples as long as somebody could look.
+    """
+
+    exposition: Exposition
+
+    def __init__(self, loop: Loop, shortage: Shortage, proxies: Everyone, life: Life, watchers: set[Task]) -> None:
+        """As for `Desk`."""
+        self._loop = loop
+        self._proxies = proxies
+        self._life = life
+        self._pace = Pace(loop)
+        self.sampler = Sampler(loop, self._pace, proxies, watchers)
+        self.control = Server(loop, shortage, self._answer_control)
+        self.metrics = Server(loop, shortage, self._answer_metrics)
+
+    # Answers
+
+    async def _answer_control(self, request: Request) -> Answer:
+        if request.path == STATUS:
+            return Answer(200, JSON, self._status(await self._snapshot(request)))
+        if request.path == CONNECTIONS:
+            return await self._answer_connections(request)
+        return Answer.error(404, f"expected {STATUS} or {CONNECTIONS}, found {request.path:.80}")
+
+    async def _answer_connections(self, request: Request) -> Answer:
+        try:
+            query = read_query(request.query)
+        except ValueError as error:
+            return Answer.error(400, f"expected a query for connections: {error}")
+        await self._pace.slice(request.gone)
+        look = Look(self._loop, self._pace, self._proxies, self._life, self.sampler)
+        found = await look.first(query)
+        process = as_json(await self._life.snapshot())
+        begin = f'{{"process":{process},"matching":{look.matching},"connections":['
+        return Answer(200, JSON, self._listed(begin, found, "]}\n", SLICE))
+
+    async def _answer_metrics(self, request: Request) -> Answer:
+        if request.path != METRICS:
+            return Answer.error(404, f"expected {METRICS}, found {request.path:.80}")
+        exposition, own, accept = self.exposition, await self._snapshot(request), request.accept
+        task, outcomes = self._loop.current, list[tuple[str, bytes] | Exception]()
+
+        def finish(outcome: tuple[str, bytes] | Exception) -> None:
+            outcomes.append(outcome)
+            task.wake()
+
+        # Text for many backends takes a while, and so do workers: this is not for the loop.
+        self._loop.wakeups.run_in_thread(lambda: exposition.text(own, accept), finish)
+        while not outcomes:
+            await news()
+        if isinstance(outcomes[0], Exception):
+            raise outcomes[0]
+        kind, text = outcomes[0]
+        return Answer(200, kind, (text,))
+
+    # Snapshots
+
+    async def _status(self, snapshot: Snapshot) -> AsyncIterator[bytes]:
+        begin = f'{{"process":{as_json(snapshot.process)}'
+        for name, entries in zip(Snapshot._fields[1:], snapshot[1:], strict=True):
+            most = LARGE if name == "proxies" else SLICE
+            async for part in self._listed(f'{begin},"{name}":[', entries, "]", most):
+                yield part
+            begin = ""
+        yield b"}\n"
+
+    async def _snapshot(self, request: Request) -> Snapshot:
+        await self._pace.slice(request.gone)
+        await self.sampler.count_bytes()
+        found = list(pools(self._proxies))
+        each = (backend(pool, one, self._loop.now) for pool, backends in found for one in backends)
+        return Snapshot(
+            await self._life.snapshot(),
+            await self._made(proxies(self._proxies, self.sampler, self._loop), LARGE),
+            tuple(routes(self._proxies)),
+            tuple(pool for pool, _ in found),
+            await self._made(each, SLICE),
+        )
+
+    async def _made(self, entries: Iterable[T], most: int) -> tuple[T, ...]:
+        """All of them, so many in each turn."""
+        found: list[T] = []
+        left = iter(entries)
+        while part := list(islice(left, most)):
+            found += part
+            await self._pace.slice()
+        return tuple(found)
+
+    async def _listed(self, begin: str, entries: Iterable[object], end: str, most: int) -> AsyncIterator[bytes]:
+        """A list in JSON, between `begin` and `end`, so many entries in each turn."""
+        yield begin.encode()
+        left, comma = iter(entries), ""
+        while part := list(islice(left, most)):
+            yield (comma + ",".join(map(as_json, part))).encode()
+            comma = ","
+            await self._pace.slice()
+        yield end.encode()
