@@ -1,0 +1,239 @@
+"""The control socket of a running rspd: where it is, who may connect to it, and what a reload makes of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rspd import __version__
+from rspd.admin.client import AnswerError, ask
+from tests.daemon.control import connections, status, unix_listeners
+from tests.fleet import File
+from tests.manager import unix_listener
+from tests.support import OUR_USER, Daemon, free_port, rspd
+
+NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+
+
+@pytest.fixture
+def run() -> Iterator[Path]:
+    """The folder that systemd makes for a service; others may look into it."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> File:
+    return File(tmp_path, backend="127.0.0.1:1")
+
+
+def env(run: Path, **more: str) -> dict[str, str]:
+    return {"RUNTIME_DIRECTORY": str(run), **more}
+
+
+def reload_badly(daemon: Daemon, file: File, **keys: Any) -> str:
+    """Have a file read that cannot be followed. Returns what the log says of it."""
+    before = dict(file.keys)
+    file.write(**keys)
+    count = len(daemon.find("reload failed"))
+    daemon.signal(signal.SIGHUP)
+    text = daemon.wait_for("reload failed", count + 1)[-1]
+    file.keys = before
+    file.write()
+    return text.partition("nothing has changed: ")[2]
+
+
+# Where it is
+
+
+def test_in_the_folder_of_the_service_it_is_from_the_start_to_the_end(run: Path, file: File) -> None:
+    path = run / "control.sock"
+    with file.rspd(env=env(run)) as daemon:
+        assert os.listdir(run) == unix_listeners(daemon) == ["control.sock"]
+        found = path.lstat()
+        assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o660, os.geteuid(), os.getegid())
+        process = status(path).process
+        assert (process.version, process.pid, process.worker) == (__version__, daemon.pid, "")
+        assert (process.failure, process.reloads, process.handovers, process.ending) == ("", 0, 0, False)
+        assert 0 < process.age == process.service_age < 60
+        assert 0 <= process.descriptors - len(daemon.descriptors()) <= 1  # who asks, if that one is gone
+        assert connections(path) == ()
+        for target in ("/", "/v1", "/v1/status/", "/metrics", "/v2/status"):
+            with pytest.raises(AnswerError, match=f"^expected /v1/status or /v1/connections, found {target}$"):
+                ask(str(path), target)
+        with pytest.raises(AnswerError, match="expected a query for connections: limit: expected a number"):
+            ask(str(path), "/v1/connections?limit=x")
+        assert daemon.stop() == 0
+        assert os.listdir(run) == []
+    assert not daemon.find("WARNING|ERROR")
+
+
+def test_without_a_folder_of_the_service_there_is_none(file: File) -> None:
+    with file.rspd(env={"RUNTIME_DIRECTORY": ""}) as daemon:
+        assert unix_listeners(daemon) == []
+
+
+def test_a_file_may_name_another_place_and_who_may_look(run: Path, file: File) -> None:
+    path = run / "other.sock"
+    (run / "folder").mkdir()
+    file.write(control=str(path), control_mode="0606", control_group="no-such-group")
+    with file.rspd(env=env(run / "folder")) as daemon:
+        assert unix_listeners(daemon) == ["other.sock"]
+        assert os.listdir(run / "folder") == []
+        assert stat.S_IMODE(path.lstat().st_mode) == 0o606
+        assert status(path).process.pid == daemon.pid
+        (warning,) = daemon.find("WARNING")
+        what = "expected a group of this host, found 'no-such-group'"
+        assert warning.endswith(f"who may look is not as configured: {what}")
+        assert daemon.stop() == 0
+        assert not path.exists()
+
+
+def test_a_worker_has_its_own_and_serves_no_metrics(run: Path, file: File) -> None:
+    port = free_port()
+    pytest.importorskip("prometheus_client")
+    file.write(metrics=f"127.0.0.1:{port}")
+    with file.rspd(env=env(run, RSPD_WORKER="12")) as daemon:
+        assert os.listdir(run) == unix_listeners(daemon) == ["worker-12.sock"]
+        assert status(run / "worker-12.sock").process.worker == "12"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        file.reload(daemon, control=f"{run}/other.sock")
+        assert os.listdir(run) == ["other-worker-12.sock"]
+
+
+# Where somebody else listens
+
+
+def test_at_the_usual_place_another_process_only_costs_a_warning(run: Path, file: File) -> None:
+    path = run / "control.sock"
+    with unix_listener(str(path)) as other:
+        with file.rspd(env=env(run)) as daemon:
+            (warning,) = daemon.find("WARNING")
+            assert warning.endswith(
+                f"nobody can look at this process, cannot listen on {path}: "
+                "Address already in use; another process listens there, `ss -lxp` shows which"
+            )
+            with daemon.connect() as client:
+                assert client.recv(1) == b""  # it is served: its backend refuses
+            assert daemon.stop() == 0
+        assert path.is_socket()  # it is not ours
+        other.close()
+        with file.rspd(env=env(run)) as daemon:
+            assert status(path).process.pid == daemon.pid
+            assert not daemon.find("WARNING")
+
+
+def test_at_a_place_of_the_file_it_ends_the_start(run: Path, file: File) -> None:
+    path = run / "other.sock"
+    file.write(control=str(path))
+    with unix_listener(str(path)), file.rspd(wait=False) as daemon:
+        assert daemon.wait() == os.EX_UNAVAILABLE
+        assert f"cannot listen on {path}: Address already in use; another process listens there" in daemon.log
+        assert not daemon.find("listening")
+
+
+# Who may look
+
+
+# What comes before the code that runs as a user of these tests' own, who may not be able to read Python's files.
+AS_OUR_USER = f"""
+import os, sys, grp, locale, {{}}
+os.setgroups([])
+os.setresgid({OUR_USER}, {OUR_USER}, {OUR_USER})
+os.setresuid({OUR_USER}, {OUR_USER}, {OUR_USER})
+"""
+
+
+@NEEDS_ROOT
+def test_a_group_that_rspd_is_not_in_is_told_with_the_line_for_the_unit(run: Path, file: File) -> None:
+    os.chown(run, OUR_USER, OUR_USER)
+    code = AS_OUR_USER.format("yaml, rspd.cli") + "os._exit(rspd.cli.main(sys.argv[4:]))"
+    path = run / "rspd.yaml"  # this user can read it
+    path.write_text("{listen: '127.0.0.1:0', backend: '127.0.0.1:1', control_group: daemon}\n")
+    with rspd("-c", str(path), listen=(), env=env(run), launcher=[sys.executable, "-c", code]) as daemon:
+        (warning,) = daemon.find("WARNING")
+        needed = "SupplementaryGroups=daemon and SystemCallFilter=@chown"
+        assert warning.endswith(f"rspd may not give the socket to the group daemon; its unit needs {needed}")
+        assert status(run / "control.sock").process.pid == daemon.pid
+
+
+@NEEDS_ROOT
+def test_another_user_may_look_if_the_mode_says_so(run: Path, file: File) -> None:
+    path = run / "control.sock"
+    code = AS_OUR_USER.format("rspd.admin.client")
+    code += "print(rspd.admin.client.ask(sys.argv[1], '/v1/status')['process']['pid'])"
+
+    def look() -> tuple[int, str]:
+        # That user may not write what coverage has measured.
+        unmeasured = ["env", "-u", "COVERAGE_PROCESS_START", "-u", "COVERAGE_PROCESS_CONFIG"]
+        done = subprocess.run([*unmeasured, sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+        return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
+
+    with file.rspd(env=env(run)) as daemon:
+        assert look() == (1, "PermissionError: [Errno 13] Permission denied")
+        file.reload(daemon, control_mode="0666")
+        assert look() == (0, str(daemon.pid))
+        file.reload(daemon, control_mode="0600", control_group="daemon")
+        assert look() == (1, "PermissionError: [Errno 13] Permission denied")
+        assert path.stat().st_gid == 1  # the number of this group on each Debian
+
+
+# Reloads
+
+
+def test_a_reload_moves_it_takes_it_away_and_brings_it_back(run: Path, file: File) -> None:
+    with file.rspd(env=env(run)) as daemon:
+        first = status(run / "control.sock").process
+        file.reload(daemon, control=f"{run}/other.sock")
+        assert os.listdir(run) == unix_listeners(daemon) == ["other.sock"]
+        assert status(run / "other.sock").process.reloads == 1
+        file.reload(daemon, control="off")
+        assert os.listdir(run) == unix_listeners(daemon) == []
+        file.reload(daemon, control=None)
+        last = status(run / "control.sock").process
+        assert (last.reloads, last.origin, last.pid) == (3, first.origin, first.pid)
+
+
+def test_a_reload_that_changes_nothing_of_it_leaves_who_waits_and_its_file(run: Path, file: File) -> None:
+    path = run / "control.sock"
+    with file.rspd(env=env(run)) as daemon:
+        before = path.lstat().st_ino
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(b"GET /v1/status HTTP/1.1\r\n")
+            file.reload(daemon, max_connections=7, control=str(path))  # the same place, by name
+            assert path.lstat().st_ino == before
+            client.sendall(b"Host: x\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        assert status(path).proxies[0].most == 7
+
+
+def test_a_reload_that_fails_leaves_it_and_is_told_by_it(run: Path, file: File) -> None:
+    path = run / "control.sock"
+    with file.rspd(env=env(run)) as daemon, unix_listener(f"{run}/taken.sock"):
+        for keys, what in [
+            ({"max_connections": "x"}, "max_connections: expected a whole number"),
+            ({"control": f"{run}/none/x.sock"}, f"cannot listen on {run}/none/x.sock: No such file or directory"),
+            ({"control": f"{run}/taken.sock"}, f"cannot listen on {run}/taken.sock: Address already in use"),
+            ({"listen": f"{run}/taken.sock", "control": "off"}, f"cannot listen on {run}/taken.sock"),
+        ]:
+            assert what in reload_badly(daemon, file, **keys)
+            process = status(path).process
+            assert what in process.failure
+            assert unix_listeners(daemon) == ["control.sock"]
+        assert (process.reloads, process.reloads_failed) == (0, 4)
+        file.reload(daemon)
+        process = status(path).process
+        assert (process.failure, process.reloads, process.reloads_failed) == ("", 1, 4)
