@@ -7,6 +7,7 @@
 # make deb    the Debian package, into dist/; CHECK=yes runs the tests too
 # make bench  rspd and its peers side by side, for 15 to 20 minutes, into build/bench/; BENCH_OPTIONS=--quick, see bench/README.md
 # make bench-restarts   their restarts under load, for 13 minutes, into build/bench/; BENCH_OPTIONS=--quick
+# make bench-looking   what a look each second costs 9,500 connections, in a minute; BENCH_OPTIONS='--connections 1000'
 # make bench-routes   what a route by server name or by Host costs, in a minute, into build/bench/; BENCH_OPTIONS=--quick
 
 PYTHON ?= python3
@@ -33,7 +34,7 @@ override DEB_BUILD_PROFILES += nocheck
 endif
 export DEB_BUILD_OPTIONS DEB_BUILD_PROFILES
 
-.PHONY: run test test-peers test-system test-handover lint deb bench bench-restarts bench-routes clean
+.PHONY: run test test-peers test-system test-handover lint deb bench bench-restarts bench-routes bench-looking clean
 
 run: .venv/run
 	@test -d "$(FOLDER)" || { echo 'make run: FOLDER=$(FOLDER) is not a folder' >&2; exit 1; }
@@ -98,6 +99,9 @@ bench-restarts: .venv/run
 
 bench-routes: .venv/run
 	$(BIN)/python -m bench.routes $(BENCH_OPTIONS)
+
+bench-looking: .venv/test
+	$(BIN)/python -m bench.looking $(BENCH_OPTIONS)
 
 # All targets share one environment. Each file says that what its target needs is installed there.
 .venv/run: pyproject.toml
