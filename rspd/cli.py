@@ -36,17 +36,17 @@ DESCRIPTION = "Accepts TCP connections and relays each to a backend, one at a ti
 
 EPILOG = """\
 An ADDRESS is PORT (everywhere, to listen), HOST:PORT, [IPV6]:PORT, /PATH (unix
-socket), @NAME (abstract one) or fd://NAME (from systemd). Options win over
-FILE. SIGTERM or SIGINT ends rspd after its connections, a second one at once;
-SIGHUP reads FILE again; `rspd upgrade PID` executes rspd anew. Exit codes: 0;
-64 usage, 69 address, 70 bug, 71 limits, 73 pid file, 75 busy, 77 user, 78 FILE.
+socket), @NAME (abstract one) or fd://NAME (from systemd). SIGTERM or SIGINT
+ends rspd after its connections, a second one at once. SIGHUP reads FILE again.
+Exit codes: 64 usage, 69 address, 70 bug, 71 limits, 73 file, 77 user, 78 FILE.
 """
 
 SHORT = "PORT BACKEND_HOST:BACKEND_PORT"
 
 USAGE = """\
 rspd [-c FILE] [-l ADDRESS]... [-b ADDRESS]... [OPTION]...
-       rspd PORT BACKEND_HOST:BACKEND_PORT, or PORT BACKEND_HOST BACKEND_PORT"""
+       rspd PORT BACKEND_HOST:BACKEND_PORT, or PORT BACKEND_HOST BACKEND_PORT
+       rspd status|connections|top, to look at one that runs, or upgrade PID"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         add(*names.split(), metavar=value, type=checked(parse), help=text, action=action)
 
     add("addresses", nargs="*", help=argparse.SUPPRESS)
-    add_value("-c --config", "FILE", str, f"the configuration file, else {DEFAULT_FILE}")
+    add_value("-c --config", "FILE", str, f"configuration, else {DEFAULT_FILE}; options win")
     add_value("-l --listen", "ADDRESS", listed(parse_address, "an address", "-l"), "listen there", action="append")
     add_value("-b --backend", "ADDRESS", listed(parse_backend, "an address", "-b"), "relay to there", action="append")
     add_value("--max-connections", "N", PROXY_KEYS["max_connections"].parse, "serve N clients at once")

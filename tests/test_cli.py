@@ -23,6 +23,7 @@ MINIMAL = "listen: 8080\nbackend: 127.0.0.1:8000\n"
 USAGE = (
     "usage: rspd [-c FILE] [-l ADDRESS]... [-b ADDRESS]... [OPTION]...\n"
     "       rspd PORT BACKEND_HOST:BACKEND_PORT, or PORT BACKEND_HOST BACKEND_PORT\n"
+    "       rspd status|connections|top, to look at one that runs, or upgrade PID\n"
 )
 
 # Without what hides that Python writes again at its end what it could not write.

@@ -9,14 +9,17 @@ import re
 import select
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from rspd.cli import _parser
 from rspd.log import LEVELS
+from rspd.snapshot import Backend, Pool, Proxy, Route, Snapshot
+from tests.commands.support import answering
 from tests.support import PATIENCE
 
 PACKAGING = Path(__file__).parent.parent / "packaging"
@@ -84,7 +87,8 @@ def completed(request: pytest.FixtureRequest, tmp_path: Path) -> Type:
 
     def completed(line: str) -> list[str]:
         near, far = pty.openpty()
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "TERM": "dumb"}
+        path = f"{tmp_path}/bin:{os.environ['PATH']}"
+        environment = {"PATH": path, "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "TERM": "dumb"}
         shell = subprocess.Popen(
             command,
             stdin=far,
@@ -195,3 +199,80 @@ def test_the_options_stand_in_the_order_of_the_help(name: str) -> None:
     places = [re.search(rf"(?<![\w-]){option}(?![\w-])", text[text.index("-c --config") :]) for option in OPTIONS]
     assert None not in places
     assert [place.start() for place in places if place] == sorted(place.start() for place in places if place)
+
+
+# The commands that look at a running rspd
+
+COMMANDS = ("status", "connections", "top")
+
+RUNNING = Snapshot(
+    proxies=(Proxy("web"), Proxy("web-2", retired=True), Proxy("ssh")),
+    routes=(Route("web", "www.example.org/a b"), Route("web", "ssh, silent")),
+    pools=(Pool("web"),),
+    backends=tuple(Backend(name=name) for name in ("10.0.0.11:80", "10.0.0.12:80", "[2001:db8::1]:80", "/run/a.sock")),
+)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[str]:
+    """A control socket, and an rspd among the programs that can ask there."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/rspd").write_text(
+        f"#!/bin/sh\nPYTHONPATH='{PACKAGING.parent}' exec '{sys.executable}' -m rspd \"$@\""
+    )
+    (tmp_path / "bin/rspd").chmod(0o755)
+    with answering(tmp_path / "c.sock", RUNNING):
+        yield "c.sock"
+
+
+def test_the_commands_are_offered_as_the_first_word_and_as_no_other(completed: Type) -> None:
+    assert completed("rspd sta") == ["status"]
+    assert completed("rspd up") == ["upgrade"]
+    assert completed("rspd 8090 sta") == ["8090", "sta"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_is_offered_and_nothing_else(completed: Type, command: str) -> None:
+    told = subprocess.run([sys.executable, "-m", "rspd", command, "--help"], capture_output=True, text=True, check=True)
+    options = set(re.findall(r"^  (?:(-\w), )?(--[\w-]+)", told.stdout, re.MULTILINE))
+    assert {word.removesuffix("=") for word in completed(f"rspd {command} -")[1:]} == {
+        option for pair in options for option in pair if option
+    }
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("--proxy w", ["web", "web-2"]),
+        ("--backend ", ["/run/a.sock", "10.0.0.11:80", "10.0.0.12:80", "[2001:db8::1]:80"]),
+        ("--backend 10.0.0.12:8", ["10.0.0.12:80"]),
+        ("--route w", ["www.example.org/a b"]),
+    ],
+)
+def test_what_a_running_rspd_has_is_offered(completed: Type, running: str, typed: str, names: list[str]) -> None:
+    option = typed.split()[0]
+    assert completed(f"rspd connections --socket {running} {typed}")[3:] == [option, *names]
+
+
+def test_what_a_running_rspd_has_is_offered_after_an_equals_sign(completed: Type, running: str) -> None:
+    assert completed(f"rspd connections --socket={running} --backend=10.0.0.11:")[2:] == ["--backend=10.0.0.11:80"]
+    assert completed(f"rspd connections --socket={running} --proxy=ss")[2:] == ["--proxy=ssh"]
+
+
+def test_nothing_is_offered_and_nothing_said_if_no_rspd_answers(completed: Type, running: str) -> None:
+    words = ["connections", "--socket", "other.sock", "--proxy"]
+    assert completed(f"rspd {' '.join(words)} ") == words
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("--sort ", ["age", "bytes", "idle", "rate"]), ("--limit a", ["all"]), ("--idle-for ", [])],
+)
+def test_the_words_of_an_option_are_offered(completed: Type, typed: str, offered: list[str]) -> None:
+    command, option, *words = completed(f"rspd connections {typed}")
+    assert (command, option, sorted(words)) == ("connections", typed.split()[0], offered)
+
+
+def test_files_are_offered_for_the_control_socket(completed: Type, tmp_path: Path) -> None:
+    (tmp_path / "one.sock").touch()
+    assert completed("rspd status --socket on") == ["status", "--socket", "one.sock"]

@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
+from rspd.admin.query import SORTS, Query
 from rspd.cli import _parser
 from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
 from rspd.config.pools import BACKEND_KEYS, HEALTH_KEYS
@@ -23,13 +25,16 @@ from rspd.explaining.dump import dump
 from rspd.explaining.summary import describe
 from rspd.net.address import Address
 from rspd.settings import BackendConfig, Config, HealthConfig, ProxyConfig
+from rspd.snapshot import STATES
+
+COMMANDS = ("status", "connections", "top")
 
 MINIMAL = ["listen: 80", "backend: a:1"]
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "etc" / "rspd.yaml"
-MAN_PAGES = [ROOT / "packaging" / "rspd.8", ROOT / "packaging" / "rspd.yaml.5"]
-RSPD_8, RSPD_YAML_5 = (path.read_text() for path in MAN_PAGES)
+MAN_PAGES = [ROOT / "packaging" / name for name in ("rspd.8", "rspd.yaml.5", "rspd-status.1")]
+RSPD_8, RSPD_YAML_5, RSPD_STATUS_1 = (path.read_text() for path in MAN_PAGES)
 
 
 # Each table of keys of the configuration, with what is default for it.
@@ -181,6 +186,35 @@ def test_rspd_8_lists_each_exit_code() -> None:
     assert {int(code) for code in listed} == exit_codes(*PACKAGE - OF_COMMANDS)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_rspd_status_1_lists_each_option_of_a_command(command: str) -> None:
+    run = subprocess.run([sys.executable, "-m", "rspd", command, "--help"], capture_output=True, text=True, check=True)
+    told = set(re.findall(r"^  (?:-\w, )?--([\w-]+)", run.stdout, re.MULTILINE))
+    common, *others = section(RSPD_STATUS_1, "OPTIONS").split("\n.Ss ")
+    own = {text.partition("\n")[0]: set(re.findall(r"^\.It .*?Fl -([\w-]+)", text, re.MULTILINE)) for text in others}
+    shared = set(re.findall(r"^\.It .*?Fl -([\w-]+)", common, re.MULTILINE))
+    assert own.keys() == set(COMMANDS)
+    assert told == own[command] | shared
+    synopsis = section(RSPD_STATUS_1, "SYNOPSIS").split(f".Cm {command}\n")[1].split(".Nm")[0]
+    assert set(re.findall(r"Fl -([\w-]+)", synopsis)) == told - {"help"}
+
+
+def test_rspd_status_1_lists_each_exit_code() -> None:
+    listed = re.findall(r"^\.It (\d+)$", section(RSPD_STATUS_1, "EXIT STATUS"), re.MULTILINE)
+    # 1: as status --check says it. 64: the parser's. 70: whatever fails.
+    assert {int(code) for code in listed} == exit_codes(*OF_COMMANDS) | {1, os.EX_USAGE, os.EX_SOFTWARE}
+
+
+def test_rspd_status_1_says_how_connections_are_asked_for_and_what_they_may_be_doing() -> None:
+    (keys,) = re.findall(r"^\.Cm (proxy , .*)\nand\n\.Cm (\w+) ,$", RSPD_STATUS_1, re.MULTILINE)
+    assert " , ".join(keys).split(" , ") == [*Query._fields]
+    assert re.findall(r"^\.It Cm ([a-z -]+)$", section(RSPD_STATUS_1, "OUTPUT OF CONNECTIONS"), re.MULTILINE) == [
+        *STATES
+    ]
+    (words,) = re.findall(r"^\.Cm (bytes .*)\nor\n\.Cm (\w+) \.$", RSPD_STATUS_1, re.MULTILINE)
+    assert " , ".join(words).split(" , ") == [*SORTS]
+
+
 def test_rspd_8_lists_each_cause_of_an_end() -> None:
     causes = section(RSPD_8, "LOG").split("\n.Ss Causes\n", 1)[1]
     assert set(re.findall(r"^\.It Cm (\S+)", causes, re.MULTILINE)) == set(get_args(Cause))
@@ -203,7 +237,7 @@ def test_rspd_8_names_keys_and_causes_that_there_are() -> None:
 def test_rspd_8_shows_lines_of_the_log_that_the_code_writes() -> None:
     code = "".join(path.read_text() for path in (ROOT / "rspd").rglob("*.py"))
     shown = re.findall(r"^([a-z][a-z ,]+[a-z])(?: \w+=.*)$", section(RSPD_8, "LOG"), re.MULTILINE)
-    assert len(shown) == 16
+    assert len(shown) == 17
     assert [text for text in shown if text not in code] == []
 
 
