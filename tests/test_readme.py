@@ -43,6 +43,7 @@ def test_the_readme_has_at_most_10_kb_and_its_parts_in_order() -> None:
         "Install",
         "The first file",
         "Three commands",
+        "See what it does",
         "It hangs, it is refused: where to look",
         "Further reading",
     ]
