@@ -39,7 +39,7 @@ def test_an_instance_is_run_as_the_service_is() -> None:
     ]
 
 
-def test_a_worker_is_run_as_the_service_is_but_for_its_sockets_and_restarts() -> None:
+def test_a_worker_is_run_as_the_service_is_but_for_its_sockets_its_name_and_restarts() -> None:
     assert differences("rspd-worker@.service") == [
         {
             "[Unit]StartLimitIntervalSec=60s",
@@ -54,6 +54,7 @@ def test_a_worker_is_run_as_the_service_is_but_for_its_sockets_and_restarts() ->
             "[Unit]ReloadPropagatedFrom=rspd.service",
             "[Unit]StartLimitIntervalSec=0",
             "[Service]Sockets=rspd.socket",
+            "[Service]Environment=RSPD_WORKER=%i",
             "[Service]RestartSec=5s",
             "[Install]WantedBy=rspd.service",
         },

@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent
 
 # What needs the whole host, and takes longest: these measure, or hand over most of the descriptors that a user may have
 # in flight (unix(7)), and the user rspd of all machines is one.
-ALONE = ["test_restart", "test_states", "test_gap", "test_room"]
+ALONE = ["test_restart", "test_states", "test_gap", "test_room", "test_numbers"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,9 @@ from tests.system.traffic import BACKEND, CONFIGURATION, LISTEN, connect
 # A backend that sends everything back is not done before its client is.
 MANY = CONFIGURATION + "max_connections: 100\n"
 
+# How many descriptors systemd keeps of the control socket.
+CONTROL = 1
+
 
 def talk(sock: socket.socket, size: int = 3000) -> None:
     """Send bytes, and have them back."""

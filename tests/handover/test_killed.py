@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.handover.talks import MANY, Talks, served, stored, talk
+from tests.handover.talks import CONTROL, MANY, Talks, served, stored, talk
 from tests.support import can_trace, eventually, is_reset
 from tests.system.machine import Machine
 from tests.system.traffic import connect
@@ -67,13 +67,13 @@ def descriptors_of_systemd(machine: Machine) -> int:
 def goes_on_as_ever(machine: Machine) -> None:
     """A restart hands over, and systemd has the listener alone before and after it."""
     assert machine.show("ActiveState") == "active"
-    eventually(lambda: stored(machine) == 1, "the listener alone")
+    eventually(lambda: stored(machine) == CONTROL + 1, "the listeners alone")
     with Talks(CLIENTS) as talks:
         machine.systemctl("restart", "rspd")
         talks.talk()
         served()
         talks.end()
-    eventually(lambda: stored(machine) == 1, "the listener alone")
+    eventually(lambda: stored(machine) == CONTROL + 1, "the listeners alone")
 
 
 def on_host(machine: Machine, pid: int) -> int:
@@ -187,7 +187,7 @@ def test_systemd_that_reads_its_units_or_starts_itself_anew_between_restarts_kee
     with Talks(CLIENTS) as talks:
         for _ in range(2):
             started.systemctl(command)
-            assert stored(started) == 1
+            assert stored(started) == CONTROL + 1
             started.systemctl("restart", "rspd")
             talks.talk()
             served()

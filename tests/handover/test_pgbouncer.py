@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.handover.talks import MANY, Talks, served, stored
+from tests.handover.talks import CONTROL, MANY, Talks, served, stored
 from tests.support import eventually
 from tests.system.machine import Machine
 
@@ -43,7 +43,7 @@ def test_it_works_well_with_systemd(machine: Machine) -> None:
             eventually(lambda seen=seen: machine.show("WatchdogTimestampMonotonic") != seen)  # type: ignore[misc]
             talks.talk()
         assert len(set(pids)) == RESTARTS + 1
-        assert stored(machine) == 1
+        assert stored(machine) == CONTROL + 1
         talks.end()
     machine.systemctl("stop", "rspd")
     assert [machine.show(name) for name in ("ActiveState", "Result")] == ["inactive", "success"]

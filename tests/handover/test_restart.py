@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.handover.talks import stored
+from tests.handover.talks import CONTROL, stored
 from tests.handover.traffic import (
     SETTLED,
     Ended,
@@ -46,7 +46,7 @@ def test_ten_restarts_an_upgrade_and_a_downgrade_refuse_nobody_and_lose_nothing(
     machine.drop_in("rspd.service", "[Service]\nLogRateLimitIntervalSec=0")
     machine.write("/etc/rspd.yaml", configuration(PLACES))
     machine.systemctl("start", "rspd")
-    assert stored(machine) == len(PLACES)
+    assert stored(machine) == CONTROL + len(PLACES)
     root = f"/proc/{machine.leader}/root"
     with Traffic(COUNTS, root) as traffic, Peers("arrivals", 1 / 200) as arrivals:
         traffic.listen(also=["short"])
@@ -70,7 +70,7 @@ def test_ten_restarts_an_upgrade_and_a_downgrade_refuse_nobody_and_lose_nothing(
             texts.append(machine.show("StatusText"))
             assert traffic.lost() == []
             traffic.move()
-            eventually(lambda: stored(machine) == len(PLACES), "the store has the listeners alone")
+            eventually(lambda: stored(machine) == CONTROL + len(PLACES), "the store has the listeners alone")
 
         for number in range(RESTARTS):
             go_through(lambda: machine.systemctl("restart", "rspd"))
@@ -96,7 +96,7 @@ def test_ten_restarts_an_upgrade_and_a_downgrade_refuse_nobody_and_lose_nothing(
     assert came["ends"].keys() == {"ok"}
     assert came["ends"]["ok"] > 100 * sum(seconds), "200 come each second, or most of them on a busy host"
     assert [text for text in texts if "; took over 7," not in text] == []
-    assert stored(machine) == len(PLACES)
+    assert stored(machine) == CONTROL + len(PLACES)
     check_log(machine, changes, 1, ended, came["ends"]["ok"])
 
 

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.handover.talks import Talks, handovers, served, stored
+from tests.handover.talks import CONTROL, Talks, handovers, served, stored
 from tests.support import eventually, is_reset
 from tests.system.machine import Machine
 from tests.system.traffic import CONFIGURATION
@@ -78,7 +78,7 @@ def test_a_handover_waits_for_room(machine: Machine) -> None:
         assert len(warnings(machine)) == 1
         talks.end()
     eventually(lambda: sorted(handovers(machine)) == [0] + [1] * CLIENTS)
-    assert stored(machine) == 1
+    assert stored(machine) == CONTROL + 1
 
 
 def test_what_finds_no_room_until_drain_timeout_is_cut_and_the_others_go_on(machine: Machine) -> None:
@@ -99,4 +99,4 @@ def test_what_finds_no_room_until_drain_timeout_is_cut_and_the_others_go_on(mach
         assert len([line for line in warnings(machine) if "in flight" in line]) == 1
         assert machine.log(f"^took over connections={MESSAGE // 2}$")
         talks.end()
-    assert stored(machine) == 1
+    assert stored(machine) == CONTROL + 1

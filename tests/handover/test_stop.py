@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.handover.talks import MANY, Talks, fields, handovers, left_open, served, stored, talk
+from tests.handover.talks import CONTROL, MANY, Talks, fields, handovers, left_open, served, stored, talk
 from tests.support import Backend, echo, eventually, is_reset, reset
 from tests.system.machine import Machine
 from tests.system.traffic import CONFIGURATION, Download, connect
@@ -224,7 +224,7 @@ def test_a_version_that_starts_at_the_second_try_takes_over(started: Machine) ->
         talks.talk()
         served()
         talks.end()
-        assert stored(started) == 1
+        assert stored(started) == CONTROL + 1
     eventually(lambda: handovers(started).count(1) == 3)
 
 
@@ -236,7 +236,7 @@ def test_a_process_that_is_killed_cuts_its_connections_and_the_next_one_listens(
             is_reset(client)
         eventually(lambda: started.pid() not in (0, before) and started.show("ActiveState") == "active")
         served()
-    assert stored(started) == 1
+    assert stored(started) == CONTROL + 1
     assert started.log("^took over connections=[^0]") == []
 
 
@@ -246,4 +246,4 @@ def test_a_restart_of_what_is_stopped_is_a_start(machine: Machine) -> None:
     with Backend(echo, port=8000):
         served()
     assert machine.log("over connections=") == []
-    assert stored(machine) == 1
+    assert stored(machine) == CONTROL + 1

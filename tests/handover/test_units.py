@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.handover.talks import MANY, Talks, fields, handovers, left_open, served, stored, talk
+from tests.handover.talks import CONTROL, MANY, Talks, fields, handovers, left_open, served, stored, talk
 from tests.support import Backend, echo, eventually
 from tests.system.machine import Machine
 
@@ -37,7 +37,7 @@ def test_the_service_keeps_its_connections_through_restarts(machine: Machine) ->
             assert machine.pid() != before
             assert "took over 20 connections" in machine.show("StatusText")
             assert machine.show("ExecMainStatus") == "0"
-            assert stored(machine) == 1
+            assert stored(machine) == CONTROL + 1
             talks.talk()
             served()
         talks.end()
@@ -53,13 +53,13 @@ def test_an_instance_keeps_its_connections_through_a_restart(machine: Machine) -
     machine.write("/etc/rspd/one.yaml", MANY.replace(":8080", ":8081"))
     machine.systemctl("start", "rspd@one")
     with Talks(20, 8081) as talks:
-        assert stored(machine, "rspd@one") == 1
+        assert stored(machine, "rspd@one") == CONTROL + 1
         machine.systemctl("restart", "rspd@one")
         talks.talk()
         served(8081)
         assert "took over 20 connections" in machine.show("StatusText", "rspd@one")
         talks.end()
-        assert stored(machine, "rspd@one") == 1
+        assert stored(machine, "rspd@one") == CONTROL + 1
     eventually(lambda: sorted(handovers(machine)) == [0] + [1] * 20)
 
 
@@ -71,7 +71,7 @@ def test_with_its_socket_the_service_keeps_its_connections(machine: Machine) -> 
             machine.systemctl("restart", "rspd")
             talks.talk()
             served()
-        assert stored(machine) == 0, "the listener is the socket unit's"
+        assert stored(machine) == CONTROL, "the listener is the socket unit's"
         assert len(machine.log("^listening address=127.0.0.1:8080 socket=")) == 3
         talks.end()
     eventually(lambda: sorted(handovers(machine)) == [0] * 2 + [2] * 20)
@@ -139,7 +139,7 @@ def test_all_units_restarted_by_one_command_keep_all_connections(all_units: Mach
     assert set(given) == set(units), "each has handed over some"
     assert given == taken, "each has taken its own"
     assert sum(taken.values()) == 4 * CLIENTS
-    assert [stored(machine, unit) for unit in units] == [0, 0, 0, 1]
+    assert [stored(machine, unit) for unit in units] == [CONTROL, CONTROL, CONTROL, CONTROL + 1]
     eventually(lambda: left_open(machine) == [])
 
 

@@ -20,8 +20,11 @@ from typing import Any
 
 from tests.support import eventually
 
-# With what rspd depends on: machines have no network.
-PACKAGES = "apt,systemd,systemd-sysv,dbus,iproute2,python3,python3-daemon,python3-sdnotify,python3-yaml"
+# With what rspd depends on, and what it suggests: machines have no network.
+PACKAGES = (
+    "apt,systemd,systemd-sysv,dbus,iproute2,python3,python3-daemon,python3-prometheus-client,python3-sdnotify,"
+    "python3-yaml"
+)
 COMPONENTS = {"Debian": "main", "Ubuntu": "main,universe"}
 KEYRING = "/usr/share/keyrings/{}-archive-keyring.gpg"
 

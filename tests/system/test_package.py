@@ -85,11 +85,14 @@ def test_manual_pages_and_completions_are_there(clean: Machine, deb: Path) -> No
     for path in (
         "/usr/share/man/man8/rspd.8.gz",
         "/usr/share/man/man5/rspd.yaml.5.gz",
+        *(f"/usr/share/man/man1/rspd-{name}.1.gz" for name in ("status", "connections", "top")),
         "/usr/share/bash-completion/completions/rspd",
         "/usr/share/zsh/vendor-completions/_rspd",
         "/usr/share/doc/rspd/README.md",
         "/usr/share/doc/rspd/CHANGELOG.md",
         *(f"/usr/share/doc/rspd/docs/{name}" for name in ("service.md", "balancing.md", "speed.md", "speed.svg")),
+        *(f"/usr/share/doc/rspd/docs/{name}" for name in ("metrics.md", "rspd-alerts.yml", "rspd-dashboard.json")),
+        *(f"/usr/share/doc/rspd/docs/{name}" for name in ("looking.md", "top.svg")),
     ):
         assert path in listed
 
