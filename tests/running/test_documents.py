@@ -42,7 +42,7 @@ from tests.support import FakeClock, is_reset, tcp_pair
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
-VERSION_1 = Path(__file__).parent / "documents" / "version-1"
+NEWEST = Path(__file__).parent / "documents" / "version-1-counts"
 NAMES = WEB + DB
 
 Key = tuple[str | int, ...]
@@ -61,7 +61,7 @@ def framed(document: object, held: bytes) -> bytes:
     return b"rspd %d %d\n" % (len(text), len(held)) + text + held
 
 
-DOCUMENT, BYTES = parts(VERSION_1.read_bytes())
+DOCUMENT, BYTES = parts(NEWEST.read_bytes())
 
 
 def keys(value: object, above: Key = ()) -> Iterator[Key]:
@@ -137,7 +137,7 @@ class Taken:
         clock = FakeClock()  # the document was written at the beginning of this clock
         clock.advance(5.0)
         with ExitStack() as stack:
-            remade = Remade(read(VERSION_1.read_bytes()), stack)
+            remade = Remade(read(NEWEST.read_bytes()), stack)
             with parcel_of(content, DOCUMENT["token"].encode(), remade.fds) as found:
                 remade.close_ours()
 
@@ -167,7 +167,7 @@ def is_ended(client: socket.socket) -> bool:
 
 def config() -> Config:
     """The configuration of the document, as the next process has it."""
-    with parcel_of(VERSION_1.read_bytes(), b"", {}) as found:
+    with parcel_of(NEWEST.read_bytes(), b"", {}) as found:
         legacy = Legacy(found)
         known = legacy.config()
         legacy._inheritance.close()
