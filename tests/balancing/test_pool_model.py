@@ -224,7 +224,7 @@ class World:
         assert members.only is (alone if alone and alone.state == "up" and alone.limit == inf else None)
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(configurations, proxies, events)
 def test_whatever_happens_each_backend_is_as_the_rules_say_and_the_right_ones_are_chosen(
     configuration: Configuration, proxy: dict[str, Any], sequence: list[tuple[str, Any]]
@@ -261,7 +261,7 @@ def choosable(scene: Scene) -> bool:
     return any(one.failed_at + RETRY <= scene.loop.now for one in allowed)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(configurations, proxies, steps)
 def test_whatever_happens_nobody_waits_while_there_is_room_and_everybody_is_answered(
     configuration: Configuration, proxy: dict[str, Any], sequence: list[tuple[str, Any]]

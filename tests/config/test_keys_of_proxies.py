@@ -762,7 +762,7 @@ TREES: st.SearchStrategy[object] = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), TREES, max_size=6), st.booleans())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_whatever_nests_it_is_a_configuration_or_gets_lines_that_name_it(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, object], sockets: bool
 ) -> None:

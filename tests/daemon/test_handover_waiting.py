@@ -156,13 +156,15 @@ def test_a_backend_that_failed_does_not_take_another_attempt_of_the_client(tmp_p
         other.close()
         backends = [{"address": other.address}, {"address": full}]
         file = File(tmp_path, listen=fixed(), backends=backends, retries=1, max_fails="off", connect_timeout="20s")
-        with managed("-c", str(file.path)) as service, service.daemon.connect():
+        with managed("-c", str(file.path)) as service:
+            client = service.daemon.connect()
             waits(service, 1)
             let_pass(0.3)  # the first has been refused, if it was tried first
             service.restart()
             service.restart()
             let_pass(0.3)
             assert not service.daemon.find("connection closed"), "the second is still being dialled"
+            reset(client)  # else it would be dialled until connect_timeout
 
 
 def test_a_client_of_a_proxy_that_is_gone_waits_on_for_its_backend(tmp_path: Path, backend: Backend) -> None:
