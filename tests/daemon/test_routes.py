@@ -80,7 +80,8 @@ def test_who_says_nothing_in_time_is_silent(tmp_path: Path, site: Sites) -> None
             assert site_of(client) == "two"
             assert talks(client)
         assert lead(daemon, b"\0") == "rest"
-        assert float(daemon.wait_for_ends(2)[0]["seconds"]) >= 0.1
+        # On a busy machine, the end of the second may be seen first.
+        assert max(float(end["seconds"]) for end in daemon.wait_for_ends(2)) >= 0.1
         file.reload(daemon, routes=routes[:1] + routes[2:])
         with come(daemon) as client:
             assert site_of(client) == "rest"
