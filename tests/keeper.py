@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,7 @@ class Store(NotifySocket):
     def __init__(self, folder: str, room: int = 512) -> None:
         self.room = room
         self.kept: list[tuple[str, Stored]] = []
+        self._lock = threading.Lock()  # messages come in a thread of their own
         super().__init__(folder)
 
     def receive(self) -> bytes:
@@ -43,9 +45,10 @@ class Store(NotifySocket):
         fields = dict(line.split("=", 1) for line in data.decode("ascii").split("\n") if "=" in line)
         name = fields.get("FDNAME", "stored")
         if "FDSTORE" in fields:
-            for fd in fds[: max(0, self.room - len(self.kept))]:
-                self.kept.append((name, Stored(fd)))
-                fds.remove(fd)
+            with self._lock:
+                for fd in fds[: max(0, self.room - len(self.kept))]:
+                    self.kept.append((name, Stored(fd)))
+                    fds.remove(fd)
         if "FDSTOREREMOVE" in fields:
             self.remove(name)
         for fd in fds:  # of a barrier, or without room
@@ -54,14 +57,21 @@ class Store(NotifySocket):
 
     def remove(self, name: str) -> None:
         """Close what has this name."""
-        for stored in [stored for other, stored in self.kept if other == name]:
+        with self._lock:
+            gone = [stored for other, stored in self.kept if other == name]
+            self.kept = [entry for entry in self.kept if entry[0] != name]
+        for stored in gone:
             os.close(stored.fileno())
-        self.kept = [entry for entry in self.kept if entry[0] != name]
 
     def clear(self) -> None:
         """Close everything, as at the end of the service."""
         for name in {name for name, _ in self.kept}:
             self.remove(name)
+
+    def close(self) -> None:
+        """Take no more, and close everything."""
+        super().close()
+        self.clear()
 
 
 class Manager:
@@ -125,5 +135,4 @@ def managed(*arguments: str, room: int = 512, **options: Any) -> Iterator[Manage
         finally:
             for daemon in manager.daemons:
                 daemon.kill()
-            store.clear()
             store.close()

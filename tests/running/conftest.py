@@ -27,7 +27,6 @@ def store(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> keeper.Store:
     store = keeper.Store(folder)
     os.chmod(store.path, 0o777)
     stack.callback(store.close)
-    stack.callback(store.clear)
     monkeypatch.setenv("NOTIFY_SOCKET", store.path)
     # As soon as a test has found that something does not fit.
     monkeypatch.setattr("rspd.running.handover.AGAIN", 0.01)

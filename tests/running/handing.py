@@ -377,7 +377,6 @@ def write_version(path: str) -> None:
         [state] = [state for state in inheritance.states() if state]
         Path(path).write_bytes(state)
         inheritance.close()
-        store.clear()
         store.close()
 
 
