@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,7 @@ def _running(peer: Peer, options: Sequence[str], config: str, host: str) -> Iter
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            eventually(lambda: process.poll() is not None or listening(port), f"{peer.name} listens")
+            eventually(lambda: process.poll() is not None or listening(port, host), f"{peer.name} listens")
             assert process.poll() is None, f"{peer.name} ended: {Path(output.name).read_text()}"
             yield port
         finally:
@@ -71,10 +72,16 @@ def _running(peer: Peer, options: Sequence[str], config: str, host: str) -> Iter
             process.wait(PATIENCE)
 
 
-def listening(port: int) -> bool:
-    """Whether somebody listens on a TCP port: without connecting, which the peer would pass on (proc_net(5))."""
+def listening(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether somebody listens on a TCP port of a host: without connecting, which the peer would pass on (proc_net(5)).
+
+    Others may listen on that port of other addresses of this machine.
+    """
     rows = [row.split() for name in ("tcp", "tcp6") for row in Path("/proc/net", name).read_text().splitlines()]
-    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+    packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    places = {f"{address}:{port:04X}" for address in ("".join(f"{word:08X}" for word in words), "0" * 8, "0" * 32)}
+    return any(row[1] in places and row[3] == "0A" for row in rows)
 
 
 def receive_header(sock: socket.socket) -> Header:
