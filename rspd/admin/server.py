@@ -60,7 +60,7 @@ class Server:
         self._loop = loop
         self._shortage = shortage
         self._handler = handler
-        self._listeners: Sequence[Listener] = ()
+        self._listeners: list[Listener] = []  # first who has waited longest for a place
         self._watched: list[Listener] = []
         self._idle: dict[Task, float] = {}  # of clients that rspd waits for; from when each may be given up
         self._answering: set[Task] = set()
@@ -69,14 +69,14 @@ class Server:
     def apply(self, listeners: Sequence[Listener]) -> None:
         """Answer at these listeners from now on. Those of before may be closed by now."""
         self.stop()
-        self._listeners = listeners
+        self._listeners = list(listeners)
         if listeners:
             self._task = self._loop.spawn(self._serve())
 
     def stop(self) -> None:
         """Accept nobody any more. What is being answered goes on."""
         self._pause()
-        self._listeners = ()
+        self._listeners = []
         if self._task:
             self._task.cancel()
             self._task = None
@@ -107,9 +107,9 @@ class Server:
 
     async def _serve_ready(self) -> None:
         """Accept who waits at the listeners, or wait. Raises OSError."""
-        full = len(self._idle) + len(self._answering) >= MOST
-        slowest = min(self._idle, key=self._idle.__getitem__, default=None) if full else None
-        if full and (slowest is None or self._idle[slowest] > self._loop.now):
+        room = MOST - len(self._idle) - len(self._answering)
+        slowest = None if room else min(self._idle, key=self._idle.__getitem__, default=None)
+        if not room and (slowest is None or self._idle[slowest] > self._loop.now):
             self._pause()
             self._loop.current.wake_at(self._idle[slowest] if slowest else inf)
             await news()
@@ -125,7 +125,9 @@ class Server:
         if slowest:
             del self._idle[slowest]
             slowest.cancel()
-        for listener in ready if not slowest else ():
+        for listener in ready[:room]:
+            self._listeners.remove(listener)
+            self._listeners.append(listener)
             listener.ready = 0  # not edge-triggered: it is ready again if another client waits
             self._accept(listener)
         await self._loop.yield_turn()

@@ -50,10 +50,15 @@ async def tell_much(loop: Loop, request: Request) -> Answer:
 # Many
 
 
-def test_sixteen_are_answered_at_once_and_the_others_wait(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alone", [0, 1])
+def test_sixteen_are_answered_at_once_and_the_others_wait(tmp_path: Path, alone: int) -> None:
+    """alone: how many come before all the others, of whom one waits at each listener in each turn."""
     gate = Gate()
     with serving(tmp_path, gate) as served, ExitStack() as stack:
-        clients = [stack.enter_context(served.say(HELD, tcp=bool(number % 2))) for number in range(2 * MOST)]
+        clients = [stack.enter_context(served.say(HELD)) for _ in range(alone)]
+        eventually(lambda: gate.inside == alone)
+        with served.frozen():
+            clients.extend(stack.enter_context(served.say(HELD, tcp=bool(n % 2))) for n in range(2 * MOST))
         eventually(lambda: gate.inside == MOST)
         assert served.tasks == OWN + MOST
         gate.open()
@@ -83,6 +88,25 @@ def test_who_is_being_answered_is_not_given_up_however_many_come(tmp_path: Path,
         assert Said.of(receive_all(asked)).status == 200
 
 
+def test_clients_of_one_socket_do_not_keep_those_of_another_out(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    async def handler(loop: Loop, request: Request) -> Answer:
+        order.append(request.path)
+        return await tell(loop, request)
+
+    with serving(tmp_path, handler) as served, ExitStack() as stack:
+        for _ in range(MOST):
+            stack.enter_context(served.say(HELD))
+        eventually(lambda: len(order) == MOST)
+        with served.frozen():
+            for _ in range(50):
+                stack.enter_context(served.say(HELD))
+            stack.enter_context(client := served.say(FREE, tcp=True))
+        assert Said.of(receive_all(client)).status == 200
+    assert order.index("/free") < MOST + 3
+
+
 def silent(served: Served) -> socket.socket:
     return served.connect()
 
@@ -108,7 +132,7 @@ def test_two_hundred_clients_that_hang_keep_nobody_out(
             stack.enter_context(client(served))
         begun = time.monotonic()
         assert served.ask().status == 200
-        assert time.monotonic() - begun < 0.9  # below each of the server's times
+        assert time.monotonic() - begun < 5.0  # 8 s or more if nobody was given up: a second for each 16
         assert served.tasks <= OWN + MOST + 1  # one may be about to end
 
 
@@ -148,24 +172,24 @@ def test_who_falls_silent_before_the_end_of_the_request_is_gone_soon(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rspd.admin.server.PATIENCE", 0.2)
+    begun = time.monotonic()
     with serving(tmp_path) as served, served.say(data) as client:
-        begun = time.monotonic()
         assert receive_all(client) == b""
-        assert 0.1 < time.monotonic() - begun < 1.5
+        assert 0.1 < time.monotonic() - begun < 4.5
 
 
 def test_single_bytes_do_not_lengthen_the_time_of_a_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rspd.admin.server.PATIENCE", 0.2)
+    begun = time.monotonic()
     with serving(tmp_path) as served, served.say(b"GET /") as client:
-        begun = time.monotonic()
         client.settimeout(0.02)
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError, ConnectionResetError):
             while True:
                 with suppress(TimeoutError):
                     if not client.recv(1):
                         break
                 client.sendall(b"x")
-        assert 0.1 < time.monotonic() - begun < 1.5
+        assert 0.1 < time.monotonic() - begun < 4.5
 
 
 @pytest.mark.parametrize("tcp", [False, True])
@@ -177,7 +201,7 @@ def test_a_reader_that_stops_is_given_up_and_others_are_served_meanwhile(
     with serving(tmp_path, tell_much) as served, served.say(GET, tcp) as client:
         others = served.tasks - 1
         assert served.ask(FREE).status == 200
-        eventually(lambda: served.tasks == others, patience=2)
+        eventually(lambda: served.tasks == others, patience=4.5)
         if tcp:
             assert is_reset(client)
         else:
@@ -185,9 +209,15 @@ def test_a_reader_that_stops_is_given_up_and_others_are_served_meanwhile(
 
 
 def test_a_reader_that_goes_on_gets_all_however_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rspd.admin.server.PATIENCE", 0.3)
-    with serving(tmp_path, tell_much) as served:
-        assert len(served.ask().body) == MUCH
+    patience = 1.0
+    monkeypatch.setattr("rspd.admin.server.PATIENCE", patience)
+    with serving(tmp_path, tell_much) as served, served.say(GET) as client:
+        begun, length = time.monotonic(), 0
+        while more := client.recv(1 << 20):
+            length += len(more)
+            if time.monotonic() < begun + 1.5 * patience:
+                time.sleep(patience / 8)
+        assert length > MUCH
 
 
 def test_a_client_that_says_more_and_more_gets_its_answer_and_an_end(tmp_path: Path) -> None:
@@ -233,7 +263,7 @@ def test_clients_may_go_at_any_time(tmp_path: Path) -> None:
 def test_without_descriptors_clients_wait_until_there_are_some(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rspd.net.descriptors.QUIET", 0.05)
+    monkeypatch.setattr("rspd.net.descriptors.QUIET", 0.5)
     caplog.set_level("INFO")
     with serving(tmp_path) as served, socket.socket(socket.AF_UNIX) as client:
         client.settimeout(PATIENCE)
@@ -295,5 +325,5 @@ def test_readers_that_stop_give_way_to_others_that_wait(tmp_path: Path, monkeypa
         eventually(lambda: len(served.server._idle) == MOST)
         begun = time.monotonic()
         assert served.ask(FREE).status == 200
-        assert time.monotonic() - begun < 2.0  # below PATIENCE
+        assert time.monotonic() - begun < 4.5  # below PATIENCE
         assert len(served.server._idle) >= MOST - 1  # one was enough
