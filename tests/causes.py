@@ -106,7 +106,7 @@ class World:
         full = stack.enter_context(full_tcp())
         web, check = self.backend.address, {"http": "/health", "interval": "50ms", "fall": 1}
         port = free_port()  # of a proxy that is its own backend
-        soon = "200ms"
+        soon = "1s"
         proxies: dict[str, Mapping[str, Any]] = {
             "web": {"backend": web},
             "slow": {"backend": web, "idle_timeout": soon, "half_close_timeout": "100ms"},
@@ -191,8 +191,8 @@ class World:
         """Proxies that wait longer for what their clients say first, for `Service.reload`."""
         proxies = self.service.proxies
         return {
-            "told": {**proxies["told"], "accept_proxy_timeout": "20s"},
-            "sites": {**proxies["sites"], "first_bytes_timeout": "20s"},
+            "told": {**proxies["told"], "accept_proxy_timeout": "60s"},
+            "sites": {**proxies["sites"], "first_bytes_timeout": "60s"},
         }
 
     def _is_served(self, proxy: str) -> bool:

@@ -96,8 +96,6 @@ SAMPLE = Snapshot(
 class Worker(socketserver.ThreadingUnixStreamServer):
     """A process that says `snapshot` at its control socket, or `answer` as it is if there is one."""
 
-    daemon_threads = True
-
     def __init__(self, path: Path, snapshot: Snapshot) -> None:
         super().__init__(str(path), _Handler)
         self.path = str(path)

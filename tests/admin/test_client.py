@@ -91,7 +91,7 @@ def test_who_says_nothing_is_waited_for_no_longer_than_told(path: str) -> None:
         begun = time.monotonic()
         with pytest.raises(TimeoutError):
             ask(path, "/v1/status", 0.1)
-        assert 0.1 <= time.monotonic() - begun < 2
+        assert 0.1 <= time.monotonic() - begun < 4.5
 
 
 def test_where_many_wait_it_waits_too(path: str) -> None:
@@ -104,7 +104,7 @@ def test_where_many_wait_it_waits_too(path: str) -> None:
         begun = time.monotonic()
         with pytest.raises(BlockingIOError):
             ask(path, "/v1/status", 0.1)
-        assert 0.1 <= time.monotonic() - begun < 2
+        assert 0.1 <= time.monotonic() - begun < 4.5
 
         outcomes: list[Any] = []
         asking = threading.Thread(target=lambda: outcomes.append(ask(path, "/v1/status")))

@@ -93,8 +93,6 @@ class Answering(socketserver.ThreadingUnixStreamServer):
     asked: the targets so far. instead: what is sent in place of any answer. only: the one target that is known.
     """
 
-    daemon_threads = True
-
     def __init__(
         self, path: str, snapshot: Snapshot, connections: Sequence[Connection], instead: bytes | None, only: str
     ) -> None:

@@ -416,6 +416,7 @@ class Remade:
             self._ours.callback(with_bytes.close)
         if relay["backend"].get("aborted"):
             reset(far)
+            select.select([backend], [], [], PATIENCE)
             assert is_reset(backend)  # the error is read, and no call tells of it again
         if relay["backend"].get("ended"):
             backend.shutdown(socket.SHUT_WR)
