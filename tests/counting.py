@@ -153,7 +153,7 @@ class Service:
         """
         eventually(lambda: self.open == still_open)
         with suppress(AssertionError):
-            eventually(lambda: not self._disagreement(still_open), patience=3.0)
+            eventually(lambda: not self._disagreement(still_open), patience=PATIENCE)
         assert not (found := self._disagreement(still_open)), "\n".join(found)
         return +self.log.numbers
 

@@ -346,11 +346,12 @@ def test_a_frozen_process_is_asked_once(
     with socket.socket(socket.AF_UNIX) as frozen:
         frozen.bind(f"{tmp_path}/worker-1.sock")
         frozen.listen()
-        frozen.setblocking(False)
         first, second, *_ = status()[1].splitlines()
         assert "the client 192.0.2.7:5000 has had the place" in first
         assert second.startswith("no answer from ")
+        frozen.settimeout(PATIENCE)
         frozen.accept()[0].close()
+        frozen.setblocking(False)
         with pytest.raises(BlockingIOError):
             frozen.accept()
 

@@ -79,7 +79,7 @@ def test_it_shows_a_backend_that_dies_within_a_second_and_why(path: Path) -> Non
         server.snapshot = dead()
         begin = time.monotonic()
         there.wait_for("1 trouble", "down 0s", "    No route to host")
-        assert time.monotonic() - begin < 3  # a second, and what a host that is busy takes
+        assert time.monotonic() - begin < 10  # a second, and what a host that is busy takes
         assert "\x1b[31m" in there.written  # red
 
 
@@ -94,7 +94,9 @@ def test_keys_sort_connections_and_filter_them(path: Path) -> None:
         there.press("\r")
         text = there.see(lambda text: "1 connection of 192.0.2.8" in text)
         assert "192.0.2.9" not in text
-        there.press("f\x15\x1b")  # Escape: as before
+        there.press("f\x15")
+        there.wait_for("cancel): _")
+        there.press("\x1b")  # Escape: as before
         there.wait_for("1 connection of 192.0.2.8", "h: help")
         there.press("h")
         there.wait_for("Ctrl-C  quit")

@@ -162,7 +162,8 @@ def test_a_terminal_says_how_wide_it_is() -> None:
     try:
         fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 70, 0, 0))
         subprocess.run([sys.executable, "-c", CODE], stdout=theirs, timeout=PATIENCE, check=True)
-        assert os.read(ours, 100).decode() == "70 …\r\n"
+        with open(ours, "rb", buffering=0, closefd=False) as terminal:
+            assert terminal.readline().decode() == "70 …\r\n"
     finally:
         os.close(ours)
         os.close(theirs)
