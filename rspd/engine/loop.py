@@ -272,7 +272,7 @@ class Loop:
 
     def _run_turns(self) -> None:
         """Wait for events and resume the tasks that they concern, again and again, until the main task is done."""
-        poll, clock, watches = self._poll, self._clock, self._watches
+        poll, poll_again, clock, watches = self._poll, self._epoll.poll, self._clock, self._watches
         timers, heap = self._timers, self._timers.heap
         while not self._stopped:
             self.turn += 1
@@ -285,8 +285,8 @@ class Loop:
             late = due <= now
             if late:
                 # After a freeze (SIGSTOP, a paused virtual machine) the poll may have brought nothing. So poll again:
-                # tasks hear of what came meanwhile before any timer fires.
-                events += poll(0.0, len(watches))
+                # tasks hear of what came meanwhile before any timer fires. This begins no other turn to measure.
+                events += poll_again(0.0, len(watches))
             # All events are noted before any task runs. A task may close a descriptor, and a new one may get its
             # number: events of the old descriptor must not reach the new one.
             for fd, mask in events:

@@ -1230,3 +1230,17 @@ def test_signals_are_not_delivered_to_threads() -> None:
         return blocked
 
     assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} <= run(main)
+
+
+def test_each_turn_is_measured_once_also_one_in_which_a_timer_is_due() -> None:
+    seconds: list[float] = []
+
+    async def main(loop: Loop) -> int:
+        loop.measure_turns(seconds, lambda: None)
+        await rounds(loop)
+        measured, turn = len(seconds), loop.turn
+        for _ in range(20):
+            await loop.sleep(0.001)
+        return loop.turn - turn - (len(seconds) - measured)
+
+    assert run(main) == 0
