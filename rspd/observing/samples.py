@@ -23,8 +23,8 @@ STEP, LONGEST = 5.0, 60.0
 # How many samples are kept: after each idle time, there is one more than after each STEP.
 KEPT = int(2 * LONGEST / STEP) + 2
 
-# How many connections are looked at in one turn of the loop: less than a millisecond of work.
-SLICE = 200
+# How many connections, and how many proxies, are looked at in one turn of the loop: less than a millisecond of work.
+SLICE, LARGE = 200, 20
 
 
 class Everyone(Protocol):
@@ -66,9 +66,12 @@ class Sampler:
         self.queued: Mapping[str, int] = {}
 
     def start(self) -> None:
-        """Take samples from now on."""
+        """Take samples from now on. Call it after each reload: what is new since has its first sample then."""
         if not self._task:
             self._task = self._loop.spawn(self._take_samples())
+            return
+        for name in self._proxies.tallies.keys() - self._samples.keys():
+            self._add_sample(name)
 
     def stop(self) -> None:
         """Take no more samples."""
@@ -129,19 +132,31 @@ class Sampler:
         for name, samples in handed.get("samples", ()):
             self._samples[name] = deque(((at, *counts) for at, *counts in samples), maxlen=KEPT)
 
+    def _add_sample(self, name: str) -> None:
+        self._samples.setdefault(name, deque(maxlen=KEPT)).append(self._sample(name))
+
     def _sample(self, name: str) -> Sample:
         volumes = self._proxies.tallies[name].volumes
         accepted = self._proxies.accepted(name)
         return self._loop.now, accepted, sum(one.sent for one in volumes), sum(one.received for one in volumes)
+
+    def _activity(self) -> tuple[int, int]:
+        """How many connections are open, and how many clients have come to those proxies that are there."""
+        everyone = self._proxies.everyone()
+        return sum(proxy.open for proxy in everyone), sum(proxy.accepted for proxy in everyone)
 
     async def _take_samples(self) -> None:
         loop, task = self._loop, self._loop.current
         try:
             while True:
                 self._before, self._latest = self._latest, (loop.now, await self.count_bytes())
-                for name in self._proxies.tallies:
-                    self._samples.setdefault(name, deque(maxlen=KEPT)).append(self._sample(name))
-                if not any(proxy.open for proxy in self._proxies.everyone()):
+                before = self._activity()
+                for number, name in enumerate(list(self._proxies.tallies), 1):
+                    self._add_sample(name)
+                    if not number % LARGE:
+                        await self._pace.slice()
+                # If a connection came or went since, its counts are in no sample yet.
+                if before == self._activity() and not before[0]:
                     self._before = self._latest = loop.now, {}  # to let go of those that have ended
                     self._watchers.add(task)
                     await news()

@@ -215,6 +215,23 @@ def test_ends_bytes_and_failures_add_up_to_the_lines_of_the_log(tmp_path: Path, 
     assert found.last_minute.connections > 0 < found.last_10s.sent
 
 
+def test_what_goes_on_at_a_proxy_that_a_reload_adds_is_shown_at_once(tmp_path: Path, stack: ExitStack) -> None:
+    there = stack.enter_context(Backend(echo))
+    own = {name: {"listen": f"127.0.0.1:{free_port()}", "backend": there.address} for name in ("old", "new")}
+    file = File(tmp_path, listen=None, max_connections=9, proxies={"old": own["old"]})
+    daemon = stack.enter_context(file.rspd(env=env(tmp_path)))
+    host, _, port = own["old"]["listen"].partition(":")
+    stack.enter_context(socket.create_connection((host, int(port)), PATIENCE))
+    eventually(lambda: proxy(tmp_path, "old").open)  # so samples are taken, one each 5 s
+    file.reload(daemon, proxies=own)
+    host, _, port = own["new"]["listen"].partition(":")
+    client = stack.enter_context(socket.create_connection((host, int(port)), PATIENCE))
+    client.sendall(b"hello")
+    assert receive(client, 5) == b"hello"
+    found = proxy(tmp_path, "new")
+    assert min(*found.last_10s, *found.last_minute) > 0
+
+
 def test_the_times_to_connect_and_in_the_queue_are_counted(tmp_path: Path, stack: ExitStack) -> None:
     there = stack.enter_context(Backend(answer))
     limited = {"address": there.address, "max_connections": 1}
