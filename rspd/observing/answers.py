@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rspd.admin.query import read_query
 from rspd.admin.request import CONNECTIONS, METRICS, STATUS, Answer, Request
 from rspd.admin.server import Server
 from rspd.engine.loop import Loop, Task, news
 from rspd.net.descriptors import Shortage
-from rspd.observing.connections import Look
+from rspd.observing.connections import Look, from_end
 from rspd.observing.life import Life
 from rspd.observing.pace import Pace
-from rspd.observing.proxies import backend, pools, proxies, routes
+from rspd.observing.proxies import backend, layout, pools, proxies, routes
 from rspd.observing.samples import Everyone, Sampler
 from rspd.snapshot import Snapshot, as_json
 
@@ -93,9 +93,11 @@ class Answers:
 
     async def _status(self, snapshot: Snapshot) -> AsyncIterator[bytes]:
         begin = f'{{"process":{as_json(snapshot.process)}'
-        for name, entries in zip(Snapshot._fields[1:], snapshot[1:], strict=True):
+        lists = [list[object](reversed(entries)) for entries in snapshot[1:]]
+        del snapshot  # its entries are given up one by one, too
+        for name, entries in zip(Snapshot._fields[1:], lists, strict=True):
             most = LARGE if name == "proxies" else SLICE
-            async for part in self._listed(f'{begin},"{name}":[', entries, "]", most):
+            async for part in self._listed(f'{begin},"{name}":[', from_end(entries), "]", most):
                 yield part
             begin = ""
         yield b"}\n"
@@ -103,12 +105,13 @@ class Answers:
     async def _snapshot(self, request: Request) -> Snapshot:
         await self._pace.slice(request.gone)
         await self.sampler.count_bytes()
-        found = list(pools(self._proxies))
+        seen = layout(self._proxies)
+        found = await self._made(pools(seen), SLICE)
         each = (backend(pool, one, self._loop.now) for pool, backends in found for one in backends)
         return Snapshot(
             await self._life.snapshot(),
             await self._made(proxies(self._proxies, self.sampler, self._loop), LARGE),
-            tuple(routes(self._proxies)),
+            await self._made(routes(seen), SLICE),
             tuple(pool for pool, _ in found),
             await self._made(each, SLICE),
         )
@@ -123,11 +126,38 @@ class Answers:
         return tuple(found)
 
     async def _listed(self, begin: str, entries: Iterable[object], end: str, most: int) -> AsyncIterator[bytes]:
-        """A list in JSON, between `begin` and `end`, so many entries in each turn."""
+        """A list in JSON, between `begin` and `end`, so many entries in each turn; fewer if they have long lists."""
         yield begin.encode()
-        left, comma = iter(entries), ""
-        while part := list(islice(left, most)):
-            yield (comma + ",".join(map(as_json, part))).encode()
-            comma = ","
+        left = _parts(entries)
+        while part := "".join(islice(left, most)):
+            yield part.encode()
             await self._pace.slice()
         yield end.encode()
+
+
+def _parts(entries: Iterable[Any]) -> Iterator[str]:
+    """Named tuples in JSON, with commas between them, in parts: one of each, or some of one that has long lists."""
+    comma = ""
+    for entry in entries:
+        lists = [field for field in entry if type(field) is tuple]
+        if sum(map(len, lists)) <= SLICE:
+            yield comma + as_json(entry)
+        else:
+            yield from _cut(entry, comma)
+        comma = ","
+
+
+def _cut(entry: Any, comma: str) -> Iterator[str]:
+    """A named tuple in JSON, after a comma, in parts that have at most SLICE entries of its lists."""
+    text = comma + "{"
+    for name, field in zip(entry._fields, entry, strict=True):
+        text += f'{"" if text[-1:] == "{" else ","}"{name}":'
+        if type(field) is not tuple:
+            text += as_json(field)
+            continue
+        text += "["
+        for place in range(0, len(field), SLICE):
+            yield text + ",".join(map(as_json, field[place : place + SLICE]))
+            text = "," if place + SLICE < len(field) else ""
+        text += "]"
+    yield text + "}"

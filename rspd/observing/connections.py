@@ -63,7 +63,7 @@ class Look:
         for place in range(0, len(found), SORTED):
             parts.append(sorted(found[place : place + SORTED]))
             await self._pace.slice()
-        ranked = heapq.merge(*map(_from_end, parts), reverse=True)
+        ranked = heapq.merge(*map(from_end, parts), reverse=True)
         return (self._see(one) if isinstance(one, Measured) else one for _, _, one in ranked)
 
     def _rank(self, found: list[Ranked], query: Query, proxy: str, connection: Connection) -> None:
@@ -136,7 +136,7 @@ def _state(connection: Connection) -> str:
     return "queued" if connection.attempts and connection.attempts.queued_at else "connecting"
 
 
-def _from_end(entries: list[T]) -> Iterator[T]:
+def from_end(entries: list[T]) -> Iterator[T]:
     """The entries from the last one on. They are given up one by one: all at once, that would take several ms."""
     while entries:
         yield entries.pop()

@@ -1,8 +1,7 @@
 """Proxies, routes, pools and backends as they are."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from rspd import snapshot
 from rspd.balancing.backend import Backend
@@ -57,28 +56,44 @@ def _with_counts(proxy: snapshot.Proxy, everyone: Everyone, sampler: Sampler, lo
     )
 
 
-def routes(everyone: Everyone) -> Iterator[snapshot.Route]:
+class Layout(NamedTuple):
+    """Which routes and pools there are, at one time. To look at all of them takes longer, and a reload may come.
+
+    proxies: of each that is configured, its name, its routes, and its pools by name. shared: those of the whole file.
+    """
+
+    proxies: Sequence[tuple[str, Sequence[Route], Mapping[str, Pool]]]
+    shared: Mapping[str, Pool]
+
+
+def layout(everyone: Everyone) -> Layout:
+    """As it is now."""
+    routers = [(name, proxy.router) for name, proxy in everyone.configured.items()]
+    own = [(name, router.routes, router.pools.by_name.copy()) for name, router in routers]
+    return Layout(own, everyone.pools.by_name.copy())
+
+
+def routes(layout: Layout) -> Iterator[snapshot.Route]:
     """The routes of the proxies that are configured."""
-    for name, proxy in everyone.configured.items():
-        for route in proxy.router.routes:
-            own = proxy.router.pools.by_name
+    for name, of_proxy, own in layout.proxies:
+        for route in of_proxy:
             shared = bool(route.config.pool) and route.config.pool not in own
             pool = route.config.pool or _of_route(route)
-            yield snapshot.Route(name, route.config.name, route.config.key, pool, shared, route.clients)
+            yield snapshot.Route(name, *route.names, pool, shared, route.clients)
 
 
-def pools(everyone: Everyone) -> Iterator[tuple[snapshot.Pool, Sequence[Backend]]]:
+def pools(layout: Layout) -> Iterator[tuple[snapshot.Pool, Sequence[Backend]]]:
     """The pools, each with its backends: those of each proxy, and those of the whole file."""
-    for name, proxy in everyone.configured.items():
-        of_routes = {f"route {route.config.key}": route for route in proxy.router.routes}
-        for own, pool in proxy.router.pools.by_name.items():
+    for name, of_proxy, by_name in layout.proxies:
+        of_routes = {f"route {route.names[1]}": route for route in of_proxy}
+        for own, pool in by_name.items():
             if own in of_routes:
                 route = of_routes[own]
                 seen = _pool(name, _of_route(route), pool, shared=False)._replace(route=route.config.name)
                 yield seen, pool.members.everyone
             elif own or pool.config.backends:
                 yield _pool(name, own, pool, shared=False), pool.members.everyone
-    for own, pool in everyone.pools.by_name.items():
+    for own, pool in layout.shared.items():
         yield _pool("", own, pool, shared=True), pool.members.everyone
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any
 
 import pytest
 
 from rspd import snapshot
+from rspd.balancing import backend as balancing
 from rspd.observing.proxies import backend as seen_backend
-from rspd.observing.proxies import pools, proxies, routes
+from rspd.observing.proxies import layout, pools, proxies, routes
 from rspd.snapshot import Checks, Ends, Failure, Listener, Pool, Refusals, Route, Volume
 from tests.observing.scene import Scene, play, talk
 from tests.support import Backend, echo
@@ -37,8 +38,12 @@ def look(scene: Scene) -> list[snapshot.Proxy]:
     return list(proxies(scene.proxies, scene.sampler, scene.loop))
 
 
+def balanced(scene: Scene) -> list[tuple[Pool, Sequence[balancing.Backend]]]:
+    return list(pools(layout(scene.proxies)))
+
+
 def backends(scene: Scene) -> list[snapshot.Backend]:
-    return [seen_backend(pool, one, scene.loop.now) for pool, them in pools(scene.proxies) for one in them]
+    return [seen_backend(pool, one, scene.loop.now) for pool, them in balanced(scene) for one in them]
 
 
 async def come_and_go(scene: Scene, name: str = "", size: int = 10) -> None:
@@ -203,20 +208,20 @@ def test_routes_and_pools_say_where_they_belong(backend: Backend) -> None:
             with scene.connect("web") as client:
                 await talk(scene, client, f"GET / HTTP/1.1\r\nHost: {host}.example\r\n\r\n".encode())
         await scene.until(lambda: not scene.proxies.open)
-        assert list(routes(scene.proxies)) == [
+        assert list(routes(layout(scene.proxies))) == [
             Route("web", "a.example", "host=a.example", "route a.example", False, 2),
             Route("web", "b.example", "host=b.example", "own", False, 1),
             Route("web", "c.example", "host=c.example", "shared", True, 0),
         ]
-        balanced = [(pool, [one.name for one in them]) for pool, them in pools(scene.proxies)]
-        assert balanced == [
+        found = [(pool, [one.name for one in them]) for pool, them in balanced(scene)]
+        assert found == [
             (Pool("web", "own", False, "random"), ["127.0.0.1:1", backend.address]),
             (Pool("web", "route a.example", False, "round-robin", route="a.example"), [backend.address]),
             (Pool("ssh", "", False, "round-robin"), ["127.0.0.1:22"]),
             (Pool("", "shared", True, "round-robin"), [backend.address]),
         ]
         places = {(one.proxy, one.pool, one.shared) for one in backends(scene)}
-        assert places == {(pool.proxy, pool.name, pool.shared) for pool, _ in balanced}
+        assert places == {(pool.proxy, pool.name, pool.shared) for pool, _ in found}
 
     there = [
         {"host": "a.example", "backend": backend.address},
@@ -235,7 +240,9 @@ def test_a_lone_proxy_has_a_pool_without_a_name_and_who_waits_there_is_counted(b
         with scene.connect() as client:
             await talk(scene, client, 1)
             with scene.connect(), scene.connect():
-                ((pool, _),) = await scene.until(lambda: [one for one in pools(scene.proxies) if one[0].queue == 2])
+                ((pool, _),) = await scene.until(
+                    lambda: [one for one in pools(layout(scene.proxies)) if one[0].queue == 2]
+                )
                 assert pool == Pool("", "", False, "round-robin", 2)
                 await scene.sampler.count_bytes()  # who waits is counted with the bytes
                 assert (look(scene)[0].open, look(scene)[0].queue) == (3, 2)
