@@ -27,6 +27,7 @@ STATES = ("first bytes", "queued", "connecting", "open", "half-closed", "ending"
 BACKEND_STATES = ("down", "trial", "full", "up")
 
 TEN_MINUTES = 600.0  # for so long failures are remembered, in seconds
+OTHER = "other"  # stands for backends that are long gone: see `Tally`; no backend has this name
 
 
 class Distribution(NamedTuple):
@@ -86,7 +87,7 @@ class Listener(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """How many connections of a proxy ended, by backend and cause. backend: `-` for those that had none."""
+    """How many connections of a proxy ended, by backend and cause. backend: `-` for those that had none, or OTHER."""
 
     backend: str = "-"
     cause: str = ""
@@ -129,10 +130,9 @@ class Refusals(NamedTuple):
 class Proxy(NamedTuple):
     """A proxy. retired: whether it was taken out and still has connections.
 
-    open: connections now. most: `max_connections`. accepted: so far, refused ones too. silent: who has yet to say
-    what it wants. queue: who waits for a backend. full_in: in how many processes all its places are taken.
-    seconds: how long connections lasted. queue_seconds: how long clients waited for a backend.
-    last_10s, last_minute: rates.
+    open: connections now. most: `max_connections`. accepted: so far, refused ones too. silent: who has yet to say what
+    it wants. queue: who waits for a backend. full_in: in how many processes all its places are taken. seconds: how long
+    connections lasted. queue_seconds: how long clients waited for a backend. last_10s, last_minute: rates.
     """
 
     name: str = ""

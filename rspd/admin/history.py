@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from operator import gt
 from typing import Any
 
-from rspd.snapshot import Backend, Distribution, Proxy, Snapshot
+from rspd.snapshot import OTHER, Backend, Distribution, Proxy, Snapshot
 
 # Values by the names of metrics and by their labels. A histogram has the counts of its buckets, and their sum last.
 Values = dict[str, dict[tuple[str, ...], tuple[float, ...]]]
@@ -16,6 +16,9 @@ LARGEST = ("rspd_reloads_total",)
 
 # Of backends and routes, which a reload may take out. If no process has one any more, its counters end too.
 PASSING = ("rspd_routed_total", "rspd_connect_failures_total", "rspd_backend_checks_total", "rspd_connect_seconds")
+
+# By proxy, backend and something else. A process adds what it has of backends that are long gone to that of OTHER.
+FOLDED = ("rspd_connections_total", "rspd_bytes_total")
 
 # The path of the process that asks, among those of workers.
 OWN = ""
@@ -156,15 +159,36 @@ def _began_anew(before: Values, now: Values) -> Values:
             later = present.get(labels, ())
             if len(later) != len(values) or any(map(gt, values, later)):
                 found.setdefault(name, {})[labels] = values
+        if name in FOLDED and name in found:
+            _uncount_folded(found[name], series, present)
     return found
 
 
+def _uncount_folded(
+    found: dict[tuple[str, ...], tuple[float, ...]],
+    before: Mapping[tuple[str, ...], tuple[float, ...]],
+    now: Mapping[tuple[str, ...], tuple[float, ...]],
+) -> None:
+    """Take away from OTHER what is found of backends, if the process has added it there."""
+    for labels, (value, *_) in list(found.items()):
+        other = labels[0], OTHER, *labels[2:]
+        risen = sum(now.get(other, ())) - sum(before.get(other, ())) + sum(found.get(other, ()))
+        if labels != other and value <= risen:
+            _join(found, other, (-value,))
+
+
 def _without_gone(ended: Values, known: Mapping[str, tuple[str, Values]]) -> Values:
-    """Without what is of backends and routes that no process has any more."""
+    """Without what is of backends and routes that no process has any more. Their ends and bytes are those of OTHER."""
     kept = dict(ended)
     for name in PASSING:
         present = set[tuple[str, ...]]().union(*(values.get(name, ()) for _, values in known.values()))
         kept[name] = {labels: values for labels, values in ended.get(name, {}).items() if labels in present}
+    members = {labels[2] for _, values in known.values() for labels in values.get("rspd_connect_failures_total", ())}
+    for name in FOLDED:
+        there = {labels[1] for _, values in known.values() for labels in values.get(name, ())} | members | {"-"}
+        kept[name] = {}
+        for labels, values in ended.get(name, {}).items():
+            _join(kept[name], labels if labels[1] in there else (labels[0], OTHER, *labels[2:]), values)
     return kept
 
 

@@ -76,6 +76,7 @@ class Proxies:
             else:
                 proxy = self._make(wanted, own)
             self.configured[wanted.name] = proxy
+            proxy.tally.go_by(partial(_names, proxy))
             for listener in own:
                 if listener not in before:
                     passed = "" if listener.passed is None else f" socket={quote(listener.passed)}"
@@ -83,6 +84,7 @@ class Proxies:
         for proxy in old.values():
             proxy.listeners.clear()  # other proxies have them now, or they are closed
             proxy.stop_listening()
+            proxy.tally.go_by(tuple)
             self._retired.append(proxy)
             log.info("proxy taken out%s connections=%d", proxy.tag, proxy.open)
 
@@ -195,6 +197,10 @@ class Proxies:
         """For how many seconds there has been no connection."""
         idle = min(proxy.idle for proxy in self.everyone())
         return min(idle, self._loop.now - self._last_end)
+
+
+def _names(proxy: Proxy) -> list[str]:
+    return [backend.name for backend in proxy.router.backends]
 
 
 def _taken_out(known: Handed, before: Callable[[], Config | None], pools: Container[str]) -> ProxyConfig:

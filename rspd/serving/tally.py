@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
 
 from rspd.engine.cause import Cause
 from rspd.engine.side import Handed
 from rspd.histogram import Histogram
-from rspd.snapshot import CONNECTION_BOUNDS, QUEUE_BOUNDS, TEN_MINUTES, Ends, Failure, Refusals, Volume
+from rspd.snapshot import CONNECTION_BOUNDS, OTHER, QUEUE_BOUNDS, TEN_MINUTES, Ends, Failure, Refusals, Volume
 
 # An end: the backend's name or `-`, the cause, seconds since the client was accepted, bytes from the client, and bytes
 # from the backend.
@@ -18,6 +18,10 @@ End = tuple[str, Cause, float, int, int]
 
 # How many ends are put down before they are counted. Together, they take half as long.
 BATCH = 256
+
+# How many backends that are in no pool any more keep their own counts: those that were used last. And how many more
+# there may be before they are looked for.
+KEPT, MORE = 100, 20
 
 # Failures are kept by the minute, for so many minutes.
 MINUTES = int(TEN_MINUTES // 60)
@@ -34,6 +38,8 @@ class Tally:
     shares: of open connections, the bytes that have been counted: those from the client, and those from the backend.
     queue_seconds: how long clients waited for a backend.
     accepted: how many clients were accepted by proxies of this name that are gone.
+
+    Names and addresses change without end, so the counts of backends that are long gone are added to those of OTHER.
     """
 
     def __init__(self) -> None:
@@ -42,7 +48,10 @@ class Tally:
         self.queue_seconds = Histogram(QUEUE_BOUNDS)
         self.accepted = 0
         self._ends: Counter[tuple[str, str]] = Counter()
-        self._volumes: dict[str, list[int]] = {}  # by backend: bytes from clients, bytes from backends
+        # By backend: bytes from clients, bytes from backends. Those that moved some, or had an end, last come last.
+        self._volumes: dict[str, list[int]] = {}
+        self._members: Callable[[], Iterable[str]] = tuple
+        self._most = KEPT  # of backends, before they are looked at again
         self._seconds = Histogram(CONNECTION_BOUNDS)
         self._refused: Counter[str] = Counter()
         # By the minute, the latest one last; by cause and backend: the number, the last reason, and when that was.
@@ -57,12 +66,28 @@ class Tally:
             own = list(group)
             self._add(backend, sum(map(_SENT, own)), sum(map(_RECEIVED, own)))
         self._seconds.note_all(sorted(map(_SECONDS, ends)))
+        if len(self._volumes) > self._most:
+            self._fold()
 
     def _add(self, backend: str, sent: int, received: int) -> None:
-        if sent or received:
-            volume = self._volumes.setdefault(backend, [0, 0])
-            volume[0] += sent
-            volume[1] += received
+        before = self._volumes.pop(backend, (0, 0))
+        self._volumes[backend] = [before[0] + sent, before[1] + received]
+
+    def go_by(self, members: Callable[[], Iterable[str]]) -> None:
+        """Keep the counts of these backends apart from now on. members: returns the names of those in pools."""
+        self._members = members
+        self._most = KEPT
+
+    def _fold(self) -> None:
+        """Add the counts of backends that are long gone to those of OTHER. The sums stay."""
+        stay = {*self._members(), "-", OTHER}
+        gone = [backend for backend in self._volumes if backend not in stay]
+        folded = set(gone[:-KEPT])
+        for key in [key for key in self._ends if key[0] in folded]:
+            self._ends[OTHER, key[1]] += self._ends.pop(key)
+        for backend in folded:
+            self._add(OTHER, *self._volumes.pop(backend))
+        self._most = len(self._volumes) + MORE
 
     def count_bytes(self, connection: object, backend: str, sent: int, received: int) -> None:
         """Count the bytes that are new of an open connection, which has moved so many in all."""
@@ -130,7 +155,7 @@ class Tally:
     def volumes(self) -> tuple[Volume, ...]:
         """Bytes, those of open connections up to the last `count_bytes` of each."""
         self.settle()
-        return tuple(Volume(backend, *volume) for backend, volume in self._volumes.items())
+        return tuple(Volume(backend, *volume) for backend, volume in self._volumes.items() if any(volume))
 
     @property
     def refused(self) -> tuple[Refusals, ...]:

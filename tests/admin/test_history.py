@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rspd.admin.history import History, Values, counted
-from rspd.snapshot import Checks, Distribution, Ends, Process, Proxy, Snapshot
+from rspd.snapshot import OTHER, Checks, Distribution, Ends, Process, Proxy, Snapshot
 from tests.admin.samples import SAMPLE, grown, of_lineage
 
 OWN = Snapshot(Process(lineage="own"), (Proxy("web", accepted=1000),))
@@ -139,6 +139,33 @@ def test_a_backend_of_a_process_alone_is_gone_with_it() -> None:
     history.take(SAMPLE, {})
     history.take(without_backends(SAMPLE), {})
     assert history.sums() == counted(without_backends(SAMPLE))
+
+
+def test_ends_that_a_process_adds_to_those_of_other_backends_count_once() -> None:
+    """They stay those of their backend as long as another process has it."""
+
+    def has(lineage: str, **ends: int) -> Snapshot:
+        them = tuple(Ends(backend, "client-closed", number) for backend, number in ends.items())
+        return Snapshot(Process(lineage=lineage), (Proxy("web", ends=them),))
+
+    def sums() -> dict[str, float]:
+        return {backend: number for (_, backend, _), (number,) in history.sums()["rspd_connections_total"].items()}
+
+    history = History()
+    history.take(has("own", a=7, b=1), {"1": has("w1", a=5, c=2)})
+    assert sums() == {"a": 12, "b": 1, "c": 2}
+    for _ in range(2):
+        history.take(has("own", b=1, other=7), {"1": has("w1", a=6, c=2)})
+        assert sums() == {"a": 13, "b": 1, "c": 2, OTHER: 0}
+    following = History()
+    following.resume(json.loads(json.dumps(history.hand_over())))
+    history = following
+    history.take(has("own", a=1, b=1, other=7), {"1": has("w1", a=6, c=2)})  # it is back
+    assert sums() == {"a": 14, "b": 1, "c": 2, OTHER: 0}
+    history.take(has("own", b=1, other=8), {"1": has("w1", c=3, other=6)})
+    assert sums() == {"b": 1, "c": 3, OTHER: 14}
+    history.take(has("own", b=1, other=8), {"1": has("w1b", d=1)})  # who had c has ended
+    assert sums() == {"b": 1, "d": 1, OTHER: 17}
 
 
 def test_a_backend_without_a_count_is_handed_over_so_that_what_it_had_before_stays() -> None:

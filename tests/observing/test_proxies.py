@@ -13,6 +13,7 @@ from rspd import snapshot
 from rspd.balancing import backend as balancing
 from rspd.observing.proxies import backend as seen_backend
 from rspd.observing.proxies import layout, pools, proxies, routes
+from rspd.serving.tally import End
 from rspd.snapshot import Checks, Ends, Failure, Listener, Pool, Refusals, Route, Volume
 from tests.observing.scene import Scene, play, talk
 from tests.support import Backend, echo
@@ -150,6 +151,27 @@ def test_counts_never_go_back_whatever_becomes_of_a_proxy(backend: Backend) -> N
             assert (one.accepted, one.ends[0].number, one.volumes[0].sent) == (turn, turn, 5 * turn)
 
     play(several(backend, "a", "b"), script)
+
+
+def test_backends_in_a_pool_keep_their_own_counts_and_those_that_are_long_gone_do_not(backend: Backend) -> None:
+    async def script(scene: Scene) -> None:
+        await come_and_go(scene)
+        assert look(scene)[0].ends == (Ends(backend.address, "client-closed", 1),)
+
+        def counted(hosts: range) -> dict[str, int]:
+            """After connections to further backends, of which no file knows any more."""
+            new: list[End] = [(f"10.1.0.{host}:80", "client-closed", 1.0, 5, 5) for host in hosts]
+            scene.proxies.tallies[""].new += new
+            return {one.backend: one.number for one in look(scene)[0].ends}
+
+        found = counted(range(200))
+        assert (found[backend.address], found["other"]) == (1, 100)
+        scene.reload(file(backend="127.0.0.1:1"))
+        found = counted(range(200, 220))
+        assert backend.address not in found
+        assert sum(found.values()) == 221
+
+    play(file(routes=[{"from": "127.0.0.0/8", "backend": backend.address}]), script)
 
 
 # Backends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from rspd.engine.cause import Cause
 from rspd.engine.side import Handed
 from rspd.running.document import read, write
 from rspd.serving.tally import End, Tally
-from rspd.snapshot import Ends, Failure, Refusals, Volume
+from rspd.snapshot import OTHER, Ends, Failure, Refusals, Volume
 
 A, B = "10.0.0.11:80", "10.0.0.12:80"
 
@@ -120,6 +121,49 @@ def test_whenever_somebody_looks_the_sums_are_those_of_all_bytes_and_ends(steps:
                 tally.count_bytes(one, (A, B)[place % 2], sent, received)
             assert counts(tally)[1] == {name: tuple(sums) for name, sums in moved.items() if any(sums)}
             assert sum(counts(tally)[0].values()) == counts(tally)[2] == ended
+
+
+# Backends that are gone
+
+
+def come_and_go(tally: Tally, names: Sequence[str]) -> None:
+    """One after the other, each with an end of each of two causes."""
+    for name in names:
+        tally.new += [end(name), end(name, "backend-closed")]
+        tally.settle()
+
+
+def test_counts_of_backends_that_are_long_gone_are_added_up() -> None:
+    tally = Tally()
+    tally.go_by(lambda: [A])
+    gone = [f"10.1.0.{number}:80" for number in range(1000)]
+    come_and_go(tally, [A, "-"])
+    for number in range(0, 1000, 50):
+        come_and_go(tally, gone[number : number + 50])
+        tally = over(tally)  # the bound holds over handovers, too
+        tally.go_by(lambda: [A])
+    come_and_go(tally, gone[-1:])
+    ends, volumes, number = counts(tally)
+    assert {A, "-", OTHER, *gone[-100:]} <= volumes.keys()
+    assert len(volumes) < 130
+    assert len(ends) == 2 * len(volumes)
+    assert sum(ends.values()) == number == 2 * 1003
+    assert ends[A, "client-closed"] == 1
+    assert ends[OTHER, "client-closed"] == ends[OTHER, "backend-closed"] >= 870
+    assert [sum(each) for each in zip(*volumes.values(), strict=True)] == [2 * 1003, 4 * 1003]
+
+
+def test_a_connection_that_outlives_the_counts_of_its_backend_is_counted_once() -> None:
+    tally, one = Tally(), object()
+    tally.count_bytes(one, B, 5, 7)
+    come_and_go(tally, [f"10.1.0.{number}:80" for number in range(200)])
+    assert B not in counts(tally)[1]
+    tally.count_bytes(one, B, 6, 9)
+    assert counts(tally)[1][B] == (1, 2)
+    tally.new.append(tally.less_share(one, end(B, sent=10, received=10)))
+    ends, volumes, _ = counts(tally)
+    assert (ends[B, "client-closed"], volumes[B]) == (1, (5, 3))
+    assert [sum(each) for each in zip(*volumes.values(), strict=True)] == [400 + 10, 800 + 10]
 
 
 # Failures and refusals
