@@ -20,12 +20,11 @@ CONNECT_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 CONNECTION_BOUNDS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 86400.0)
 QUEUE_BOUNDS = (0.001, 0.01, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0)
 TURN_BOUNDS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5)
-
 # What a connection is doing, in the order in which that may happen.
 STATES = ("first bytes", "queued", "connecting", "open", "half-closed", "ending")
 # The states of a backend, those in trouble first.
 BACKEND_STATES = ("down", "trial", "full", "up")
-
+NUMBER_MAX = 1 << 63  # above all counts, times and rates that there are
 TEN_MINUTES = 600.0  # for so long failures are remembered, in seconds
 OTHER = "other"  # stands for backends that are long gone: see `Tally`; no backend has this name
 
@@ -45,10 +44,9 @@ class Distribution(NamedTuple):
 class Process(NamedTuple):
     """The process, or those of one service together.
 
-    now: when somebody looked, by the system's clock (time(2)).
     age: since its start. service_age: since the start of the first process of which this one has taken over.
     origin: is in the ids of connections that this process accepted. lineage: the origin of that first process.
-    worker: the number of a worker (rspd-worker@N); empty for others.
+    now: when somebody looked (time(2)). worker: the number of a worker (rspd-worker@N); empty for others.
     processes: how many are summed up. unanswered: the sockets of those that did not answer in time.
     failure: why the last reload, or the last start, did not go by the file; empty if it did.
     reloads_failed, handovers: since the start of the service.
@@ -283,8 +281,7 @@ def as_json(value: object) -> str:
 
 def read(kind: type[T], value: Any) -> T:
     """The named tuple of a value that JSON had. Raises ValueError if it does not fit."""
-    made: T = _reader(kind)(value)  # type: ignore[arg-type]
-    return made
+    return _reader(kind)(value)  # type: ignore[arg-type, no-any-return]
 
 
 @lru_cache(None)
@@ -313,8 +310,10 @@ def _read_list(reader: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _read_value(kind: Any, value: Any) -> Any:
-    if type(value) is kind:
-        return value
-    if kind is float and (value is None or type(value) is int):
-        return inf if value is None else float(value)
-    raise ValueError(f"expected {kind.__name__}, found {value!r:.80}")
+    if kind is float and value is None:
+        return inf
+    if type(value) is not kind and (kind is not float or type(value) is not int):
+        raise ValueError(f"expected {kind.__name__}, found {value!r:.80}")
+    if kind in (int, float) and not abs(value) < NUMBER_MAX:  # NaN too
+        raise ValueError(f"expected a number below {NUMBER_MAX:.0e}, found {value!r:.80}")
+    return kind(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from math import inf
+from math import inf, nan
 from typing import Any, get_type_hints
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rspd.snapshot import (
     CONNECT_BOUNDS,
     CONNECTION_BOUNDS,
+    NUMBER_MAX,
     QUEUE_BOUNDS,
     TURN_BOUNDS,
     Backend,
@@ -33,7 +34,9 @@ from tests.admin.samples import SAMPLE
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
     """Any value of a field of this type."""
     if kind is float:
-        return st.floats(allow_nan=False).filter(lambda number: number != -inf)
+        return st.just(inf) | st.floats(-NUMBER_MAX, NUMBER_MAX, exclude_min=True, exclude_max=True)
+    if kind is int:
+        return st.integers(1 - NUMBER_MAX, NUMBER_MAX - 1)
     if kind is str:
         return st.text(max_size=3)
     if hasattr(kind, "_fields"):
@@ -103,6 +106,11 @@ def test_a_whole_number_of_seconds_is_one() -> None:
         ({"process": {"ending": 1}}, "expected bool, found 1"),
         ({"process": {"unanswered": "worker-1.sock"}}, "expected a list, found 'worker-1.sock'"),
         ({"process": {"unanswered": [1]}}, "expected str, found 1"),
+        ({"process": {"age": 10**400}}, f"expected a number below 9e+18, found {str(10**400)[:80]}"),
+        ({"process": {"pid": 10**400}}, f"expected a number below 9e+18, found {str(10**400)[:80]}"),
+        ({"process": {"age": inf}}, "expected a number below 9e+18, found inf"),
+        ({"process": {"age": nan}}, "expected a number below 9e+18, found nan"),
+        ({"process": {"age": -1e300}}, "expected a number below 9e+18, found -1e+300"),
         ({"proxies": {}}, "expected a list, found {}"),
         ({"proxies": [{"listeners": [{"waiting": "3"}]}]}, "expected int, found '3'"),
         ({"proxies": 100 * [1]}, "expected an object for Proxy, found 1"),

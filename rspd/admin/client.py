@@ -10,41 +10,68 @@ import os
 import socket
 import struct
 import time
-from typing import Any
+from math import inf
+from typing import Any, NoReturn
 
 from rspd.admin.request import WORKER, of_worker
 
 # Seconds for each step of a request. A process that is at work answers within milliseconds.
 PATIENCE = 5.0
 
+# The whole takes at most so many times that, however slowly an answer comes.
+WHOLE = 4
+
+# How often a process is asked if the connection ends before the answer begins. A process that restarts closes the
+# connections of those that have not said yet what they want.
+TRIES = 5
+
 # Bytes of an answer that are read: 100,000 connections take a third. And bytes that are read at once.
 MOST_BYTES, PIECE = 1 << 27, 1 << 16
 
 
 class AnswerError(Exception):
-    """Who listens at the socket gives no answer that can be used; the text says why."""
+    """Who listens at the socket gives no answer that can be used; the text says why.
+
+    status: that of HTTP, if it says that it cannot answer; else 0.
+    """
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
 
 
-class _Connection(http.client.HTTPConnection):
-    """An HTTP connection to a unix socket."""
+class _Socket(socket.socket):
+    """A unix socket that is read until a time of the monotonic clock. heard: whether anything has come."""
 
-    def __init__(self, path: str, timeout: float, ours: bool) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = path
-        self._ours = ours
+    until = inf
+    heard = False
 
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            # With a timeout of Python's, connect(2) would fail at once where too many wait to be accepted.
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout or PATIENCE))
-            self.sock.connect(self._path)
-            self.sock.settimeout(self.timeout)
-            if self._ours and _user_of(self.sock) not in (0, os.geteuid()):
-                raise PermissionError(errno.EPERM, "another user listens there")
-        except BaseException:
-            self.close()
-            raise
+    def recv_into(self, *into: Any) -> int:
+        """Read what comes. Raises OSError, TimeoutError if it comes too late."""
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer takes too long")
+        self.settimeout(min(left, self.gettimeout() or PATIENCE))
+        count = super().recv_into(*into)
+        self.heard |= count > 0
+        return count
+
+
+def _connect(path: str, patience: float, until: float, ours: bool) -> _Socket:
+    """A socket connected to a path; see `ask`. Raises OSError."""
+    sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # With a timeout of Python's, connect(2) would fail at once where too many wait to be accepted.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(patience))
+        sock.connect(path)
+        sock.settimeout(patience)
+        sock.until = until
+        if ours and _user_of(sock) not in (0, os.geteuid()):
+            raise PermissionError(errno.EPERM, "another user listens there")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _user_of(sock: socket.socket) -> int:
@@ -62,34 +89,48 @@ def _timeval(seconds: float) -> bytes:
 def ask(path: str, target: str, patience: float = PATIENCE, ours: bool = False) -> Any:
     """What the process at a control socket answers: JSON, as Python's values.
 
-    target: `/v1/status`, or `/v1/connections?` and a query. patience: seconds for each step, and for the whole four
+    target: `/v1/status`, or `/v1/connections?` and a query. patience: seconds for each step, and for the whole WHOLE
     times that. ours: whether only a process of this user is asked, or one of root's.
     Raises OSError if nobody can be asked there, or is too slow; AnswerError if the answer is none.
     """
-    connection = _Connection(path, patience, ours)
-    until = time.monotonic() + 4 * patience
+    until = time.monotonic() + WHOLE * patience
     try:
-        connection.request("GET", target)
-        answer = connection.getresponse()
+        for left in reversed(range(TRIES)):
+            with _connect(path, patience, until, ours) as sock:
+                try:
+                    return _answer(sock, target)
+                except (BrokenPipeError, ConnectionResetError):
+                    if sock.heard or not left:
+                        raise
+    except http.client.HTTPException as error:
+        raise AnswerError(f"expected an answer in HTTP, found {error or type(error).__name__}") from None
+    except (ValueError, RecursionError) as error:
+        raise AnswerError(f"expected JSON, found {error}") from None
+
+
+def _answer(sock: _Socket, target: str) -> Any:
+    """Ask, and read the answer. Raises OSError, HTTPException, AnswerError, ValueError or RecursionError."""
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = sock
+    connection.request("GET", target)
+    with connection.getresponse() as answer:
         content = bytearray()
         while part := answer.read(PIECE):
             content += part
             if len(content) > MOST_BYTES:
                 raise AnswerError(f"expected at most {MOST_BYTES:,} bytes, found more")
-            if time.monotonic() > until:
-                raise TimeoutError("the answer takes too long")
         left = int(answer.getheader("Content-Length") or len(content)) - len(content)
         if left > 0:
             raise http.client.IncompleteRead(bytes(content), left)
         if answer.status != 200:
-            raise AnswerError(content.decode(errors="replace").strip()[:500] or f"status {answer.status}")
-        return json.loads(content)
-    except http.client.HTTPException as error:
-        raise AnswerError(f"expected an answer in HTTP, found {error or type(error).__name__}") from None
-    except (ValueError, RecursionError) as error:
-        raise AnswerError(f"expected JSON, found {error}") from None
-    finally:
-        connection.close()
+            text = content.decode(errors="replace").strip()[:500]
+            raise AnswerError(text or f"status {answer.status}", answer.status)
+    return json.loads(content, parse_constant=_no_number)
+
+
+def _no_number(word: str) -> NoReturn:
+    """For NaN and Infinity, which Python's JSON has beyond the standard."""
+    raise ValueError(word)
 
 
 def sockets_of(path: str) -> list[str]:

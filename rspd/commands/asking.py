@@ -222,7 +222,12 @@ def _ask_at_once(
     done: SimpleQueue[tuple[tuple[str, str], Any]] = SimpleQueue()
 
     def run(path: str, target: str, kind: type) -> None:
-        done.put(((path, target), _ask_one(path, target, kind, patience)))
+        outcome: Any
+        try:
+            outcome = _ask_one(path, target, kind, patience)
+        except Exception as bug:  # else it would be waited for without end
+            outcome = bug
+        done.put(((path, target), outcome))
 
     begin = time.monotonic()
     for job in jobs:
@@ -234,6 +239,8 @@ def _ask_at_once(
         except Empty:
             return
         outcomes[key] = outcome
+        if isinstance(outcome, Exception) and not isinstance(outcome, (OSError, AnswerError)):
+            raise outcome
         if not isinstance(outcome, Exception):
             missing.discard(key[1])
 

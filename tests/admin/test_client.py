@@ -6,13 +6,14 @@ import os
 import socket
 import threading
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rspd.admin.client import AnswerError, ask, sockets_of
+from rspd.admin.client import TRIES, AnswerError, ask, sockets_of
 from rspd.admin.request import Answer, Request
 from rspd.engine.loop import Loop
 from tests.admin.serving import serving
@@ -60,6 +61,7 @@ def test_it_asks_the_server_and_reads_json(tmp_path: Path) -> None:
         (ok(b"{", b"Content-Length: 100"), "expected an answer in HTTP, found IncompleteRead"),
         (ok(b""), "expected JSON, found Expecting value"),
         (ok(b'{"process":{"version"'), "expected JSON, found Expecting ':' delimiter"),
+        (ok(b'{"x": -Infinity}'), "expected JSON, found -Infinity"),
         (ok(b"\xff"), "expected JSON, found 'utf-8' codec can't decode"),
         (ok(100_000 * b"["), "expected JSON, found maximum recursion depth exceeded"),
         (b"HTTP/1.1 500 x\r\n\r\na bug\n", "a bug"),
@@ -155,6 +157,72 @@ def test_an_answer_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(AnswerError, match="expected at most 1,048,576 bytes, found more"):
             ask(path, "/v1/status")
         thread.join(PATIENCE)
+
+
+@contextmanager
+def talking(path: str, *talks: Callable[[socket.socket], None]) -> Iterator[list[bytes]]:
+    """Something that talks to each client in its own way, one after another. Yields the requests that it has read."""
+    read: list[bytes] = []
+
+    def run(listener: socket.socket) -> None:
+        for talk in talks:
+            with listener.accept()[0] as client, suppress(OSError):
+                if talk is not reset:
+                    read.append(client.recv(1 << 16))
+                talk(client)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        thread = threading.Thread(target=run, args=(listener,), daemon=True)
+        thread.start()
+        yield read
+        thread.join(PATIENCE)
+
+
+def reset(client: socket.socket) -> None:
+    """What rspd does with those that have not asked yet when it restarts."""
+
+
+def answer(client: socket.socket) -> None:
+    client.sendall(ok(b"[1]"))
+
+
+def break_off(client: socket.socket) -> None:
+    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[1")
+
+
+def test_a_connection_that_ends_before_the_answer_begins_is_tried_again(path: str) -> None:
+    with talking(path, reset, lambda _: None, reset, answer) as read:
+        assert ask(path, "/v1/status") == [1]
+    assert len(read) == 2
+    os.unlink(path)
+    with talking(path, *[lambda _: None] * TRIES) as read, pytest.raises(AnswerError, match="without response"):
+        ask(path, "/v1/status")
+    assert len(read) == TRIES
+
+
+def test_an_answer_that_has_begun_is_not_asked_for_again(path: str) -> None:
+    with talking(path, break_off) as read, pytest.raises(AnswerError, match="IncompleteRead"):
+        ask(path, "/v1/status")
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("begun", [ok(b""), b"HTTP/1.1 200 OK\r\nX: "], ids=["in the content", "in the head"])
+def test_an_answer_that_comes_too_slowly_is_given_up(path: str, begun: bytes) -> None:
+    """Its bytes come so often that no step of it takes long."""
+
+    def dribble(client: socket.socket) -> None:
+        client.sendall(begun)
+        while True:
+            client.sendall(b" ")
+            time.sleep(0.02)
+
+    with talking(path, dribble):
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            ask(path, "/v1/status", 0.1)
+        assert 0.4 <= time.monotonic() - started < PATIENCE
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

@@ -14,7 +14,7 @@ from threading import Thread
 
 import pytest
 
-from rspd.admin.client import PATIENCE
+from rspd.admin.client import PATIENCE, TRIES
 from rspd.admin.query import Query
 from rspd.commands import asking
 from rspd.commands.asking import Watch, instances, look, look_at_connections, look_at_each, parser_of, socket_of, where
@@ -311,6 +311,9 @@ def test_a_process_that_is_stopped_is_not_waited_for(path: str) -> None:
         (b"HTTP/1.1 200 OK\r\n\r\n{", "expected JSON"),
         (b"HTTP/1.1 200 OK\r\n\r\n[]", "expected an object for Snapshot, found []"),
         (b'HTTP/1.1 200 OK\r\n\r\n{"process": {"pid": "x"}}', "expected int, found 'x'"),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"process": {"age": 1%s}}' % (400 * b"0"), "expected a number below 9e+18, found 10"),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"process": {"age": NaN}}', "expected JSON, found NaN"),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"process": {"age": 1e999}}', "expected a number below 9e+18, found inf"),
         (b"HTTP/1.1 503 Busy\r\n\r\nsixteen others look\n", "sixteen others look"),
     ],
 )
@@ -329,7 +332,8 @@ def test_an_answer_that_breaks_off_may_be_asked_for_again(path: str) -> None:
         listener.listen()
 
         def reset() -> None:
-            listener.accept()[0].close()  # with the request unread
+            for _ in range(TRIES):
+                listener.accept()[0].close()  # with the request unread
 
         thread = Thread(target=reset)
         thread.start()
@@ -337,6 +341,26 @@ def test_an_answer_that_breaks_off_may_be_asked_for_again(path: str) -> None:
         thread.join()
     assert code in (75, 76)  # the request may come before the end, or after it
     assert "broke off" in said or "expected an answer in HTTP" in said
+
+
+def test_an_absurd_number_of_one_process_does_not_keep_the_others_waiting(path: str) -> None:
+    """As `status` with workers, and `top`, which asks one process for two things at once."""
+    absurd = b'HTTP/1.1 200 OK\r\n\r\n{"process": {"age": 1%s}}' % (400 * b"0")
+    worker = f"{os.path.dirname(path)}/worker-1.sock"
+    with answering(path, Snapshot(Process(pid=1))), answering(worker, instead=absurd):
+        assert look(path).process == Process(pid=1, unanswered=(worker,))
+    os.unlink(worker)
+    with answering(worker, instead=absurd), pytest.raises(StartError, match="expected a number below 9e"):
+        Watch(worker).look(Query())
+
+
+def test_a_bug_in_a_thread_that_asks_ends_the_command(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(asking, "_ask_one", broken)
+    with pytest.raises(ZeroDivisionError):
+        Watch(path).look(Query())
 
 
 def test_what_a_later_version_says_beyond_it_does_no_harm(path: str) -> None:
