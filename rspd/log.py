@@ -39,9 +39,14 @@ def quote(text: str) -> str:
 
 
 def complain(message: str) -> None:
-    """Say on stderr why rspd does not start; the log need not be set up."""
+    """Say on stderr why rspd does not start, if it can be said there; the log need not be set up."""
+    if sys.stderr is None:
+        return  # it is closed, and print would take stdout
     prefix = f"<{PRIORITIES[logging.ERROR]}>" if is_journal(STDERR) else "rspd: "
-    print(*(prefix + line for line in message.splitlines()), sep="\n", file=sys.stderr)
+    try:
+        print(*(prefix + line for line in message.splitlines()), sep="\n", file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = None  # or Python tries again at the end, and changes the exit code
 
 
 def is_journal(fd: int) -> bool:

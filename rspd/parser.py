@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments. Raises StartError."""
-        self.print_usage(sys.stderr)
+        if sys.stderr:  # or argparse would take stdout
+            self.print_usage(sys.stderr)
         raise StartError(f"{message}{' See' if message.endswith('?') else '; see'} {self.prog} --help", os.EX_USAGE)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:

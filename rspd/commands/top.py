@@ -34,8 +34,8 @@ DESCRIPTION = "Shows in a terminal what a running rspd does, live. The key h tel
 
 EPILOG = "With --json, it looks once, and needs no terminal."
 
-# Seconds between two looks, if nothing else is said, and the least that may be said.
-INTERVAL, INTERVAL_MIN = 1.0, 0.1
+# Seconds between two looks, if nothing else is said, and the least and the most that may be said.
+INTERVAL, INTERVAL_MIN, INTERVAL_MAX = 1.0, 0.1, 86400.0
 
 # Seconds: between looks as long as there is no answer; and after so many, a look is said to have none.
 RETRY, LATE = 1.0, 1.0
@@ -80,15 +80,15 @@ def _interval(text: str) -> float:
     from rspd.config.values import parse_finite_duration  # slow to import
 
     seconds = parse_finite_duration(text)
-    if seconds < INTERVAL_MIN:
-        raise ValueError(f"expected at least {INTERVAL_MIN:g} seconds, found {text!r}")
+    if not INTERVAL_MIN <= seconds <= INTERVAL_MAX:
+        raise ValueError(f"expected from {INTERVAL_MIN:g} to {INTERVAL_MAX:g} seconds, found {text!r}")
     return seconds
 
 
 def _need_terminal() -> None:
     """Raise StartError where there is no terminal that can be drawn on."""
     advice = "`rspd status` and `rspd connections` need no terminal"
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         raise StartError(f"rspd top: expected a terminal at stdin and stdout, found none\n{advice}", os.EX_UNAVAILABLE)
     try:
         curses.setupterm()

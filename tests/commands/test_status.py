@@ -388,6 +388,14 @@ def test_a_closed_output_is_73(path: str, served: Answering) -> None:
     assert (done.returncode, done.stderr) == (73, "rspd: cannot write to stdout: it is closed\n")
 
 
+@pytest.mark.parametrize("stderr", [">&-", ">/dev/full"])
+@pytest.mark.parametrize(("words", "code"), [("--socket /nowhere", 69), ("--chek", 64)])
+def test_where_stderr_cannot_be_written_errors_are_not_said_elsewhere(stderr: str, words: str, code: int) -> None:
+    command = ["/bin/sh", "-c", f'exec "$@" 2{stderr}', "sh", *COMMAND[:-1], *words.split(), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=PATIENCE, env=BUFFERED)
+    assert (done.returncode, done.stdout) == (code, "")
+
+
 def test_output_that_cannot_be_written_is_73(path: str, served: Answering) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

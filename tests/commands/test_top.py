@@ -234,7 +234,16 @@ def test_without_a_running_rspd_it_says_so_and_draws_nothing(path: Path) -> None
         assert "\x1b[" not in there.written
 
 
-@pytest.mark.parametrize("said", ["0.01", "never", "-1"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_a_closed_stdin_or_stdout_is_no_terminal(path: Path, closed: str) -> None:
+    command = ["/bin/sh", "-c", f'exec "$@" {closed}', "sh", *top(path)]
+    with answering(path, HEALTHY), terminal(command) as there:
+        assert there.end() == os.EX_UNAVAILABLE
+        expected = "" if "2>" in closed else "rspd: rspd top: expected a terminal at stdin and stdout, found none"
+        assert there.screen.text.partition("\n")[0] == expected
+
+
+@pytest.mark.parametrize("said", ["0.01", "never", "-1", "99999999h", "86401"])
 def test_an_interval_is_a_time(said: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, complained = run(main, [f"--interval={said}"], capsys)
     assert code == os.EX_USAGE
