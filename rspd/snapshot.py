@@ -49,7 +49,7 @@ class Process(NamedTuple):
     now: when somebody looked (time(2)). worker: the number of a worker (rspd-worker@N); empty for others.
     processes: how many are summed up. unanswered: the sockets of those that did not answer in time.
     failure: why the last reload, or the last start, did not go by the file; empty if it did.
-    reloads_failed, handovers: since the start of the service.
+    reloads_failed, handovers: since the start of the service. strangers: sockets of other users, who were not asked.
     ending: whether it drains. descriptors_max: the limit. turns: how long the loop's turns took, if they are measured.
     """
 
@@ -63,6 +63,7 @@ class Process(NamedTuple):
     service_age: float = 0.0
     processes: int = 1
     unanswered: tuple[str, ...] = ()
+    strangers: tuple[str, ...] = ()
     failure: str = ""
     reloads: int = 0
     reloads_failed: int = 0

@@ -103,7 +103,7 @@ def ask(path: str, target: str, patience: float = PATIENCE, ours: bool = False) 
                     if sock.heard or not left:
                         raise
     except http.client.HTTPException as error:
-        raise AnswerError(f"expected an answer in HTTP, found {error or type(error).__name__}") from None
+        raise AnswerError(f"expected an answer in HTTP, found {str(error).strip() or type(error).__name__}") from None
     except (ValueError, RecursionError) as error:
         raise AnswerError(f"expected JSON, found {error}") from None
 
@@ -134,7 +134,35 @@ def _no_number(word: str) -> NoReturn:
 
 
 def sockets_of(path: str) -> list[str]:
-    """The control sockets of a service: this one, and those of its workers, in the same folder."""
+    """The control sockets of a service: this one, and those of its workers, in the same folder. No strangers."""
+    trusted = _trusted(path)
+    return [path, *(one for one in _beside(path) if _owner(one) in trusted)]
+
+
+def strangers_of(path: str) -> list[str]:
+    """What looks like the socket of a worker, but another user has made it.
+
+    Where everybody may write to the folder, anybody can put a socket there that lies. Believed are root, the user who
+    asks, and the owners of the service's own socket and of its folder, who may do there what they like.
+    """
+    trusted = _trusted(path)
+    return [one for one in _beside(path) if _owner(one) not in trusted]
+
+
+def _beside(path: str) -> list[str]:
     if os.path.basename(path).startswith(WORKER.partition("{")[0]):
-        return [path]
-    return [path, *sorted(glob.glob(of_worker(glob.escape(path), "*")))]
+        return []
+    return sorted(glob.glob(of_worker(glob.escape(path), "*")))
+
+
+def _trusted(path: str) -> set[int]:
+    """The users who are believed; and -1, see `_owner`."""
+    return {-1, 0, os.geteuid(), _owner(path), _owner(os.path.dirname(path) or ".")}
+
+
+def _owner(path: str) -> int:
+    """Who has made it; -1 if nothing is there. The owner of a link is who has made the link."""
+    try:
+        return os.lstat(path).st_uid
+    except OSError:
+        return -1

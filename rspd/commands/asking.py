@@ -10,10 +10,11 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from rspd.admin.client import PATIENCE, AnswerError, ask, sockets_of
+from rspd.admin.client import PATIENCE, AnswerError, ask, sockets_of, strangers_of
 from rspd.admin.merging import merge, merge_connections
 from rspd.admin.query import Query
 from rspd.admin.request import CONNECTIONS, CONTROL, STATUS
+from rspd.commands.words import cut, safe
 from rspd.errors import StartError
 from rspd.parser import Parser
 from rspd.snapshot import Connections, Process, Snapshot, read
@@ -25,6 +26,9 @@ GRACE, GRACE_OF_LOOKS = 2.0, 0.5
 
 # Seconds after which a process is asked again that was too late.
 AGAIN = 3.0
+
+# Columns of what is shown of an answer that is none.
+SAID_MAX = 300
 
 # Why a socket is no longer that of a process.
 NOBODY_THERE = (FileNotFoundError, ConnectionRefusedError)
@@ -100,7 +104,7 @@ def look(path: str, patience: float = PATIENCE) -> Snapshot:
 
     patience: seconds for each step of a request, here and in `look_at_each`.
     """
-    return merged(*look_at_each(path, patience))
+    return merged(path, *look_at_each(path, patience))
 
 
 def look_at_each(path: str, patience: float = PATIENCE) -> tuple[list[Snapshot], list[str]]:
@@ -109,10 +113,10 @@ def look_at_each(path: str, patience: float = PATIENCE) -> tuple[list[Snapshot],
     return snapshots, unanswered
 
 
-def merged(snapshots: Sequence[Snapshot], unanswered: Sequence[str]) -> Snapshot:
+def merged(path: str, snapshots: Sequence[Snapshot], unanswered: Sequence[str]) -> Snapshot:
     """The processes of a service taken together. unanswered: the sockets of those that do not answer."""
     whole = merge(snapshots)
-    return whole._replace(process=_with_unanswered(whole.process, unanswered))
+    return whole._replace(process=_with_missing(whole.process, path, unanswered))
 
 
 def look_at_connections(path: str, query: Query, late: Collection[str] = ()) -> Connections:
@@ -122,7 +126,7 @@ def look_at_connections(path: str, query: Query, late: Collection[str] = ()) -> 
     """
     ((parts, unanswered),) = _ask_all(path, [(_target(query), Connections)], PATIENCE, GRACE, late)
     whole = merge_connections(parts, query)
-    return whole._replace(process=_with_unanswered(whole.process, unanswered))
+    return whole._replace(process=_with_missing(whole.process, path, unanswered))
 
 
 class Watch:
@@ -145,7 +149,7 @@ class Watch:
 
                 self._late[path] = now + AGAIN
                 Thread(target=self._try, args=(path,), daemon=True).start()
-        return merged(snapshots, unanswered), merge_connections(parts, query)
+        return merged(self.path, snapshots, unanswered), merge_connections(parts, query)
 
     def _try(self, path: str) -> None:
         """Whether a process that was late answers now; or is gone."""
@@ -162,8 +166,8 @@ def _target(query: Query) -> str:
     return f"{CONNECTIONS}?{words}" if words else CONNECTIONS
 
 
-def _with_unanswered(process: Process, paths: Sequence[str]) -> Process:
-    return process._replace(unanswered=(*process.unanswered, *paths))
+def _with_missing(process: Process, path: str, unanswered: Sequence[str]) -> Process:
+    return process._replace(unanswered=(*process.unanswered, *unanswered), strangers=tuple(strangers_of(path)))
 
 
 def _path_of(instance: str, run: str) -> str:
@@ -258,7 +262,9 @@ def _give_up(path: str, error: Exception, patience: float) -> NoReturn:
     """Say why nobody could be asked, and what to do."""
     if isinstance(error, AnswerError):
         advice = "is it the control socket of rspd? Another one is named with --instance NAME or --socket PATH"
-        raise StartError(f"{path}: {error}\n{advice}", os.EX_PROTOCOL)
+        if error.status == 500:  # it is
+            advice = f"please report what the log says: journalctl -u {unit_of(path)}"
+        raise StartError(f"{path}: {cut(safe(str(error)), SAID_MAX)}\n{advice}", os.EX_PROTOCOL)
     if isinstance(error, PermissionError):
         raise StartError(f"{path}: permission denied\n{_who_may(path)}", os.EX_NOPERM)
     if isinstance(error, (TimeoutError, BlockingIOError, ConnectionResetError, BrokenPipeError)):

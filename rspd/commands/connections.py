@@ -58,6 +58,11 @@ def main(words: Sequence[str]) -> int:
         from rspd.log import complain  # slow to import, and seldom needed
 
         complain(f"warning: no answer from {say.safe(path)}: its connections are missing here")
+    if found.process.strangers:
+        from rspd.commands.troubles import left_out
+        from rspd.log import complain
+
+        complain(f"warning: {left_out(found.process.strangers)}")
     if options.json:
         say.show(as_json(found))
     else:

@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     path = socket_of(options)
     snapshots, unanswered = look_at_each(path)
-    snapshot = merged(snapshots, unanswered)
+    snapshot = merged(path, snapshots, unanswered)
     failed = unserved(snapshots, unanswered) if options.check else []
     if options.json:
         say.show(as_json(snapshot))

@@ -42,6 +42,7 @@ def troubles(snapshot: Snapshot, idlest: Mapping[str, Connection] = NOBODY, wher
         *_descriptors(process),
         *([f"the configuration file is not in force: {_sentence(process.failure)}"] if process.failure else []),
         *map(_unanswered, process.unanswered),
+        *([left_out(process.strangers)] if process.strangers else []),
         *_down(process, {pool: members[pool[:3]] for pool in snapshot.pools if pool not in dead}),
         *_failures(snapshot, configured),
     ]
@@ -185,6 +186,13 @@ def _descriptors(process: Process) -> Iterator[str]:
 
 def _unanswered(path: str) -> str:
     return f"no answer from {safe(path)}: that process is missing here; see systemctl status {safe(unit_of(path))}"
+
+
+def left_out(strangers: Sequence[str]) -> str:
+    """What is to be said of sockets that other users made, in one line: there may be as many as somebody likes."""
+    first, others = safe(strangers[0]), len(strangers) - 1
+    what, them = (f"{first} and {others:,} more are", "them") if others else (f"{first} is", "it")
+    return f"{what} left out: another user made {them}, and who answers there may lie; remove {them}"
 
 
 def _down(process: Process, pools: Mapping[Pool, Sequence[Backend]]) -> Iterator[str]:

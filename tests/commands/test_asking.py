@@ -8,7 +8,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
 
@@ -21,7 +21,7 @@ from rspd.commands.asking import Watch, instances, look, look_at_connections, lo
 from rspd.errors import StartError
 from rspd.snapshot import Connection, Process, Proxy, Snapshot
 from tests.commands.support import answering
-from tests.support import eventually
+from tests.support import OUR_USER, eventually
 
 OTHERS = "name another one with --instance NAME or --socket PATH"
 
@@ -325,6 +325,28 @@ def test_what_is_no_answer_of_rspd_is_shown(path: str, instead: bytes, found: st
     assert said.endswith("Another one is named with --instance NAME or --socket PATH")
 
 
+def test_what_a_terminal_would_obey_is_escaped_in_what_is_no_answer_and_it_is_cut(path: str) -> None:
+    evil = b"\x1b]0;owned\x07"
+    for instead, found in [
+        (b"HTTP/1.1 500 x\r\n\r\n" + evil, ": \\x1b]0;owned\\x07\n"),
+        (evil + b"\r\n", ": expected an answer in HTTP, found \\x1b]0;owned\\x07\n"),
+        (1000 * b"\x1b" + b"\r\n", "\\x1b\\x1b\\…\n"),
+    ]:
+        with answering(path, instead=instead):
+            _, said = refused(path)
+        os.unlink(path)
+        assert found in said
+        assert all(len(line) < 450 and line.isprintable() for line in said.splitlines())
+
+
+def test_a_bug_in_rspd_is_told_with_where_its_log_is(path: str) -> None:
+    with answering(path, instead=b"HTTP/1.1 500 x\r\n\r\na bug in rspd; its log says more\n"):
+        code, said = refused(path)
+    assert code == 76
+    advice = "please report what the log says: journalctl -u rspd"
+    assert said == f"{path}: a bug in rspd; its log says more\n{advice}"
+
+
 def test_an_answer_that_breaks_off_may_be_asked_for_again(path: str) -> None:
     os.mkdir(os.path.dirname(path))
     with socket.socket(socket.AF_UNIX) as listener:
@@ -341,6 +363,55 @@ def test_an_answer_that_breaks_off_may_be_asked_for_again(path: str) -> None:
         thread.join()
     assert code in (75, 76)  # the request may come before the end, or after it
     assert "broke off" in said or "expected an answer in HTTP" in said
+
+
+NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be several users")
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder where everybody may make files, as /tmp."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o1777)
+        yield Path(folder)
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("how", ["answers", "is silent", "is a link"])
+def test_a_socket_of_another_user_beside_those_of_the_service_is_not_asked(
+    shared: Path, tmp_path: Path, how: str
+) -> None:
+    path, worker, stranger = f"{shared}/c.sock", f"{shared}/c-worker-2.sock", f"{shared}/c-worker-1.sock"
+    lie, elsewhere = Snapshot(Process(pid=3), (Proxy("PAY ME"),)), f"{tmp_path}/c.sock"
+    with ExitStack() as stack:
+        stack.enter_context(answering(path, Snapshot(Process(pid=1))))
+        os.chown(path, OUR_USER, -1)  # the user of the service
+        stack.enter_context(answering(worker, Snapshot(Process(pid=2))))
+        os.chown(worker, OUR_USER, -1)
+        if how == "is silent":
+            stack.enter_context(frozen(stranger))
+        else:
+            server = stack.enter_context(answering(elsewhere if how == "is a link" else stranger, lie))
+        if how == "is a link":
+            os.symlink(elsewhere, stranger)
+        os.chown(stranger, OUR_USER + 1, -1, follow_symlinks=False)
+
+        found = look(path)
+        assert (found.process.processes, found.proxies) == (2, ())
+        assert (found.process.unanswered, found.process.strangers) == ((), (stranger,))
+        assert Watch(path).look(Query())[0] == found
+        assert look_at_connections(path, Query()).process.strangers == (stranger,)
+        if how != "is silent":
+            assert not server.asked
+            assert look(stranger) == lie  # who names it believes it
+
+
+@NEEDS_ROOT
+def test_the_owner_of_the_folder_is_believed_where_the_first_socket_is_gone(tmp_path: Path) -> None:
+    with answering(tmp_path / "worker-1.sock", Snapshot(Process(pid=2))):
+        for path in (tmp_path, tmp_path / "worker-1.sock"):
+            os.chown(path, OUR_USER, -1)
+        assert look(f"{tmp_path}/control.sock").process == Process(pid=2)
 
 
 def test_an_absurd_number_of_one_process_does_not_keep_the_others_waiting(path: str) -> None:

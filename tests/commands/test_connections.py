@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 from rspd.commands.connections import main
 from rspd.snapshot import Backend, Connection, Connections, Process, Proxy, Route, Snapshot, read
 from tests.commands.support import BUFFERED, Answering, Said, answering, in_terminal, run
+from tests.support import OUR_USER
 
 OLD = Connection(
     "k3x9-1", "", "192.0.2.7:5000", "", "10.0.0.11:80", state="open", age=250.0, idle=239.0, sent=78, received=1_234_567
@@ -155,6 +157,15 @@ def test_processes_that_do_not_answer_are_a_warning(tmp_path: Path, connections:
     said = f"rspd: warning: no answer from {tmp_path}/worker-1.sock: its connections are missing here\n"
     with answering(tmp_path / "worker-1.sock", instead=b"nonsense"):
         assert connections() == (0, "0 connections\n", said)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_a_socket_of_another_user_is_a_warning(tmp_path: Path, connections: Run, served: Answering) -> None:
+    with answering(tmp_path / "worker-1.sock", connections=[OLD]):
+        os.chown(tmp_path / "worker-1.sock", OUR_USER, -1)
+        code, out, err = connections()
+    assert (code, out) == (0, "0 connections\n")
+    assert err.startswith(f"rspd: warning: {tmp_path}/worker-1.sock is left out: another user made it")
 
 
 def test_in_a_terminal_the_first_are_shown_and_names_are_cut(path: str, served: Answering) -> None:

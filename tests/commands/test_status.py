@@ -350,10 +350,10 @@ def test_a_frozen_process_is_asked_once(
         assert "the client 192.0.2.7:5000 has had the place" in first
         assert second.startswith("no answer from ")
         frozen.settimeout(PATIENCE)
-        frozen.accept()[0].close()
-        frozen.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            frozen.accept()
+        with frozen.accept()[0]:
+            frozen.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                frozen.accept()
 
 
 def test_json_is_the_snapshot_in_one_line(tmp_path: Path, status: Run, served: Answering) -> None:

@@ -124,3 +124,12 @@ def test_what_happens_every_day_is_no_trouble(snapshot: Snapshot) -> None:
 def test_failures_of_a_backend_that_is_down_are_not_told_twice() -> None:
     snapshot = lone(failures=(Failure("backend-refused", "10.0.0.12:80", 50, "Connection refused", 2.0),))
     assert len(troubles(snapshot._replace(backends=(FIRST, REFUSED)))) == 1
+
+
+def test_sockets_of_other_users_are_told_in_one_line() -> None:
+    said = "left out: another user made"
+    assert troubles(LONE._replace(process=PROCESS._replace(strangers=("/tmp/a\x1b",)))) == [
+        f"/tmp/a\\x1b is {said} it, and who answers there may lie; remove it"
+    ]
+    (many,) = troubles(LONE._replace(process=PROCESS._replace(strangers=("/tmp/a", *map(str, range(1000))))))
+    assert many == f"/tmp/a and 1,000 more are {said} them, and who answers there may lie; remove them"
