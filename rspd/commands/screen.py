@@ -197,7 +197,7 @@ def _first_line(seen: Seen, rates: Rates, view: View, width: int) -> Line:
         (1, counted(len(seen.troubles), "trouble") if seen.troubles else ""),
         (0, "draining" if process.ending else ""),
         (6, counted(process.processes, "process", "processes") if process.processes > 1 else f"pid {process.pid}"),
-        (5, f"up {duration(int(process.service_age))}"),
+        (5, f"up {duration(process.service_age // 1)}"),
         (
             1,
             f"{sum(proxy.open for proxy in proxies):,} of {most:,} open",

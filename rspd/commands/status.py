@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rspd.admin.query import Query
 from rspd.commands import words as say
 from rspd.commands.asking import look_at_connections, look_at_each, merged, parser_of, socket_of, where
-from rspd.commands.troubles import by_pool, full, troubles, unserved
+from rspd.commands.troubles import by_pool, full, is_there, troubles, unserved
 from rspd.errors import StartError
 from rspd.snapshot import (
     BACKEND_STATES,
@@ -68,12 +68,15 @@ def main(words: Sequence[str]) -> int:
 
 def _idlest(path: str, snapshot: Snapshot) -> dict[str, Connection]:
     """Of each proxy with all places taken, the connection that has been silent for longest."""
-    found = {}
+    found: dict[str, Connection] = {}
+    others = sum(proxy.open for proxy in snapshot.proxies if proxy.name)
     with suppress(StartError):  # it answered a moment ago; what it said is worth more than why it does not now
         for name in (proxy.name for proxy in snapshot.proxies if full(proxy, snapshot.process)):
-            query = Query(proxy=name, sort="idle", limit=1)
+            # An empty name asks for all connections: those of proxies that a reload has taken out may be among them.
+            query = Query(proxy=name, sort="idle", limit=1 if name else 1 + others)
             for connection in look_at_connections(path, query, snapshot.process.unanswered).connections:
-                found[name] = connection
+                if connection.proxy == name:
+                    found.setdefault(name, connection)
     return found
 
 
@@ -108,7 +111,7 @@ class _Page:
         yield from _more(left, "trouble", "") if wrong else ["All is well."]
         yield from say.wrap(_process(snapshot.process), self._columns)
         yield from say.wrap(_so_far(snapshot), self._columns)
-        proxies, left = self._few(list(filter(_is_there, snapshot.proxies)), PROXIES, self._rank_of_proxy)
+        proxies, left = self._few(list(filter(is_there, snapshot.proxies)), PROXIES, self._rank_of_proxy)
         for proxy in proxies:
             yield ""
             yield from self._proxy(proxy)
@@ -206,11 +209,6 @@ class _Page:
         yield from ("", "failed in the last ten minutes, with the last reason") if rows else ()
         yield from self._table(rows, right=(0,), names=range(1, 3 + named))
         yield from _more(left, "cause")
-
-
-def _is_there(proxy: Proxy) -> bool:
-    """Of a proxy that was taken out, its counts stay."""
-    return not proxy.retired or proxy.open > 0
 
 
 def _more(left: int, noun: str, indent: str = "  ", nouns: str = "") -> list[str]:

@@ -5,6 +5,7 @@ from math import ceil, inf
 from typing import NamedTuple
 
 from rspd.admin.rates import Rates
+from rspd.commands.troubles import is_there
 from rspd.commands.words import CUT, NONE, connect_time, cut, number, share, size, title_of
 from rspd.snapshot import Backend, Connection, Proxy, Rate, Snapshot
 
@@ -87,7 +88,7 @@ def rows_of(snapshot: Snapshot, rates: Rates) -> list[Row]:
         pools.setdefault((backend.shared, backend.proxy, backend.pool), []).append(backend)
     processes = snapshot.process.processes
     rows: list[Row] = []
-    for proxy in snapshot.proxies:
+    for proxy in filter(is_there, snapshot.proxies):
         where = ", ".join(listener.address for listener in proxy.listeners)
         rows.append(Row(proxy.name or where or "proxy", proxy))
         for (shared, owner, name), members in pools.items():

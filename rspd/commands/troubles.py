@@ -61,6 +61,11 @@ def full(proxy: Proxy, process: Process) -> bool:
     return any(listener.waiting is None or listener.waiting for listener in proxy.listeners)
 
 
+def is_there(proxy: Proxy) -> bool:
+    """Whether a proxy is to be shown. If it was taken out and its last connection has ended, only its counts stay."""
+    return not proxy.retired or proxy.open > 0
+
+
 def serves(backend: Backend, process: Process) -> bool:
     """Whether a backend is in service, in one of the processes at least."""
     return backend.in_service or (process.processes > 1 and backend.in_service_in > 0)

@@ -43,7 +43,9 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes, in units of 1,000: `999 B`, `1.2 kB`, `12 MB`."""
+    """A number of bytes, in units of 1,000: `999 B`, `1.2 kB`, `12 MB`. `-` if it is inf."""
+    if not count < inf:
+        return NONE
     unit = 0
     while count >= 999.5 and unit < len(BYTES) - 1:
         count /= 1000

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,11 @@ def test_a_name_that_does_not_exist_is_told_with_those_that_do(connections: Run,
         assert connections(*words.split()) == (0, "0 connections\n", "")
     served.snapshot = Snapshot(proxies=(Proxy(),))
     assert connections("--proxy", "nix")[2] == "rspd: no proxy 'nix': the only proxy has no name; leave out --proxy\n"
+
+
+def test_a_rate_that_is_not_known_is_shown_as_such(connections: Run, served: Answering) -> None:
+    served.connections = [OLD._replace(rate=inf)]
+    assert connections()[1].splitlines()[1].endswith("  -  open")
 
 
 def test_a_limit_is_told(connections: Run, served: Answering) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import pytest
 
@@ -63,6 +64,23 @@ def test_a_backend_that_is_down_in_one_of_two_processes_says_so() -> None:
     snapshot = service(1, down=1)
     snapshot = snapshot._replace(process=PROCESS._replace(processes=2))
     assert "down in 1 of 2 processes: no route to host" in "\n".join(texts(drawn(snapshot)))
+
+
+def test_a_proxy_that_was_taken_out_is_shown_until_its_last_connection_has_ended() -> None:
+    snapshot = service(1)
+    for count, shown in ((3, True), (0, False)):
+        proxies = (*snapshot.proxies, Proxy("gone", retired=True, open=count))
+        backends = (*snapshot.backends, Backend("gone", name="10.0.0.99:80"))
+        text = "\n".join(texts(drawn(snapshot._replace(proxies=proxies, backends=backends))))
+        assert ("gone" in text, "10.0.0.99:80" in text, "retired" in text) == (shown, shown, shown)
+
+
+def test_numbers_that_are_not_known_are_shown_as_such() -> None:
+    """Any time and any rate may be null in JSON."""
+    rate = Rate(inf, inf, inf)
+    snapshot = Snapshot(PROCESS._replace(service_age=inf), (Proxy("web", last_10s=rate, last_minute=rate),))
+    connections = Connections(PROCESS, 1, (Connection("k1-1", rate=inf, age=inf, idle=inf),))
+    assert "up -" in texts(drawn(snapshot, connections=connections))[0]
 
 
 def test_more_troubles_than_fit_are_counted() -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from rspd.snapshot import (
     Pool,
     Process,
     Proxy,
+    Rate,
     Route,
     Snapshot,
     read,
@@ -190,6 +192,16 @@ def test_who_has_the_only_place_is_said_first(path: str, status: Run, served: An
     assert served.asked == ["/v1/status", "/v1/connections?sort=idle&limit=1"]
 
 
+def test_who_has_the_place_of_a_lone_proxy_is_no_client_of_one_that_was_taken_out(
+    status: Run, served: Answering
+) -> None:
+    served.snapshot = SERIAL._replace(proxies=(*SERIAL.proxies, Proxy("old", retired=True, open=2)))
+    old = [HOLDER._replace(proxy="old", client=f"192.0.2.9:{port}", idle=900.0 + port) for port in (1, 2)]
+    served.connections = [*old, HOLDER, HOLDER._replace(client="192.0.2.8:1", idle=3.0)]
+    assert "; the client 192.0.2.7:5000 has had the place for 4 m 10 s (idle 3 m 59 s)" in status()[1]
+    assert served.asked[1] == "/v1/connections?sort=idle&limit=3"
+
+
 # What is left out, and how it fits
 
 
@@ -262,6 +274,16 @@ def test_what_a_terminal_would_obey_is_escaped(status: Run, served: Answering) -
         assert "\x1b" not in out
         assert out.isascii()
     assert "\\x1b[2J\\n" in status()[1]
+
+
+def test_a_number_that_is_not_known_is_shown_as_such(status: Run, served: Answering) -> None:
+    """Any time and any rate may be null in JSON."""
+    rate = Rate(inf, inf, inf)
+    served.snapshot = lone(last_10s=rate, last_minute=rate)._replace(process=PROCESS._replace(service_age=inf))
+    code, out, _ = status()
+    assert code == 0
+    assert "running for -" in out
+    assert "last 10 s    - connections/s, -/s sent, -/s received" in out
 
 
 # For scripts
