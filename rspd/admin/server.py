@@ -187,7 +187,7 @@ class Server:
             more = side.read(HEAD_MAX + 1 - len(data))
             if more:
                 try:
-                    said = http.read(data + more, len(data))
+                    said = http.read(data + more, len(data), relayed=False)
                 except HeadError as error:
                     return Answer.error(400, str(error))
                 data += more

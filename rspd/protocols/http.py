@@ -24,6 +24,8 @@ _FIELDS = rb"(?:" + _TOKEN + rb":[\t -~\x80-\xff]*\r\n)*\r\n"
 _FIELD = _TOKEN + rb":[\t -~\x80-\xff]*\r"
 _HOST_FIELD = b"\nhost:"  # in small letters
 _AUTHORITY = rb"(" + HOST + rb")(?::[0-9]{0,5})?"
+# RFC 9112, 3.2, and a zone as in RFC 6874, of a link-local address.
+_NAMELESS = rb"(?:\[[0-9A-Fa-f:.]{2,45}%[0-9A-Za-z._~%-]{1,64}\](?::[0-9]{0,5})?)?"
 _ABSOLUTE = rb"(?i)[a-z][a-z0-9+.-]*://([^/?]*)(.*)"
 
 # A line end that is none, or a null byte, as far as the head has come. Some servers take a bare LF for a line end.
@@ -42,8 +44,11 @@ def read_preface(data: bytes, _: int = 0) -> Said | None:
     return None if PREFACE.startswith(data) else UNKNOWN
 
 
-def read(data: bytes, seen: int = 0) -> Said | None:
+def read(data: bytes, seen: int = 0, relayed: bool = True) -> Said | None:
     """What the head of a request says; as for a reader.
+
+    relayed: whether a backend gets the request too. If not, Host may also be empty or have a zone, which count as no
+    name: nobody can take it for another one.
 
     A text that is no head, as of another protocol, is UNKNOWN: its first line does not begin with GET, and has no
     `HTTP/`. Neither nginx nor HAProxy takes it for a request with a host.
@@ -68,7 +73,7 @@ def read(data: bytes, seen: int = 0) -> Said | None:
     request = request or pattern(_REQUEST).match(data)
     assert request
     method, target, minor = request.groups()
-    return _said(method.decode(), target, _host(head, minor == b"1"))
+    return _said(method.decode(), target, _host(head, minor == b"1", relayed))
 
 
 def _begun(data: bytes) -> Said | None:
@@ -98,8 +103,8 @@ def _incomplete(data: bytes) -> Said | None:
     return None
 
 
-def _host(head: bytes, needed: bool) -> str:
-    """The name in the Host field; empty if there is no such field. needed: whether there has to be one."""
+def _host(head: bytes, needed: bool, relayed: bool) -> str:
+    """The name in the Host field; empty if there is no such field. needed: whether there has to be one. See `read`."""
     small = head.lower()
     place = small.find(_HOST_FIELD)
     if place < 0:
@@ -108,7 +113,8 @@ def _host(head: bytes, needed: bool) -> str:
         return ""
     if small.find(_HOST_FIELD, place + 1) >= 0:
         raise HeadError("http", f"expected one Host, found {small.count(_HOST_FIELD)}")
-    return _name(head[place + len(_HOST_FIELD) : head.index(b"\r", place)].strip(b" \t"), "Host")
+    authority = head[place + len(_HOST_FIELD) : head.index(b"\r", place)].strip(b" \t")
+    return "" if not relayed and pattern(_NAMELESS).fullmatch(authority) else _name(authority, "Host")
 
 
 @lru_cache(1024)  # clients ask for the same few again and again

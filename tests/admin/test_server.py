@@ -51,6 +51,14 @@ def test_http_1_0_will_do_and_needs_no_host(tmp_path: Path) -> None:
         assert served.ask(b"GET /x HTTP/1.0\r\n\r\n").body == b"GET /x  "
 
 
+@pytest.mark.parametrize("host", ["", " ", "[fe80::1%25eth0]:9114", "[fe80::1%eth0]"])
+@pytest.mark.parametrize("tcp", [False, True])
+def test_a_host_may_be_empty_or_have_a_zone(tmp_path: Path, host: str, tcp: bool) -> None:
+    """RFC 9112, 3.2: empty is what a client says that knows no host, as of a unix socket."""
+    with serving(tmp_path) as served:
+        assert served.ask(f"GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n".encode(), tcp).body == b"GET /x  "
+
+
 def test_head_gets_the_head_of_the_answer_and_nothing_else(tmp_path: Path) -> None:
     with serving(tmp_path) as served:
         whole, head = served.ask(get("/x")), served.ask(get("/x", method="HEAD"))
@@ -102,12 +110,14 @@ def test_a_client_that_has_ended_its_stream_gets_its_answer(tmp_path: Path) -> N
         (b"status\n", "expected a request in HTTP/1.1, found another protocol"),
         (b"\r\n" + GET, "expected `METHOD TARGET HTTP/1.1`, found an empty line or a blank"),
         (b"GET / HTTP/1.1\r\n\r\n", "expected one Host, found none"),
+        (GET.replace(b"\r\n\r\n", b"\r\nHost:\r\n\r\n"), "expected one Host, found 2"),
+        (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", "expected HOST or HOST:PORT in Host, found b'a b'"),
         (GET.replace(b"\r\n", b"\n"), r"expected `METHOD TARGET HTTP/1.1` and CRLF, found b'GET / HTTP/1.1\n'"),
         (get("x"), "expected a target that begins with /, found b'x'"),
         (get("/", "\0: x"), r"expected `NAME: VALUE` and CRLF, found b'\x00: x\r'"),
     ],
     # A ClientHello is never the same, and each process that runs tests is to have the same names for them.
-    ids=["tls", "http2", "ssh", "word", "empty line", "no host", "bare lf", "target", "field"],
+    ids=["tls", "http2", "ssh", "word", "empty line", "no host", "two hosts", "no name", "bare lf", "target", "field"],
 )
 def test_what_is_no_request_is_told_so(tmp_path: Path, data: bytes, text: str) -> None:
     with serving(tmp_path) as served:
