@@ -22,7 +22,7 @@ from rspd.host.pidfile import PidFile, process_in
 from rspd.host.systemd import Notifier, take_descriptors
 from rspd.host.upgrade import CAN_TAKE_OVER, COMMAND, PID_FILE, Program, Successor, ask
 from rspd.log import complain, set_up
-from rspd.parser import Parser, checked
+from rspd.parser import COMMANDS, Parser, checked
 from rspd.running.service import run
 from rspd.settings import DEFAULT_FILE, BackendConfig, Config
 
@@ -242,8 +242,6 @@ def _parser() -> argparse.ArgumentParser:
 def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says in place of the configuration file."""
     listen, backends = options.listen, options.backend
-    if options.all and not options.check:
-        parser.error("--all goes with --check")
     if options.addresses:
         if listen or backends:
             parser.error(f"expected either {SHORT} or -l and -b, found both")
@@ -253,6 +251,8 @@ def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
             listen, backends = ([address] for address in parse_pair(options.addresses))
         except ValueError as error:
             parser.error(str(error))
+    if options.all and not options.check:
+        parser.error("--all goes with --check")
     values = {name: getattr(options, name) for name in ("max_connections", "log_level", "exit_idle_time")}
     values["listen"] = tuple(dict.fromkeys(listen)) if listen else None
     values["backends"] = tuple(map(BackendConfig, dict.fromkeys(backends))) if backends else None
@@ -265,4 +265,6 @@ def _advise(word: str) -> str:
         return f"; a configuration file needs -c: rspd -c {word}"
     if word in ("start", "stop", "restart", "reload"):
         return f"; the service is for systemctl: systemctl {word} rspd"
+    if word in COMMANDS:
+        return f"; the command comes first: rspd {word}"
     return ""

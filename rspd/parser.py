@@ -15,6 +15,10 @@ from rspd.errors import StartError
 argparse._ = str  # type: ignore[attr-defined]
 
 
+# Words that mean something else than an argument of the daemon, where they are the first.
+COMMANDS = "status", "connections", "top", "upgrade"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the exit code of sysexits(3).
 
@@ -39,6 +43,8 @@ class Parser(argparse.ArgumentParser):
             from rspd.config.values import closest  # slow to import, and for messages only
 
             word = unknown[0].partition("=")[0]
+            if command := next((one for one in getattr(options, "addresses", ()) if one in COMMANDS), ""):
+                self.error(f"unknown option {word!r}; the command comes first: {self.prog} {command} {word}")
             if not word.startswith("-"):
                 self.error(f"expected options only, found {word!r}")
             dashed = word.replace("_", "-")

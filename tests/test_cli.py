@@ -307,6 +307,15 @@ def test_the_originals_form_takes_names_numbers_ipv6_and_options(
             ["reload"],
             "expected PORT BACKEND_HOST:BACKEND_PORT, found 'reload'; the service is for systemctl: systemctl r",
         ),
+        (
+            ["-c", "a.yaml", "status"],
+            "expected PORT BACKEND_HOST:BACKEND_PORT, found 'status'; the command comes first: rspd status; see",
+        ),
+        (
+            ["-c", "a.yaml", "connections", "--all"],
+            "expected PORT BACKEND_HOST:BACKEND_PORT, found 'connections'; the command comes first: rspd connections",
+        ),
+        (["--json", "top"], "unknown option '--json'; the command comes first: rspd top --json; see"),
         (["-l", "::1:80"], "argument -l/--listen: expected brackets around an IPv6 address, as in [::1]:8080, found "),
         (["-l"], "argument -l/--listen: expected one argument"),
         (["--max-connections", "0"], "argument --max-connections: expected a whole number from 1 to 1000000, found '0"),
