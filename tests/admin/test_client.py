@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rspd.admin.client import TRIES, AnswerError, ask, sockets_of
+from rspd.admin.client import TRIES, AnswerError, ask, sockets_of, strangers_of
 from rspd.admin.request import Answer, Request
 from rspd.engine.loop import Loop
 from tests.admin.serving import serving
@@ -136,6 +136,17 @@ def test_the_sockets_of_a_service_are_its_own_and_those_of_its_workers(tmp_path:
     assert sockets_of(own) == [own, *(f"{folder}/worker-{name}.sock" for name in ("1", "10", "2"))]
     assert sockets_of(f"{folder}/worker-2.sock") == [f"{folder}/worker-2.sock"]
     assert sockets_of(f"{tmp_path}/none/control.sock") == [f"{tmp_path}/none/control.sock"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_what_another_user_made_is_no_socket_of_the_service(tmp_path: Path) -> None:
+    """Metrics do not count it as a silent worker."""
+    own, *workers = (f"{tmp_path}/{name}.sock" for name in ("control", "worker-1", "worker-2", "worker-3"))
+    for place, user in zip([own, *workers], [OUR_USER, OUR_USER, 0, OUR_USER + 1], strict=True):
+        Path(place).touch()
+        os.chown(place, user, -1)
+    assert (sockets_of(own), strangers_of(own)) == ([own, *workers[:2]], workers[2:])
+    assert (sockets_of(workers[2]), strangers_of(workers[2])) == ([workers[2]], [])
 
 
 def test_an_answer_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
