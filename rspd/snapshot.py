@@ -311,10 +311,10 @@ def _read_list(reader: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _read_value(kind: Any, value: Any) -> Any:
-    if kind is float and value is None:
-        return inf
-    if type(value) is not kind and (kind is not float or type(value) is not int):
-        raise ValueError(f"expected {kind.__name__}, found {value!r:.80}")
-    if kind in (int, float) and not abs(value) < NUMBER_MAX:  # NaN too
-        raise ValueError(f"expected a number below {NUMBER_MAX:.0e}, found {value!r:.80}")
-    return kind(value)
+    if type(value) is kind and (kind is str or abs(value) < NUMBER_MAX):
+        return value
+    whole = kind is float and type(value) is int
+    if (kind is float and value is None) or (whole and abs(value) < NUMBER_MAX):
+        return inf if value is None else float(value)
+    what = f"a number below {NUMBER_MAX:.0e}" if whole or type(value) is kind else kind.__name__
+    raise ValueError(f"expected {what}, found {value!r:.80}")
