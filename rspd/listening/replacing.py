@@ -9,11 +9,15 @@ from rspd.net.listener import Kept, Listener, ListenError, close_all, kept_liste
 
 
 class Binding(NamedTuple):
-    """How a configured address is to be listened on: what it stands for, and the options of its proxy."""
+    """How a configured address is to be listened on: what it stands for, and the options of its proxy.
+
+    private: as for `open_listeners`.
+    """
 
     where: Sequence[SocketAddress]
     backlog: int
     reuse_port: bool = False
+    private: bool = False
 
 
 def replace_listeners(
@@ -69,7 +73,8 @@ def _open_all(bindings: Mapping[Address, Binding], kept: Kept) -> list[Listener]
     opened: list[Listener] = []
     try:
         for address, binding in bindings.items():
-            opened += open_listeners(address, binding.where, binding.backlog, binding.reuse_port, kept)
+            where, backlog, reuse_port, private = binding
+            opened += open_listeners(address, where, backlog, reuse_port, kept, private)
     except ListenError:
         close_all(opened, kept)
         raise

@@ -12,6 +12,7 @@ from rspd.admin.request import CONTROL, MOST, of_worker
 from rspd.engine.loop import Loop
 from rspd.errors import ConfigError, StartError
 from rspd.host.systemd import PassedSocket, runtime_folder, worker
+from rspd.listening.allowing import allow
 from rspd.listening.replacing import Binding, replace_listeners
 from rspd.net.address import Address, Place, SocketAddress, literal, own_listeners
 from rspd.net.descriptors import TooFewError, reserve
@@ -49,7 +50,7 @@ class Plan(NamedTuple):
 
     parts: of each proxy, by name. bindings: how each address is bound. pipes: for how many there is room.
     control, metrics: where those who look are answered; None for nowhere. optional: whether rspd goes on without
-    `control`, which is not in `bindings` then. control_mode, control_group: of its file; see `Listener.allow`.
+    `control`, which is not in `bindings` then. control_mode, control_group: of its file; see `allow`.
     """
 
     parts: Mapping[str, Part]
@@ -130,7 +131,7 @@ class Sockets:
         metrics = None if self._worker else config.metrics
         for address in filter(None, (None if optional else control, metrics)):
             where = await self._look_up(address, inf if patient else LOOKUP, given_up)
-            bindings[address] = Binding(where, CONTROL_BACKLOG)
+            bindings[address] = Binding(where, CONTROL_BACKLOG, private=True)
         listeners = len(self.adopted) + sum(len(binding.where) for binding in bindings.values())
         looking = 2 * MOST + optional if control or metrics else 0
         pipes = make_room(config, listeners + looking)
@@ -157,13 +158,13 @@ class Sockets:
         control = [one for one in (old if plan.optional else bound) if one.address == plan.control]
         if wanted and not control:
             try:
-                control = open_listeners(wanted, [SocketAddress(*place)], CONTROL_BACKLOG, kept=own)
+                control = open_listeners(wanted, [SocketAddress(*place)], CONTROL_BACKLOG, kept=own, private=True)
             except ListenError as error:
                 log.warning("nobody can look at this process, %s", error)
         metrics = [listener for listener in bound if listener.address == plan.metrics]
         for listener in (one for one in (*control, *metrics) if one.address.path):
             try:
-                listener.allow(plan.control_mode, plan.control_group)
+                allow(listener, plan.control_mode, plan.control_group)
             except OSError as error:
                 log.warning("who may look is not as configured: %s", error.strerror)
         return Opened(

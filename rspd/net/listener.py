@@ -27,6 +27,9 @@ MOMENT = struct.pack("ll", 0, 1)
 # tcpi_unacked in struct tcp_info, linux/tcp.h: of a socket that listens, how many wait to be accepted.
 UNACKED = slice(24, 28)
 
+# The mode of a socket to which only our own user may connect.
+PRIVATE = 0o600
+
 # What bind(2) and socket(2) say where the host has no such family, or no such address.
 NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
@@ -75,12 +78,13 @@ class Listener(Watch):
     name: where it listens, for people.
     side: the class of a client's side.
     passed: the name of a socket that systemd passed, and will pass to the next process too; None for one of our own.
+    file: which file a unix socket of our own has, as of `socket_file`; None for others.
     """
 
-    __slots__ = ("_inode", "_sock", "address", "backlog", "name", "passed", "side")
+    __slots__ = ("_sock", "address", "backlog", "file", "name", "passed", "side")
 
     def __init__(
-        self, address: Address, sock: socket.SocketType, inode: tuple[int, int] | None = None, passed: str | None = None
+        self, address: Address, sock: socket.SocketType, file: tuple[int, int] | None = None, passed: str | None = None
     ) -> None:
         super().__init__(sock.fileno())
         self.address = address
@@ -88,7 +92,7 @@ class Listener(Watch):
         self.passed = passed
         self.side = UnixSide if sock.family == socket.AF_UNIX else Side
         self._sock = sock
-        self._inode = inode
+        self.file = file
         if sock.family != socket.AF_UNIX:
             # Accepted sockets inherit it: a relayed message must not wait until the one before is acknowledged.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -134,24 +138,6 @@ class Listener(Watch):
         if self._sock.family != socket.AF_UNIX:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
-    def allow(self, mode: int, group: str) -> None:
-        """Let a mode and a group decide who may connect to a unix socket with a path. Raises OSError with the reason.
-
-        group: its name; empty for that of a new file.
-        """
-        os.chmod(self.address.path, mode)
-        gid = _gid(group, os.path.dirname(self.address.path))
-        try:
-            # The hardened unit refuses chown(2), also if nothing would change.
-            if os.lstat(self.address.path).st_gid != gid:
-                os.chown(self.address.path, -1, gid)
-        except PermissionError:
-            needed = f"SupplementaryGroups={group} and SystemCallFilter=@chown"
-            what = f"rspd may not give the socket to the group {group}; its unit needs {needed}"
-            if not group:
-                what = "the socket keeps the group that it had; it gets its own at a stop and a start of rspd"
-            raise OSError(errno.EPERM, what) from None
-
     def rest(self) -> None:
         """Stop listening, so that another socket can take the address over; clients in the backlog are reset.
 
@@ -162,7 +148,7 @@ class Listener(Watch):
 
     def close(self) -> None:
         """Close the socket, and remove the file of a unix socket if it is still ours. Nobody is accepted any more."""
-        if self._inode and _inode(self.address.path) == self._inode:
+        if self.file and file_at(self.address.path) == self.file:
             try:
                 os.unlink(self.address.path)
             except OSError:
@@ -176,6 +162,19 @@ class Listener(Watch):
         self._sock.close()
 
 
+def file_at(path: str) -> tuple[int, int] | None:
+    """What identifies a socket's file; None for an abstract name, or if it is gone."""
+    try:
+        return socket_file(os.lstat(path))
+    except (OSError, ValueError):
+        return None
+
+
+def socket_file(status: os.stat_result) -> tuple[int, int] | None:
+    """What identifies a socket's file, by its status; None for another file."""
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
+
+
 def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
     """A listener on a socket that listens already and belongs to systemd too. It owns our descriptor of the socket."""
     # All processes on this socket share the flag by which accept(2) does not wait, and systemd clears the flag when it
@@ -187,7 +186,7 @@ def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
 def kept_listener(sock: socket.SocketType) -> Listener:
     """A listener on a socket that the process before has kept. It owns our descriptor of the socket."""
     address = bound_address(sock)
-    listener = Listener(address, sock, _inode(address.path) if address.path else None)
+    listener = Listener(address, sock, file_at(address.path) if address.path else None)
     listener.backlog = socket.SOMAXCONN  # not known
     return listener
 
@@ -198,7 +197,12 @@ def by_place(kept: Iterable[socket.SocketType]) -> Kept:
 
 
 def open_listeners(
-    address: Address, where: Iterable[SocketAddress], backlog: int, reuse_port: bool = False, kept: Kept | None = None
+    address: Address,
+    where: Iterable[SocketAddress],
+    backlog: int,
+    reuse_port: bool = False,
+    kept: Kept | None = None,
+    private: bool = False,
 ) -> list[Listener]:
     """Bind and listen on all socket addresses that a configured address stands for.
 
@@ -206,6 +210,7 @@ def open_listeners(
 
     reuse_port: share TCP ports with other processes, see `Listener.share_port`.
     kept: sockets to take in place of new ones, where the address is the same. They stay open after an error.
+    private: whether only our own user may connect to a new unix socket, until `allow` says who may.
     """
     kept = kept or {}
     listeners: list[Listener] = []
@@ -214,7 +219,7 @@ def open_listeners(
         try:
             sock = kept.get((socket_address.family, place_of(socket_address.address)))
             if sock is None:
-                listeners.append(_open(address, socket_address, backlog, reuse_port))
+                listeners.append(_open(address, socket_address, backlog, reuse_port, private))
             else:
                 listeners.append(_reopen(address, sock, backlog, reuse_port))
         except OSError as error:
@@ -235,18 +240,20 @@ def close_all(listeners: Iterable[Listener], kept: Kept) -> None:
 
 
 def _reopen(address: Address, sock: socket.SocketType, backlog: int, reuse_port: bool) -> Listener:
-    listener = Listener(address, sock, _inode(address.path) if address.path else None)
+    listener = Listener(address, sock, file_at(address.path) if address.path else None)
     listener.listen(backlog)
     if reuse_port:
         listener.share_port()
     return listener
 
 
-def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool) -> Listener:
+def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool, private: bool) -> Listener:
     sock = socket.SocketType(where.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
     try:
         if where.family == socket.AF_UNIX:
             _remove_stale(where.address)
+            if private:
+                os.fchmod(sock.fileno(), PRIVATE)  # bind(2) gives the file the mode of the socket, less the umask
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if reuse_port:
@@ -255,34 +262,12 @@ def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool
             # Each family has its own socket, so that neither can be mistaken for the other.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(where.address)
-        listener = Listener(address, sock, _inode(where.address) if where.family == socket.AF_UNIX else None)
+        listener = Listener(address, sock, file_at(where.address) if where.family == socket.AF_UNIX else None)
         listener.listen(backlog)
         return listener
     except BaseException:
         sock.close()
         raise
-
-
-def _inode(path: str) -> tuple[int, int] | None:
-    """What identifies a socket's file; None for an abstract name, or if it is gone."""
-    try:
-        status = os.lstat(path)
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _gid(group: str, folder: str) -> int:
-    """The number of a group; if its name is empty, of that which a new file in this folder has (inode(7))."""
-    if not group:
-        status = os.stat(folder or ".")
-        return status.st_gid if status.st_mode & stat.S_ISGID else os.getegid()
-    import grp  # hardly anybody needs another group
-
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise OSError(errno.EINVAL, f"expected a group of this host, found {group!r}") from None
 
 
 def _remove_stale(path: str) -> None:

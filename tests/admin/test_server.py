@@ -180,7 +180,7 @@ def test_an_unexpected_error_at_a_listener_is_logged_and_clients_are_answered(
             return super().accept()
 
     def opened(listeners: list[Listener]) -> Sequence[Listener]:
-        return [Faulty(one.address, one._sock, one._inode) for one in listeners]
+        return [Faulty(one.address, one._sock, one.file) for one in listeners]
 
     with serving(tmp_path, opened=opened) as served:
         with served.frozen():

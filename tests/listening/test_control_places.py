@@ -173,6 +173,22 @@ def test_whatever_is_wrong_with_the_folder_rspd_serves_on(
     ]
 
 
+@pytest.mark.parametrize("text", ["", "control: {path}"])
+def test_a_link_in_place_of_it_changes_nothing_of_the_file_that_it_leads_to(
+    apply: Apply, folder: Path, text: str
+) -> None:
+    path = folder / "control.sock"
+    text = text.replace("{path}", str(path))
+    apply(text)
+    victim = folder / "victim"
+    victim.touch(0o600)
+    path.unlink()
+    path.symlink_to(victim)
+    apply(text)
+    assert stat.S_IMODE(victim.lstat().st_mode) == 0o600
+    assert path.is_symlink()
+
+
 # From the process before
 
 

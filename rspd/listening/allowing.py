@@ -1,0 +1,56 @@
+"""Who may connect to a unix socket with a path: the mode and the group of its file."""
+
+import errno
+import os
+import stat
+
+from rspd.net.listener import Listener, socket_file
+
+
+def allow(listener: Listener, mode: int, group: str) -> None:
+    """Let a mode and a group decide who may connect. Raises OSError with the reason.
+
+    If another file stands at the path by now, that file stays as it is.
+    group: its name; empty for that of a new file.
+    """
+    # Who owns the folder may put a link there at any time. So the file is opened first, and changed by that.
+    fd = os.open(listener.address.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not listener.file or socket_file(status) != listener.file:
+            return
+        file = f"/proc/self/fd/{fd}"
+        try:
+            gid = _gid(group, os.path.dirname(listener.address.path))
+            # The hardened unit refuses chown(2), also if nothing would change.
+            if status.st_gid != gid:
+                _give(file, gid, group)
+        finally:
+            os.chmod(file, mode)
+    finally:
+        os.close(fd)
+
+
+def _gid(group: str, folder: str) -> int:
+    """The number of a group; if its name is empty, of that which a new file in this folder has (inode(7))."""
+    if not group:
+        status = os.stat(folder or ".")
+        return status.st_gid if status.st_mode & stat.S_ISGID else os.getegid()
+    import grp  # hardly anybody needs another group
+
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise OSError(errno.EINVAL, f"expected a group of this host, found {group!r}") from None
+
+
+def _give(file: str, gid: int, group: str) -> None:
+    """Give a file of ours to a group; its name is empty if that is the usual one. Raises OSError with the reason."""
+    try:
+        os.chown(file, -1, gid)
+    except PermissionError:
+        needed = f"SupplementaryGroups={group} and SystemCallFilter=@chown"
+        what = f"rspd may not give the socket to the group {group}; its unit needs {needed}"
+        if not group:
+            what = "the socket keeps the group that it had; it gets its own at a stop and a start of rspd"
+        raise OSError(errno.EPERM, what) from None
