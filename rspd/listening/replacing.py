@@ -1,23 +1,28 @@
 """Which listeners stay, and which are opened and closed, when others are wanted."""
 
 import errno
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rspd.net.address import Address, SocketAddress, place_of
 from rspd.net.listener import Kept, Listener, ListenError, close_all, kept_listener, open_listeners
 
+log = logging.getLogger(__name__)
+
 
 class Binding(NamedTuple):
     """How a configured address is to be listened on: what it stands for, and the options of its proxy.
 
     private: as for `open_listeners`.
+    optional: whether rspd goes on, with a line in the log, if nobody can be listened to there.
     """
 
     where: Sequence[SocketAddress]
     backlog: int
     reuse_port: bool = False
     private: bool = False
+    optional: bool = False
 
 
 def replace_listeners(
@@ -38,9 +43,12 @@ def replace_listeners(
     coming = {address: binding for address, binding in wanted.items() if address not in known}
     places = {(where.family, place_of(where.address)) for binding in coming.values() for where in binding.where}
     leaving += [kept_listener(sock) for place, sock in kept.items() if place not in places]
-    opened = _open_in_place_of(leaving, coming, kept)
+    needed = {address: binding for address, binding in coming.items() if not binding.optional}
+    opened = _open_in_place_of(leaving, needed, kept)
     for listener in leaving:
         listener.close()
+    for address in coming.keys() - needed:
+        opened += _open_if_possible(address, coming[address], kept)
     for listener in staying:
         binding = wanted[listener.address]
         listener.listen(binding.backlog)
@@ -73,9 +81,21 @@ def _open_all(bindings: Mapping[Address, Binding], kept: Kept) -> list[Listener]
     opened: list[Listener] = []
     try:
         for address, binding in bindings.items():
-            where, backlog, reuse_port, private = binding
-            opened += open_listeners(address, where, backlog, reuse_port, kept, private)
+            opened += _open(address, binding, kept)
     except ListenError:
         close_all(opened, kept)
         raise
     return opened
+
+
+def _open_if_possible(address: Address, binding: Binding, kept: Kept) -> list[Listener]:
+    try:
+        return _open(address, binding, kept)
+    except ListenError as error:
+        log.warning("nobody can look at this process, %s", error)
+        return []
+
+
+def _open(address: Address, binding: Binding, kept: Kept) -> list[Listener]:
+    where, backlog, reuse_port, private, _ = binding
+    return open_listeners(address, where, backlog, reuse_port, kept, private)

@@ -14,9 +14,9 @@ from rspd.errors import ConfigError, StartError
 from rspd.host.systemd import PassedSocket, runtime_folder, worker
 from rspd.listening.allowing import allow
 from rspd.listening.replacing import Binding, replace_listeners
-from rspd.net.address import Address, Place, SocketAddress, literal, own_listeners
+from rspd.net.address import Address, SocketAddress, literal, own_listeners
 from rspd.net.descriptors import TooFewError, reserve
-from rspd.net.listener import Listener, ListenError, adopt_listener, by_place, open_listeners
+from rspd.net.listener import Listener, ListenError, adopt_listener, by_place
 from rspd.net.resolver import Resolver
 from rspd.net.waiting import GivenUp
 from rspd.settings import Config, ProxyConfig
@@ -49,18 +49,18 @@ class Plan(NamedTuple):
     """How to listen.
 
     parts: of each proxy, by name. bindings: how each address is bound. pipes: for how many there is room.
-    control, metrics: where those who look are answered; None for nowhere. optional: whether rspd goes on without
-    `control`, which is not in `bindings` then. control_mode, control_group: of its file; see `allow`.
+    control, metrics: where those who look are answered; None for nowhere. why_none: why rspd does without the control
+    socket that it has by default. control_mode, control_group: of its file; see `allow`.
     """
 
     parts: Mapping[str, Part]
     bindings: Mapping[Address, Binding]
     pipes: int
-    control: Address | None = None
-    metrics: Address | None = None
-    optional: bool = False
-    control_mode: int = 0
-    control_group: str = ""
+    control: Address | None
+    metrics: Address | None
+    control_mode: int
+    control_group: str
+    why_none: str = ""
 
 
 class Opened(NamedTuple):
@@ -78,29 +78,34 @@ class Sockets:
     """
 
     def __init__(
-        self, loop: Loop, resolver: Resolver, passed: Sequence[PassedSocket], kept: Sequence[socket.SocketType] = ()
+        self,
+        loop: Loop,
+        resolver: Resolver,
+        passed: Sequence[PassedSocket],
+        kept: Sequence[socket.SocketType] = (),
+        prepare: Callable[[Plan], object] = lambda plan: None,
     ) -> None:
-        """kept: listening sockets of the process before. The first `open` takes or closes each."""
+        """kept: listening sockets of the process before. The first `open` takes or closes each.
+
+        prepare: called with each plan before anything is opened; may raise StartError.
+        """
+        self._prepare = prepare
         self._folder, self._worker = runtime_folder(), worker()
         self._loop = loop
         self._resolver = resolver
         self._kept = by_place(kept)
         self.adopted = [adopt_listener(name, sock) for name, sock in passed]
 
-    async def listen(
-        self, config: Config, patient: bool, tell: Callable[[str], object], prepare: Callable[[Plan], object]
-    ) -> tuple[Plan, Opened]:
+    async def listen(self, config: Config, patient: bool, tell: Callable[[str], object]) -> tuple[Plan, Opened]:
         """Listen for the first time. Raises StartError.
 
         patient: whether to wait for a port in use; `tell` is called with what is wrong then.
-        prepare: called with the plan before anything is opened; may raise StartError.
         """
         until = self._loop.now + (LISTEN_PATIENCE if patient else 0.0)
         told = False
         while True:
             try:
                 plan = await self.plan(config, patient=True)
-                prepare(plan)
                 return plan, self.open(plan, self.adopted)
             except ConfigError as error:
                 raise StartError(str(error), os.EX_CONFIG) from None
@@ -119,7 +124,7 @@ class Sockets:
 
         patient: whether to wait for a name as long as the system's resolver takes; else for `connect_timeout` at most.
         given_up: as for `Resolver.look_up`.
-        Raises ConfigError, ListenError, or StartError if there are too few descriptors.
+        Raises ConfigError, ListenError, or StartError if there are too few descriptors, or not what `prepare` needs.
         """
         parts = assign(config, self.adopted)
         bindings: dict[Address, Binding] = {}
@@ -127,15 +132,35 @@ class Sockets:
             for address in parts[proxy.name].addresses:
                 where = await self._look_up(address, inf if patient else proxy.connect_timeout, given_up)
                 bindings[address] = Binding(where, proxy.backlog, proxy.reuse_port)
-        control, optional = control_address(config.control, self._folder, self._worker), config.control is None
         metrics = None if self._worker else config.metrics
-        for address in filter(None, (None if optional else control, metrics)):
+        control = control_address(config.control, self._folder, self._worker)
+        by_default = None
+        if control and config.control is None:
+            by_default, control = control, None
+        for address in filter(None, (control, metrics)):
             where = await self._look_up(address, inf if patient else LOOKUP, given_up)
             bindings[address] = Binding(where, CONTROL_BACKLOG, private=True)
-        listeners = len(self.adopted) + sum(len(binding.where) for binding in bindings.values())
-        looking = 2 * MOST + optional if control or metrics else 0
-        pipes = make_room(config, listeners + looking)
-        return Plan(parts, bindings, pipes, control, metrics, optional, config.control_mode, config.control_group)
+        plan = Plan(parts, bindings, 0, control, metrics, config.control_mode, config.control_group)
+        return self._with_control(config, plan, by_default) if by_default else self._ready(config, plan)
+
+    def _with_control(self, config: Config, plan: Plan, control: Address) -> Plan:
+        """A plan with the control socket that rspd has by default, or without it if it is in the way of anything."""
+        why = f"rspd listens on {control} for others; name another place as control"
+        if control not in plan.bindings and control not in {one.address for one in self.adopted}:
+            where = [SocketAddress(socket.AF_UNIX, control.path)]
+            binding = Binding(where, CONTROL_BACKLOG, private=True, optional=True)
+            try:
+                return self._ready(config, plan._replace(bindings={**plan.bindings, control: binding}, control=control))
+            except StartError as error:
+                why = f"{error}, or say control: off"
+        return self._ready(config, plan._replace(why_none=why))
+
+    def _ready(self, config: Config, plan: Plan) -> Plan:
+        """A plan once there are descriptors for it, and all else that it needs. Raises StartError."""
+        listeners = len(self.adopted) + sum(len(binding.where) for binding in plan.bindings.values())
+        pipes = make_room(config, listeners + (2 * MOST if plan.control or plan.metrics else 0))
+        self._prepare(plan)
+        return plan._replace(pipes=pipes)
 
     async def _look_up(self, address: Address, patience: float, given_up: GivenUp | None) -> Sequence[SocketAddress]:
         try:
@@ -149,18 +174,12 @@ class Sockets:
         old: those that are open. Those no longer wanted are closed. None may be watched meanwhile.
         Raises ListenError; then nothing has changed.
         """
-        wanted, kept = plan.control if plan.optional else None, dict(self._kept)
-        place: tuple[int, Place] = (socket.AF_UNIX, wanted.path if wanted else "")
-        own = {place: kept.pop(place)} if place in kept else {}
-        everyone = replace_listeners([one for one in old if one.address != wanted], plan.bindings, kept)
+        everyone = replace_listeners(old, plan.bindings, self._kept)
         self._kept = {}
+        if plan.why_none:
+            log.warning("nobody can look at this process, %s", plan.why_none)
         bound = [listener for listener in everyone if listener.passed is None]
-        control = [one for one in (old if plan.optional else bound) if one.address == plan.control]
-        if wanted and not control:
-            try:
-                control = open_listeners(wanted, [SocketAddress(*place)], CONTROL_BACKLOG, kept=own, private=True)
-            except ListenError as error:
-                log.warning("nobody can look at this process, %s", error)
+        control = [listener for listener in bound if listener.address == plan.control]
         metrics = [listener for listener in bound if listener.address == plan.metrics]
         for listener in (one for one in (*control, *metrics) if one.address.path):
             try:

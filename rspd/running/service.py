@@ -104,7 +104,7 @@ class Service:
         watchers: set[Task] = set()
         self._legacy = legacy
         self._fault = fault
-        self._sockets = Sockets(loop, resolver, passed, legacy.listeners if legacy else ())
+        self._sockets = Sockets(loop, resolver, passed, legacy.listeners if legacy else (), self._prepare)
         maker = PoolMaker(loop, self._shortage, resolver, self._ways)
         self._proxies = Proxies(loop, self._shortage, self._pipes, maker, self._ways, watchers)
         self._life = Life(loop, version, worker())
@@ -194,14 +194,14 @@ class Service:
         # Connections of the process before would stand still meanwhile.
         patient = self._notifier.active and not self._legacy
         try:
-            return await self._sockets.listen(self._config, patient, self._notifier.starting, self._prepare)
+            return await self._sockets.listen(self._config, patient, self._notifier.starting)
         except StartError as error:
             if not (self._fault and self._config.metrics):
                 raise
             # The process before had what metrics need. To lose its connections would be worse than to lose the metrics.
             self._config = self._config._replace(metrics=None)
             self._fault += "" if str(error) in self._fault else f"\n{error}"
-            return await self._sockets.listen(self._config, patient, self._notifier.starting, self._prepare)
+            return await self._sockets.listen(self._config, patient, self._notifier.starting)
 
     def _prepare(self, plan: Plan) -> None:
         """Have what answers to those who look need, if a plan has a place for them. Raises StartError."""
@@ -271,7 +271,6 @@ class Service:
         try:
             config = self._load()
             plan = await self._sockets.plan(config, patient=False, given_up=lambda: self._ends > 0)
-            self._prepare(plan)
             for proxy in self._proxies.configured.values():
                 proxy.pause()
             self._desk.pause()

@@ -17,7 +17,11 @@ import pytest
 
 from rspd import __version__
 from rspd.admin.client import AnswerError, ask
+from rspd.admin.request import MOST
+from rspd.net.descriptors import OWN
 from tests.daemon.control import connections, status, unix_listeners
+from tests.daemon.test_handover_upgrade import upgraded
+from tests.daemon.test_upgrade import Files
 from tests.fleet import File
 from tests.manager import unix_listener
 from tests.support import OUR_USER, Daemon, free_port, rspd
@@ -142,6 +146,53 @@ def test_at_a_place_of_the_file_it_ends_the_start(run: Path, file: File) -> None
         assert daemon.wait() == os.EX_UNAVAILABLE
         assert f"cannot listen on {path}: Address already in use; another process listens there" in daemon.log
         assert not daemon.find("listening")
+
+
+# Where it would be in the way
+
+LIMIT = 1024
+# So many connections fit into that limit if nobody looks, and if somebody may: two descriptors each, and a listener.
+ALL, LESS = (LIMIT - OWN - 1) // 2, (LIMIT - OWN - 2 - 2 * MOST) // 2
+
+
+def test_one_that_nobody_asked_for_ends_no_start_no_reload_and_no_upgrade_for_want_of_descriptors(
+    run: Path, file: File
+) -> None:
+    file.write(max_connections=ALL, control="off")
+    with file.rspd(env=env(run), limit=(LIMIT, LIMIT)) as daemon:
+        file.write(control=None)
+        assert upgraded(daemon.process.pid) == (0, "")
+        (warning,) = daemon.find("WARNING")
+        assert warning.endswith(
+            f"nobody can look at this process, max_connections {ALL} needs {2 * ALL + OWN + 1 + 2 * MOST + 1} "
+            f"descriptors, and the limit is {LIMIT}: lower it to {LESS} or raise the limit "
+            "(LimitNOFILE= in the unit, ulimit -Hn in a shell), or say control: off"
+        )
+        for count, there in [(LESS, ["control.sock"]), (ALL, []), (LESS, ["control.sock"])]:
+            file.reload(daemon, max_connections=count)
+            assert os.listdir(run) == unix_listeners(daemon) == there
+        assert len(daemon.find("nobody can look at this process")) == 2
+        assert status(run / "control.sock").process.failure == ""
+        # Who asks for it has to make room for it.
+        assert f"lower it to {LESS}" in reload_badly(daemon, file, max_connections=ALL, control=f"{run}/x.sock")
+
+
+def test_one_that_nobody_asked_for_ends_no_reload_if_its_modules_are_gone(
+    run: Path, file: File, tmp_path: Path
+) -> None:
+    (tmp_path / "installed").mkdir()
+    installed = Files(tmp_path / "installed")
+    file.write(control="off")
+    with file.rspd(env=env(run), launcher=installed.launcher) as daemon:
+        installed.replace()
+        file.reload(daemon, control=None, max_connections=7)
+        (warning,) = daemon.find("WARNING")
+        assert warning.endswith(
+            "nobody can look at this process, control, metrics: cannot be prepared: another version; restart rspd, "
+            "or say control: off"
+        )
+        what = "control, metrics: cannot be prepared: another version; restart rspd"
+        assert reload_badly(daemon, file, control=f"{run}/x.sock") == what
 
 
 # Who may look

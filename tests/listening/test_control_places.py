@@ -13,6 +13,7 @@ import pytest
 
 from rspd.config.keys import load_config
 from rspd.engine.loop import Loop
+from rspd.host.systemd import PassedSocket
 from rspd.listening.sockets import CONTROL_BACKLOG, Opened, Sockets, control_address
 from rspd.net.address import Address
 from rspd.net.listener import Listener, ListenError
@@ -40,7 +41,8 @@ def apply(no_descriptor_is_left_open: None) -> Iterator[Apply]:
 
     def apply(text: str = "", kept: list[socket.socket] | None = None, fresh: bool = False) -> Opened:
         """fresh: as another process would."""
-        config = load_config("file", {}, content=f"{{listen: '127.0.0.1:0', backend: '192.0.2.1:80', {text}}}".encode())
+        listen = "" if "listen:" in text else "listen: '127.0.0.1:0', "
+        config = load_config("file", {}, content=f"{{{listen}backend: '192.0.2.1:80', {text}}}".encode())
 
         async def main(loop: Loop) -> Opened:
             if fresh or not made:
@@ -187,6 +189,37 @@ def test_a_link_in_place_of_it_changes_nothing_of_the_file_that_it_leads_to(
     apply(text)
     assert stat.S_IMODE(victim.lstat().st_mode) == 0o600
     assert path.is_symlink()
+
+
+@pytest.mark.parametrize("what", ["listen", "metrics"])
+def test_what_the_file_wants_at_the_usual_place_wins_at_the_start_and_at_each_reload(
+    apply: Apply, folder: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = f"{folder}/control.sock"
+    for text in ("", *3 * [f"{what}: {path}, max_connections: 2"], ""):
+        caplog.clear()
+        opened = apply(text)
+        assert [one.name for one in opened.control] == ([] if text else [path])
+        assert path in [one.name for one in (*opened.proxies[""], *opened.control, *opened.metrics)]
+        assert caplog.messages == text.count(path) * [
+            f"nobody can look at this process, rspd listens on {path} for others; name another place as control"
+        ]
+        assert files(folder) == ["control.sock"]
+
+
+def test_a_socket_of_systemd_at_the_usual_place_is_for_clients(folder: Path) -> None:
+    config = load_config("file", {}, sockets=True, content=b"backend: 192.0.2.1:80")
+    with unix_listener(f"{folder}/control.sock") as passed:
+
+        async def main(loop: Loop) -> None:
+            sockets = Sockets(loop, Resolver(loop), [PassedSocket("web", passed)])
+            old = sockets.adopted
+            for _ in range(2):
+                opened = sockets.open(await sockets.plan(config, patient=True), old)
+                assert (opened.control, opened.proxies) == ([], {"": sockets.adopted})
+                old = opened.proxies[""]
+
+        run(main)
 
 
 # From the process before
