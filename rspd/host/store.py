@@ -60,6 +60,13 @@ class Keeper(Protocol):
         """As for `Notifier`."""
 
 
+class Listening(Protocol):
+    """A listening socket. file: which file a unix socket has, by device and inode; None for one that needs none."""
+
+    fd: int
+    file: tuple[int, int] | None
+
+
 class Store:
     """What this process keeps in the store."""
 
@@ -69,9 +76,9 @@ class Store:
         self._kept = {name for name, _ in found}
         self._wanted: dict[str, int] = {}
 
-    def keep(self, listeners: Iterable[int]) -> None:
+    def keep(self, listeners: Iterable[Listening]) -> None:
         """Keep these listening sockets from now on, and nothing else."""
-        self._wanted = {self._name(fd): fd for fd in list(listeners)[:LISTENERS_MAX]}
+        self._wanted = {self._name(one): one.fd for one in list(listeners)[:LISTENERS_MAX]}
         self.keep_all()
 
     def keep_all(self) -> None:
@@ -86,11 +93,11 @@ class Store:
         """Whether something with this name is in the store."""
         return name in self._kept
 
-    def _name(self, fd: int) -> str:
+    def _name(self, listener: Listening) -> str:
         """The name of a listening socket. That of a unix socket says which file is its own."""
-        name = f"{LISTENER}{os.fstat(fd).st_ino}"
+        name = f"{LISTENER}{os.fstat(listener.fd).st_ino}"
         known = (kept for kept in self._kept if f"{kept}-".startswith(f"{name}-"))
-        return next(known, None) or "-".join([name, *_file_of(fd)])
+        return next(known, None) or "-".join([name, *map(str, listener.file or ())])
 
     def remove(self, name: str) -> None:
         """Keep nothing that has this name."""
@@ -183,11 +190,12 @@ class Parcel:
 class Inheritance:
     """What the process before has left in the store; of this process from now on.
 
-    listeners: the listening sockets.
+    listeners: the listening sockets. lost: those of them whose file is gone, or another one is in its place.
     """
 
     def __init__(self, found: Iterable[StoredDescriptor]) -> None:
         self.listeners: list[socket.SocketType] = []
+        self.lost: list[socket.SocketType] = []
         self._states: list[int] = []
         self._queues: list[socket.SocketType] = []
         for name, fd in found:
@@ -201,8 +209,8 @@ class Inheritance:
                 queue = socket.SocketType(fileno=fd)
                 queue.setblocking(False)
                 self._queues.append(queue)
-            elif stat.S_ISSOCK(mode) and (listener := _listener(name, fd)):
-                self.listeners.append(listener)
+            elif stat.S_ISSOCK(mode) and (listener := _listener(fd)):
+                (self.listeners if name.split("-")[2:] == _file_of(fd) else self.lost).append(listener)
             else:
                 os.close(fd)
 
@@ -256,7 +264,7 @@ def abort(fds: Iterable[int]) -> None:
 
 
 def _file_of(fd: int) -> list[str]:
-    """Which file a unix socket has, by its device and inode; empty for one without a file, and for TCP."""
+    """Which file is at a unix socket's path, by its device and inode; empty for none, and for TCP."""
     sock = socket.SocketType(fileno=fd)
     try:
         path = sock.getsockname() if sock.family == socket.AF_UNIX else ""
@@ -268,12 +276,11 @@ def _file_of(fd: int) -> list[str]:
     return [str(status.st_dev), str(status.st_ino)]
 
 
-def _listener(name: str, fd: int) -> socket.SocketType | None:
-    """The listening socket that was kept by a name; None if it listens no more, or another file is in its place."""
+def _listener(fd: int) -> socket.SocketType | None:
+    """A listening socket; None if it listens no more."""
     sock = socket.SocketType(fileno=fd)
     try:
-        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if listens and name.split("-")[2:] == _file_of(fd):
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             sock.setblocking(False)
             return sock
     except OSError:

@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 
-from rspd.net.listener import Listener, socket_file
+from rspd.net.listener import NO_FILE, Listener, socket_file
 
 
 def allow(listener: Listener, mode: int, group: str) -> None:
@@ -17,7 +17,7 @@ def allow(listener: Listener, mode: int, group: str) -> None:
     fd = os.open(listener.address.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
-        if not listener.file or socket_file(status) != listener.file:
+        if listener.file == NO_FILE or socket_file(status) != listener.file:
             return
         file = f"/proc/self/fd/{fd}"
         try:

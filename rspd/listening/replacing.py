@@ -2,7 +2,7 @@
 
 import errno
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from rspd.net.address import Address, SocketAddress, place_of
@@ -30,6 +30,7 @@ def replace_listeners(
 ) -> list[Listener]:
     """Listeners for the wanted addresses. Old listeners that are still wanted stay; the other old ones are closed.
 
+    Where the file of a unix socket is lost, a new one is opened in its place. If that cannot be, the old one stays.
     Listeners from systemd always stay: rspd could not get a closed one back.
     kept: sockets of the process before. Where they are wanted, they are taken; the others are closed.
     No old listener may be watched meanwhile. Raises ListenError; then old listeners and kept sockets are as they were.
@@ -37,24 +38,49 @@ def replace_listeners(
     kept = kept or {}
     adopted = [listener for listener in old if listener.passed is not None]
     bound = [listener for listener in old if listener.passed is None]
-    staying = [listener for listener in bound if listener.address in wanted]
     leaving = [listener for listener in bound if listener.address not in wanted]
-    known = {listener.address for listener in bound}
+    still_wanted = [listener for listener in bound if listener.address in wanted]
+    lost = [listener for listener in still_wanted if listener.lost]
+    staying = [listener for listener in still_wanted if listener not in lost]
+    known = {listener.address for listener in staying}
     coming = {address: binding for address, binding in wanted.items() if address not in known}
-    places = {(where.family, place_of(where.address)) for binding in coming.values() for where in binding.where}
-    leaving += [kept_listener(sock) for place, sock in kept.items() if place not in places]
-    needed = {address: binding for address, binding in coming.items() if not binding.optional}
+    leaving += _left_over(kept, coming)
+    replaced = {listener.address for listener in lost}
+    needed = {at: binding for at, binding in coming.items() if not (binding.optional or at in replaced)}
     opened = _open_in_place_of(leaving, needed, kept)
     for listener in leaving:
         listener.close()
-    for address in coming.keys() - needed:
-        opened += _open_if_possible(address, coming[address], kept)
-    for listener in staying:
+    for address, binding in coming.items():
+        if address not in needed:
+            opened += _open_if_possible(address, binding, kept)
+    staying += _without_successor(lost, {listener.address for listener in (*staying, *opened)})
+    _go_on(staying, wanted)
+    return adopted + staying + opened
+
+
+def _left_over(kept: Kept, coming: Mapping[Address, Binding]) -> list[Listener]:
+    """Listeners on those kept sockets that nobody wants."""
+    places = {(where.family, place_of(where.address)) for binding in coming.values() for where in binding.where}
+    return [kept_listener(sock) for place, sock in kept.items() if place not in places]
+
+
+def _without_successor(lost: Sequence[Listener], successors: Container[Address]) -> list[Listener]:
+    """Those that stay of the lost ones. They are closed where there is another one, unless clients wait there."""
+    staying = []
+    for listener in lost:
+        if listener.address in successors and listener.waiting() == 0:
+            listener.close()
+        else:
+            staying.append(listener)
+    return staying
+
+
+def _go_on(listeners: Sequence[Listener], wanted: Mapping[Address, Binding]) -> None:
+    for listener in listeners:
         binding = wanted[listener.address]
         listener.listen(binding.backlog)
         if binding.reuse_port:
             listener.share_port()
-    return adopted + staying + opened
 
 
 def _open_in_place_of(leaving: Sequence[Listener], coming: Mapping[Address, Binding], kept: Kept) -> list[Listener]:
@@ -92,7 +118,8 @@ def _open_if_possible(address: Address, binding: Binding, kept: Kept) -> list[Li
     try:
         return _open(address, binding, kept)
     except ListenError as error:
-        log.warning("nobody can look at this process, %s", error)
+        what = "nobody can look at this process" if binding.optional else "the file of a listening socket is gone"
+        log.warning("%s, %s", what, error)
         return []
 
 

@@ -16,7 +16,7 @@ from rspd.listening.allowing import allow
 from rspd.listening.replacing import Binding, replace_listeners
 from rspd.net.address import Address, SocketAddress, literal, own_listeners
 from rspd.net.descriptors import TooFewError, reserve
-from rspd.net.listener import Listener, ListenError, adopt_listener, by_place
+from rspd.net.listener import Listener, ListenError, adopt_listener, by_place, kept_listener
 from rspd.net.resolver import Resolver
 from rspd.net.waiting import GivenUp
 from rspd.settings import Config, ProxyConfig
@@ -83,10 +83,12 @@ class Sockets:
         resolver: Resolver,
         passed: Sequence[PassedSocket],
         kept: Sequence[socket.SocketType] = (),
+        lost: Sequence[socket.SocketType] = (),
         prepare: Callable[[Plan], object] = lambda plan: None,
     ) -> None:
         """kept: listening sockets of the process before. The first `open` takes or closes each.
 
+        lost: others of that process, as of `Inheritance`.
         prepare: called with each plan before anything is opened; may raise StartError.
         """
         self._prepare = prepare
@@ -94,6 +96,7 @@ class Sockets:
         self._loop = loop
         self._resolver = resolver
         self._kept = by_place(kept)
+        self._lost = [kept_listener(sock, lost=True) for sock in lost]
         self.adopted = [adopt_listener(name, sock) for name, sock in passed]
 
     async def listen(self, config: Config, patient: bool, tell: Callable[[str], object]) -> tuple[Plan, Opened]:
@@ -106,7 +109,7 @@ class Sockets:
         while True:
             try:
                 plan = await self.plan(config, patient=True)
-                return plan, self.open(plan, self.adopted)
+                return plan, self.open(plan, [*self.adopted, *self._lost])
             except ConfigError as error:
                 raise StartError(str(error), os.EX_CONFIG) from None
             except ListenError as error:

@@ -27,6 +27,9 @@ MOMENT = struct.pack("ll", 0, 1)
 # tcpi_unacked in struct tcp_info, linux/tcp.h: of a socket that listens, how many wait to be accepted.
 UNACKED = slice(24, 28)
 
+# In place of what identifies a socket's file, where there is none. No file has this.
+NO_FILE = (0, 0)
+
 # The mode of a socket to which only our own user may connect.
 PRIVATE = 0o600
 
@@ -78,7 +81,7 @@ class Listener(Watch):
     name: where it listens, for people.
     side: the class of a client's side.
     passed: the name of a socket that systemd passed, and will pass to the next process too; None for one of our own.
-    file: which file a unix socket of our own has, as of `socket_file`; None for others.
+    file: which file a unix socket of our own has, as of `socket_file`; None for one that needs none.
     """
 
     __slots__ = ("_sock", "address", "backlog", "file", "name", "passed", "side")
@@ -103,6 +106,11 @@ class Listener(Watch):
         where = self._sock.getsockname()
         bound = bound_address(self._sock)
         return [where, ("0.0.0.0", bound.port)] if not (bound.path or bound.host) else [where]
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody can come any more: the file of a unix socket is gone, or another one is in its place."""
+        return self.file is not None and (self.file == NO_FILE or file_at(self.address.path) != self.file)
 
     def accept(self) -> tuple[socket.SocketType, Peer]:
         """The next client's socket and address. The socket is non-blocking; the caller closes it. Raises OSError."""
@@ -148,7 +156,7 @@ class Listener(Watch):
 
     def close(self) -> None:
         """Close the socket, and remove the file of a unix socket if it is still ours. Nobody is accepted any more."""
-        if self.file and file_at(self.address.path) == self.file:
+        if self.file and not self.lost:
             try:
                 os.unlink(self.address.path)
             except OSError:
@@ -162,17 +170,17 @@ class Listener(Watch):
         self._sock.close()
 
 
-def file_at(path: str) -> tuple[int, int] | None:
-    """What identifies a socket's file; None for an abstract name, or if it is gone."""
+def file_at(path: str) -> tuple[int, int]:
+    """What identifies a socket's file; NO_FILE if there is none."""
     try:
         return socket_file(os.lstat(path))
-    except (OSError, ValueError):
-        return None
+    except OSError:
+        return NO_FILE
 
 
-def socket_file(status: os.stat_result) -> tuple[int, int] | None:
-    """What identifies a socket's file, by its status; None for another file."""
-    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
+def socket_file(status: os.stat_result) -> tuple[int, int]:
+    """What identifies a socket's file, by its status; NO_FILE for a file that is no socket."""
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else NO_FILE
 
 
 def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
@@ -183,10 +191,13 @@ def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
     return Listener(bound_address(sock), sock, passed=name)
 
 
-def kept_listener(sock: socket.SocketType) -> Listener:
-    """A listener on a socket that the process before has kept. It owns our descriptor of the socket."""
+def kept_listener(sock: socket.SocketType, lost: bool = False) -> Listener:
+    """A listener on a socket that the process before has kept. It owns our descriptor of the socket.
+
+    lost: whether the file at its path is not its own.
+    """
     address = bound_address(sock)
-    listener = Listener(address, sock, file_at(address.path) if address.path else None)
+    listener = Listener(address, sock, NO_FILE if lost else _file_of(address.path))
     listener.backlog = socket.SOMAXCONN  # not known
     return listener
 
@@ -240,7 +251,7 @@ def close_all(listeners: Iterable[Listener], kept: Kept) -> None:
 
 
 def _reopen(address: Address, sock: socket.SocketType, backlog: int, reuse_port: bool) -> Listener:
-    listener = Listener(address, sock, file_at(address.path) if address.path else None)
+    listener = Listener(address, sock, _file_of(address.path))
     listener.listen(backlog)
     if reuse_port:
         listener.share_port()
@@ -262,12 +273,17 @@ def _open(address: Address, where: SocketAddress, backlog: int, reuse_port: bool
             # Each family has its own socket, so that neither can be mistaken for the other.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(where.address)
-        listener = Listener(address, sock, file_at(where.address) if where.family == socket.AF_UNIX else None)
+        listener = Listener(address, sock, _file_of(where.address))
         listener.listen(backlog)
         return listener
     except BaseException:
         sock.close()
         raise
+
+
+def _file_of(where: object) -> tuple[int, int] | None:
+    """What identifies the file of a socket that is bound there; None if it needs none."""
+    return file_at(where) if isinstance(where, str) and where.startswith("/") else None
 
 
 def _remove_stale(path: str) -> None:

@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class Legacy:
-    """What the process before has left: `found` is in the store, with `listeners`."""
+    """What the process before has left: `found` is in the store, with `listeners` and `lost`; see `Inheritance`."""
 
     def __init__(self, found: Sequence[StoredDescriptor]) -> None:
         self.found = found
         self._inheritance = inheritance = Inheritance(found)
-        self.listeners = inheritance.listeners
+        self.listeners, self.lost = inheritance.listeners, inheritance.lost
         self._document: Handed = {}
         try:
             states = [content for content in inheritance.states() if content]

@@ -104,7 +104,8 @@ class Service:
         watchers: set[Task] = set()
         self._legacy = legacy
         self._fault = fault
-        self._sockets = Sockets(loop, resolver, passed, legacy.listeners if legacy else (), self._prepare)
+        kept, lost = (legacy.listeners, legacy.lost) if legacy else ((), ())
+        self._sockets = Sockets(loop, resolver, passed, kept, lost, self._prepare)
         maker = PoolMaker(loop, self._shortage, resolver, self._ways)
         self._proxies = Proxies(loop, self._shortage, self._pipes, maker, self._ways, watchers)
         self._life = Life(loop, version, worker())
@@ -260,7 +261,7 @@ class Service:
         """Let the next process have our own listeners. systemd passes the others to it anyway."""
         if not self._successor:
             everyone = [*self._proxies.listeners, *self._desk.listeners]
-            own = [listener.fd for listener in everyone if listener.passed is None]
+            own = [listener for listener in everyone if listener.passed is None]
             self._store.keep(own if self._config.handover else ())
 
     async def _reload(self) -> str:

@@ -88,7 +88,7 @@ class Upgrade:
         try:
             successor.prepare(command)
             listeners = [*self._proxies.listeners, *self._desk.listeners]
-            self._store.keep([one.fd for one in listeners if one.passed is None])
+            self._store.keep([one for one in listeners if one.passed is None])
             if await self._handover.run_or_stay(config):
                 return True
         except OSError as error:

@@ -162,7 +162,7 @@ def test_one_that_nobody_asked_for_ends_no_start_no_reload_and_no_upgrade_for_wa
     with file.rspd(env=env(run), limit=(LIMIT, LIMIT)) as daemon:
         file.write(control=None)
         assert upgraded(daemon.process.pid) == (0, "")
-        (warning,) = daemon.find("WARNING")
+        (warning,) = daemon.wait_for("WARNING")
         assert warning.endswith(
             f"nobody can look at this process, max_connections {ALL} needs {2 * ALL + OWN + 1 + 2 * MOST + 1} "
             f"descriptors, and the limit is {LIMIT}: lower it to {LESS} or raise the limit "

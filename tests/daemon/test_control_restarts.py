@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,8 +14,10 @@ import pytest
 
 from tests.daemon.control import connections, status
 from tests.daemon.test_control_states import env, proxy
+from tests.daemon.test_handover_upgrade import upgraded
 from tests.fleet import File, stays
 from tests.keeper import Manager, managed
+from tests.manager import unix_listener
 from tests.support import PATIENCE, Backend, eventually
 
 
@@ -87,3 +92,95 @@ def test_who_looks_during_a_restart_gets_an_answer(service: Manager, tmp_path: P
                 thread.join(PATIENCE)
     assert not failures
     assert pids == {daemon.pid for daemon in service.daemons}
+
+
+# Files of sockets that are removed, or replaced by another process
+
+
+@pytest.fixture
+def sockets(tmp_path: Path) -> list[Path]:
+    """Where clients come, and where rspd is looked at."""
+    return [tmp_path / "listen.sock", tmp_path / "control.sock"]
+
+
+@pytest.fixture
+def file(tmp_path: Path, sockets: list[Path]) -> Iterator[File]:
+    with Backend(stays("!")) as there:
+        listen, control = map(str, sockets)
+        yield File(tmp_path, backend=there.address, listen=listen, control=control)
+
+
+def client_of(path: Path) -> socket.socket:
+    """A client that is being served."""
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(PATIENCE)
+    client.connect(str(path))
+    assert client.recv(1) == b"!"
+    return client
+
+
+def still_served(client: socket.socket) -> bool:
+    client.sendall(b"x")
+    return client.recv(1) == b"x"
+
+
+def test_sockets_whose_files_were_removed_are_back_after_a_reload_and_after_an_upgrade(
+    file: File, sockets: list[Path]
+) -> None:
+    listen, control = sockets
+    with file.rspd() as daemon, client_of(listen) as first, ExitStack() as stack:
+        for number in range(2):
+            for path in sockets:
+                path.unlink()
+            if number:
+                assert upgraded(daemon.process.pid) == (0, "")
+            else:
+                file.reload(daemon)
+            assert status(control).process.pid == daemon.pid
+            assert still_served(stack.enter_context(client_of(listen)))
+            assert still_served(first)
+        assert not daemon.find("WARNING|ERROR")
+        daemon.signal(signal.SIGTERM)
+        eventually(lambda: not listen.exists())
+    assert not control.exists()
+
+
+def test_another_process_has_its_sockets_at_these_paths_and_keeps_them_whatever_rspd_does(
+    file: File, sockets: list[Path]
+) -> None:
+    listen, _ = sockets
+    with file.rspd() as daemon, client_of(listen) as client, ExitStack() as stack:
+        for path in sockets:
+            path.unlink()
+            stack.enter_context(unix_listener(str(path)))
+        inodes = [path.lstat().st_ino for path in sockets]
+        file.reload(daemon, max_connections=7)
+        for number in range(2):
+            assert upgraded(daemon.process.pid) == (0, "")
+            assert still_served(client)
+            for path in sockets:
+                what = f"the file of a listening socket is gone, cannot listen on {path}: Address already in use"
+                daemon.wait_for(what, number + 2)
+        client.close()
+        assert daemon.stop() == 0
+        assert [path.lstat().st_ino for path in sockets] == inodes
+
+
+def test_a_service_restarts_though_another_process_has_its_sockets_at_these_paths(
+    file: File, sockets: list[Path]
+) -> None:
+    listen, _ = sockets
+    with managed("-c", str(file.path)) as service, client_of(listen) as client, ExitStack() as stack:
+        for path in sockets:
+            path.unlink()
+            stack.enter_context(unix_listener(str(path)))
+        service.restart()
+        assert still_served(client)
+        service.daemon.wait_for("the file of a listening socket is gone", 2)
+        for path in sockets:
+            os.unlink(path)
+        service.restart()
+        assert still_served(client)
+        with client_of(listen) as another:
+            assert still_served(another)
+        assert status(sockets[1]).process.pid == service.daemon.pid

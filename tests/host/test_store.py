@@ -126,11 +126,20 @@ def pairs(stack: ExitStack, count: int) -> list[tuple[socket.socket, socket.sock
 # Listeners
 
 
+class Listening:
+    """One that has the file at its path."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.fd = sock.fileno()
+        path = sock.getsockname() if sock.family == socket.AF_UNIX else ""
+        self.file = (os.stat(path).st_dev, os.stat(path).st_ino) if path else None
+
+
 def test_each_listener_is_stored_by_a_name_with_its_inode(
     manager: Manager, make_store: Callable[..., Store], stack: ExitStack, tmp_path: Path
 ) -> None:
     web, local = stack.enter_context(tcp_listener()), stack.enter_context(unix_listener(f"{tmp_path}/s"))
-    make_store().keep([web.fileno(), local.fileno()])
+    make_store().keep([Listening(web), Listening(local)])
     told = manager.read()
     file = os.stat(f"{tmp_path}/s")
     own = [str(inode(web.fileno())), f"{inode(local.fileno())}-{file.st_dev}-{file.st_ino}"]
@@ -145,7 +154,7 @@ def test_a_listener_that_is_in_the_store_is_not_stored_again(
     web = stack.enter_context(tcp_listener())
     store = make_store(f"listener-{inode(web.fileno())}")
     for _ in range(2):
-        store.keep([web.fileno()])
+        store.keep([Listening(web)])
     assert manager.read() == []
 
 
@@ -154,7 +163,7 @@ def test_a_listener_that_is_given_up_leaves_the_store_and_so_does_what_was_found
 ) -> None:
     web = stack.enter_context(tcp_listener())
     store = make_store("listener-1", PARCEL)
-    store.keep([web.fileno()])
+    store.keep([Listening(web)])
     name = f"rspd+listener-{inode(web.fileno())}"
     removed = "FDSTOREREMOVE=1\nFDNAME=rspd+"
     texts = [one.text for one in manager.read()]
@@ -167,7 +176,7 @@ def test_a_listener_that_is_given_up_leaves_the_store_and_so_does_what_was_found
 def test_more_listeners_than_the_store_has_room_for_leave_room_for_a_parcel(
     manager: Manager, make_store: Callable[..., Store], stack: ExitStack, as_many_descriptors_as_allowed: None
 ) -> None:
-    many = [stack.enter_context(socket.socket(socket.AF_UNIX)).fileno() for _ in range(LISTENERS_MAX + 20)]
+    many = [Listening(stack.enter_context(socket.socket(socket.AF_UNIX))) for _ in range(LISTENERS_MAX + 20)]
     store = make_store()
     while len(store._kept) < LISTENERS_MAX:  # systemd reads on
         before = len(store._kept)
@@ -185,7 +194,7 @@ def test_a_message_that_finds_no_room_is_sent_later(
     web = stack.enter_context(tcp_listener())
     store = make_store("listener-1")
     with manager.full():
-        store.keep([web.fileno()])
+        store.keep([Listening(web)])
     assert manager.told == []
     store.keep_all()
     removed, told = manager.read()
@@ -208,7 +217,7 @@ def test_a_listener_for_which_no_room_is_in_flight_is_stored_later(
         return send(sock, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "sendmsg", sendmsg, raising=False)
-    store.keep([web.fileno()])
+    store.keep([Listening(web)])
     assert manager.read() == []
     store.keep_all()
     assert len(manager.read()) == 1
@@ -488,18 +497,21 @@ def test_listening_sockets_are_found_whatever_their_names_and_do_not_block(stack
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_a_unix_socket_whose_file_is_gone_or_anothers_is_not_taken(
+def test_a_unix_socket_whose_file_is_gone_or_anothers_is_told_from_those_that_are_reached(
     manager: Manager, make_store: Callable[..., Store], stack: ExitStack, tmp_path: Path, other: bool
 ) -> None:
     path = f"{tmp_path}/s"
     local = stack.enter_context(unix_listener(path))
-    make_store().keep([local.fileno()])
+    make_store().keep([Listening(local)])
     ((told),) = manager.read()
     name = told.text.partition("FDNAME=rspd+")[2].partition("\n")[0]
     os.rename(path, f"{path}.old")
     if other:
         stack.enter_context(unix_listener(path))
-    assert Inheritance([StoredDescriptor(name, os.dup(local.fileno()))]).listeners == []
+    inheritance = Inheritance([StoredDescriptor(name, os.dup(local.fileno()))])
+    assert inheritance.listeners == []
+    (lost,) = inheritance.lost
+    lost.close()
     if other:
         os.unlink(path)
     os.rename(f"{path}.old", path)
@@ -522,7 +534,7 @@ def test_a_listener_is_stored_also_where_no_descriptor_is_free(
 
     for name in ("dup", "open"):
         monkeypatch.setattr(os, name, none_is_free)
-    store.keep([local.fileno()])
+    store.keep([Listening(local)])
     monkeypatch.undo()
     ((told),) = manager.read()
     assert "FDSTORE=1" in told.text

@@ -58,6 +58,37 @@ def test_replacing_keeps_what_stays_opens_what_comes_and_closes_what_leaves(
     assert sorted(os.listdir(tmp_path)) == ["comes", "stays"]
 
 
+def test_a_unix_socket_without_its_file_gets_one_anew_and_serves_who_waits(
+    replace: Callable[..., list[Listener]], tmp_path: Path
+) -> None:
+    path = f"{tmp_path}/sock"
+    [old] = replace(path)
+    with connect(old) as waiting:
+        os.unlink(path)
+        still, new = replace(path)
+        assert (still, serves(new)) == (old, True)
+        assert set(replace(path)) == {new, old}  # a client waits there
+        accept(old)[0].close()
+        assert waiting.recv(1) == b""
+    assert replace(path) == [new]
+    assert serves(new)
+
+
+def test_a_unix_socket_without_its_file_stays_as_it_is_if_there_cannot_be_another(
+    replace: Callable[..., list[Listener]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "sock"
+    old = replace(str(path), "127.0.0.1:0")
+    path.unlink()
+    path.write_text("precious")
+    assert set(replace(str(path), "127.0.0.1:0")) == set(old)
+    assert caplog.messages == [
+        f"the file of a listening socket is gone, cannot listen on {path}: a file that is not a socket stands there"
+    ]
+    assert replace("127.0.0.1:0") == [one for one in old if not one.address.path]
+    assert path.read_text() == "precious"
+
+
 def test_replacing_gives_what_stays_the_new_backlog(replace: Callable[..., list[Listener]]) -> None:
     [before] = replace("127.0.0.1:0", backlog=5)
     [after] = replace("127.0.0.1:0", backlog=9)

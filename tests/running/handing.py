@@ -195,7 +195,7 @@ def hand_over(
                 half.listen()
                 await script(half)
                 kept = Store(notifier, ())
-                kept.keep([listener.fd for listener in half.listeners])
+                kept.keep(half.listeners)
                 if await Handover(loop, kept, half.proxies, half.desk, from_file=True).run(config, lambda: False):
                     half.end_of_process()
                     return True
