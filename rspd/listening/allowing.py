@@ -4,15 +4,19 @@ import errno
 import os
 import stat
 
-from rspd.net.listener import NO_FILE, Listener, socket_file
+from rspd.net.listener import NO_FILE, PRIVATE, Listener, socket_file
+
+# The mode of a new socket; its file has that, less the umask.
+USUAL = 0o777
 
 
 def allow(listener: Listener, mode: int, group: str) -> None:
-    """Let a mode and a group decide who may connect. Raises OSError with the reason.
+    """Let a mode and a group decide who may connect, until `allow_as_usual`. Raises OSError with the reason.
 
     If another file stands at the path by now, that file stays as it is.
     group: its name; empty for that of a new file.
     """
+    os.fchmod(listener.fd, PRIVATE)  # no more than a note, which the next process finds too
     # Who owns the folder may put a link there at any time. So the file is opened first, and changed by that.
     fd = os.open(listener.address.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -29,6 +33,15 @@ def allow(listener: Listener, mode: int, group: str) -> None:
             os.chmod(file, mode)
     finally:
         os.close(fd)
+
+
+def allow_as_usual(listener: Listener) -> None:
+    """Let those connect who may connect to a new socket, if another mode or group decides so far. As for `allow`."""
+    if stat.S_IMODE(os.fstat(listener.fd).st_mode) == PRIVATE:
+        umask = os.umask(0o777)
+        os.umask(umask)
+        allow(listener, USUAL & ~umask, "")
+        os.fchmod(listener.fd, USUAL)
 
 
 def _gid(group: str, folder: str) -> int:

@@ -12,7 +12,7 @@ from rspd.admin.request import CONTROL, MOST, of_worker
 from rspd.engine.loop import Loop
 from rspd.errors import ConfigError, StartError
 from rspd.host.systemd import PassedSocket, runtime_folder, worker
-from rspd.listening.allowing import allow
+from rspd.listening.allowing import allow, allow_as_usual
 from rspd.listening.replacing import Binding, replace_listeners
 from rspd.net.address import Address, SocketAddress, literal, own_listeners
 from rspd.net.descriptors import TooFewError, reserve
@@ -184,11 +184,16 @@ class Sockets:
         bound = [listener for listener in everyone if listener.passed is None]
         control = [listener for listener in bound if listener.address == plan.control]
         metrics = [listener for listener in bound if listener.address == plan.metrics]
-        for listener in (one for one in (*control, *metrics) if one.address.path):
+        for listener in (one for one in bound if one.file and not one.lost):
+            looked = listener in control or listener in metrics
             try:
-                allow(listener, plan.control_mode, plan.control_group)
+                if looked:
+                    allow(listener, plan.control_mode, plan.control_group)
+                else:
+                    allow_as_usual(listener)
             except OSError as error:
-                log.warning("who may look is not as configured: %s", error.strerror)
+                what = "look is not as configured" if looked else f"connect to {listener.name} is not as usual"
+                log.warning("who may %s: %s", what, error.strerror)
         return Opened(
             {
                 name: part.adopted + [listener for listener in bound if listener.address in part.addresses]

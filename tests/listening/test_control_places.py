@@ -8,6 +8,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -241,6 +242,35 @@ def test_the_socket_of_the_process_before_is_taken(apply: Apply, folder: Path, t
         assert waiting.recv(1) == b""
     for sock in kept:
         sock.close()
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["a reload", "another process"])
+def test_a_place_that_clients_take_over_is_open_to_them_and_one_of_theirs_is_only_for_those_who_look(
+    apply: Apply, folder: Path, fresh: bool
+) -> None:
+    def modes() -> tuple[int, ...]:
+        return tuple(stat.S_IMODE(os.lstat(path).st_mode) for path in (one, two))
+
+    one, two = f"{folder}/one", f"{folder}/two"
+    kept: list[Any] = []
+    umask = os.umask(0o027)
+    try:
+        before = apply(f"control: {one}, listen: {two}, control_mode: '0606'")
+        assert modes() == (0o606, 0o750)
+        inodes = os.lstat(one).st_ino, os.lstat(two).st_ino
+        for listener in (*before.control, *before.proxies[""]) if fresh else ():
+            kept.append(keep(listener))
+            listener._sock.close()
+        after = apply(f"control: {two}, listen: {one}, control_mode: '0606'", kept, fresh)
+        assert modes() == (0o750, 0o606)
+        assert (os.lstat(one).st_ino, os.lstat(two).st_ino) == inodes
+        assert serves(after.control[0])
+        assert serves(after.proxies[""][0])
+        os.chmod(one, 0o722)
+        apply(f"control: {two}, listen: {one}, control_mode: '0606'")
+        assert modes() == (0o722, 0o606)  # what its owner has said of a place for clients stays
+    finally:
+        os.umask(umask)
 
 
 def test_what_is_kept_of_the_process_before_and_not_wanted_is_closed(apply: Apply, folder: Path) -> None:
