@@ -167,7 +167,7 @@ def _legacy(stored: Sequence[StoredDescriptor]) -> Legacy:
 
 
 def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> None:
-    """Say on stdout what the configuration means, or all values in force. Warn of a proxy without `listen`."""
+    """Say on stdout what the configuration means, or all values in force. Warn of what may be right elsewhere."""
     config = _load_first(path, overrides, sockets=None)
     source = path or "command line"
     # A check that systemd starts, as before a reload, does not warn: a socket unit may bring the address.
@@ -176,6 +176,14 @@ def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> No
             key = f"proxies.{proxy.name}.listen" if proxy.name else "listen"
             complain(f"warning: {source}: {key}: missing, rspd can start only where systemd passes a socket")
     # Each module is for this only.
+    if config.control_group:
+        import grp
+
+        try:
+            grp.getgrnam(config.control_group)
+        except KeyError:
+            what = f"control_group: expected a group of this host, found {config.control_group!r}"
+            complain(f"warning: {source}: {what}; rspd starts without it")
     if every_value:
         from rspd.explaining.dump import dump
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import re
 import signal
@@ -167,6 +168,16 @@ def test_a_check_warns_where_there_is_no_address_to_listen_on(rspd: Run, file: P
     assert rspd("--check", "--all", "-c", str(file))[::2] == (0, f"rspd: warning: {file}: listen: {said}\n")
     file.write_text("proxies:\n  a: {listen: 1, backend: a:1}\n  b: {backend: a:1}\n")
     assert rspd("--check", "-c", str(file))[::2] == (0, f"rspd: warning: {file}: proxies.b.listen: {said}\n")
+
+
+def test_a_check_warns_of_a_group_that_this_host_does_not_have(rspd: Run, file: Path) -> None:
+    """It is no error: the file may be for another host."""
+    rest = "control_group: expected a group of this host, found 'no-such-group'; rspd starts without it"
+    file.write_text("listen: 1\nbackend: a:1\ncontrol_group: no-such-group\n")
+    for more in ([], ["--all"]):
+        assert rspd("--check", *more, "-c", str(file))[::2] == (0, f"rspd: warning: {file}: {rest}\n")
+    file.write_text(f"listen: 1\nbackend: a:1\ncontrol_group: {grp.getgrall()[0].gr_name}\n")
+    assert rspd("--check", "-c", str(file))[::2] == (0, "")
 
 
 def test_a_check_that_systemd_runs_does_not_warn_of_an_address_that_a_socket_unit_may_bring(
