@@ -32,18 +32,27 @@ class History:
 
     def __init__(self) -> None:
         # Replaced, never changed. What nobody goes on from; and by path, the lineage of the process that answered there
-        # last, and its counters.
+        # last, and its counters. A lineage is at one path.
         self._state: tuple[Values, Mapping[str, tuple[str, Values]]] = {}, {}
 
     def take(self, own: Snapshot, workers: Mapping[str, Snapshot]) -> None:
         """Take what this process says now, and what workers say, by the paths of their control sockets."""
         ended, known = self._state
-        known = dict(known)
-        for path, answer in {OWN: own, **workers}.items():
-            lineage, before = known.get(path, ("", {}))
-            now = counted(answer)
-            known[path] = answer.process.lineage, now
-            ended = add((ended, before if lineage != answer.process.lineage else _began_anew(before, now)))
+        paths = {own.process.lineage: OWN}
+        now = {own.process.lineage: counted(own)}
+        for path, answer in workers.items():
+            paths[answer.process.lineage] = path
+            now[answer.process.lineage] = counted(answer)
+        silent: dict[str, tuple[str, Values]] = {}
+        for path, (lineage, before) in known.items():
+            if lineage in now:
+                # It may answer at another path: a reload can change `control`.
+                ended = add((ended, _began_anew(before, now[lineage])))
+            elif path == OWN or path in workers:
+                ended = add((ended, before))
+            else:
+                silent[path] = lineage, before
+        known = {path: (lineage, now[lineage]) for lineage, path in paths.items()} | silent
         # A process alone says what it has: there is no sum that could go back.
         self._state = _without_gone(ended, known) if len(known) > 1 else self._state[0], known
 

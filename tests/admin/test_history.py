@@ -67,6 +67,26 @@ def test_a_worker_that_began_anew_counts_beside_the_one_before_it_even_if_it_has
     assert ended(history.sums()) == 30 + 40
 
 
+def test_workers_that_answer_at_other_paths_count_once() -> None:
+    history = History()
+    second = of_lineage(SAMPLE, "w2")
+    history.take(OWN, {"/one-worker-1.sock": WORKER, "/one-worker-2.sock": second})
+    history.take(OWN, {"/two-worker-1.sock": grown(WORKER, 1)})
+    assert ended(history.sums()) == 31 + 30
+    history.take(OWN, {"/two-worker-1.sock": grown(WORKER, 2), "/two-worker-2.sock": grown(second, 5)})
+    assert ended(history.sums()) == 32 + 35
+
+
+def test_a_worker_that_was_handed_over_under_two_paths_counts_once_when_it_answers() -> None:
+    """As a version did that knew workers by their paths alone."""
+    values = {"rspd_connections_total": [[list(ENDS), [30]]]}
+    workers = {path: {"lineage": "w1", "counted": values} for path in ("/one-worker-1.sock", "/two-worker-1.sock")}
+    history = History()
+    history.resume({"ended": {}, "workers": workers})
+    history.take(OWN, {"/two-worker-1.sock": WORKER})
+    assert ended(history.sums()) == 30
+
+
 def test_the_next_process_goes_on_from_all_of_it() -> None:
     history = History()
     history.take(OWN, {"1": WORKER, "2": of_lineage(SAMPLE, "w2")})
@@ -224,7 +244,9 @@ def test_a_histogram_with_other_buckets_of_another_version_is_left_out() -> None
 HAPPENINGS = st.lists(
     st.tuples(
         st.integers(0, 3),
-        st.sampled_from(["serves", "is taken over", "begins anew", "freezes", "loses backends", "gets backends"]),
+        st.sampled_from(
+            ["serves", "is taken over", "begins anew", "freezes", "moves", "loses backends", "gets backends"]
+        ),
     )
 )
 
@@ -233,6 +255,7 @@ HAPPENINGS = st.lists(
 def test_sums_never_go_back_and_are_right_whenever_all_workers_answer(happenings: list[tuple[int, str]]) -> None:
     them = [of_lineage(SAMPLE, str(number)) for number in range(4)]
     history = History()
+    paths = list("0123")
     history.take(them[0], dict(zip("123", them[1:], strict=True)))
     before = history.sums()
     truth = 120
@@ -248,6 +271,8 @@ def test_sums_never_go_back_and_are_right_whenever_all_workers_answer(happenings
             truth += 30
         elif what == "freezes":
             silent = number
+        elif what == "moves":
+            paths[number] += "'"
         elif what == "loses backends":
             one = without_backends(one)
         elif what == "gets backends":
@@ -257,7 +282,7 @@ def test_sums_never_go_back_and_are_right_whenever_all_workers_answer(happenings
             following = History()
             following.resume(json.loads(json.dumps(history.hand_over())))
             history = following
-        history.take(them[0], {str(place): each for place, each in enumerate(them) if place not in (0, silent)})
+        history.take(them[0], {paths[place]: each for place, each in enumerate(them) if place not in (0, silent)})
         now = history.sums()
         assert silent or ended(now) == truth
         assert gone_back(before, now) == []

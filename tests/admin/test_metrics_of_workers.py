@@ -64,6 +64,21 @@ def test_a_worker_that_began_anew_and_one_that_is_gone_keep_their_counters(tmp_p
         assert ended(ask(following)) == 30 + 30 + 31
 
 
+def test_a_worker_that_a_reload_moves_counts_once_also_in_the_next_process(tmp_path: Path) -> None:
+    paths = [str(tmp_path / "one-worker-1.sock")]
+    exposition = Exposition(lambda: paths)
+    with worker(tmp_path / "one-worker-1.sock", of_lineage(SAMPLE, "w1")):
+        assert ended(ask(exposition)) == 30
+    paths[:] = []
+    assert ended(ask(exposition)) == 30
+    paths[:] = [str(tmp_path / "two-worker-1.sock")]
+    with worker(tmp_path / "two-worker-1.sock", of_lineage(grown(SAMPLE, 1), "w1")):
+        assert ended(ask(exposition)) == 31
+        following = Exposition(lambda: paths)
+        following.resume(json.loads(json.dumps(exposition.hand_over())))
+        assert ended(ask(following)) == 31
+
+
 def without(snapshot: Snapshot, *names: str) -> Snapshot:
     """The same where backends with these names are out of service, and the others in service."""
     backends = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import stat
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -24,7 +26,7 @@ from tests.daemon.test_handover_upgrade import upgraded
 from tests.daemon.test_upgrade import Files
 from tests.fleet import File
 from tests.manager import unix_listener
-from tests.support import OUR_USER, Daemon, free_port, rspd
+from tests.support import OUR_USER, PATIENCE, Backend, Daemon, answer, eventually, free_port, receive_all, rspd
 
 NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 
@@ -115,6 +117,29 @@ def test_a_worker_has_its_own_and_serves_no_metrics(run: Path, file: File) -> No
             socket.create_connection(("127.0.0.1", port))
         file.reload(daemon, control=f"{run}/other.sock")
         assert os.listdir(run) == ["other-worker-12.sock"]
+
+
+def test_metrics_count_a_worker_once_whose_socket_a_reload_moves(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    port = free_port()
+    with Backend(answer) as backend:
+        file = File(tmp_path, backend=backend.address, metrics=f"127.0.0.1:{port}", control=f"{run}/one.sock")
+        with file.rspd() as daemon, file.rspd(env={"RSPD_WORKER": "1"}) as worker:
+            for number in range(1, 6):
+                with (daemon, worker)[number % 2].connect() as client:
+                    client.sendall(b"?")
+                    assert receive_all(client) == b"ok"
+            eventually(lambda: metric(port, "rspd_connections_total") == 5)
+            for one in daemon, worker:
+                file.reload(one, control=f"{run}/two.sock")
+            assert metric(port, "rspd_connections_total") == 5
+            assert metric(port, "rspd_processes") == 2
+
+
+def metric(port: int, name: str) -> float:
+    """The sum of a metric over its labels."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as response:
+        return sum(float(value) for value in re.findall(rf"^{name}\S* (\S+)$", response.read().decode(), re.MULTILINE))
 
 
 # Where somebody else listens
