@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "config": "settings net errors log",
     "host": "errors log",
     "listening": "admin host settings net engine errors log",
-    "running": "observing listening serving routing balancing explaining config host settings net engine errors log",
+    "running": "observing listening serving routing balancing explaining config host settings histogram net engine "
+    "errors log",
     "cli": "parser running explaining config host settings errors log",
     "__main__": "cli commands errors log",
     "__init__": "",

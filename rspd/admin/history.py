@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from operator import gt
+from reprlib import repr as shortened
 from typing import Any
 
+from rspd.histogram import fits, rows
 from rspd.snapshot import OTHER, Backend, Distribution, Proxy, Snapshot
 
 # Values by the names of metrics and by their labels. A histogram has the counts of its buckets, and their sum last.
@@ -19,6 +21,10 @@ PASSING = ("rspd_routed_total", "rspd_connect_failures_total", "rspd_backend_che
 
 # By proxy, backend and something else. A process adds what it has of backends that are long gone to that of OTHER.
 FOLDED = ("rspd_connections_total", "rspd_bytes_total")
+
+# Sums of seconds are cut to whole parts of a second, a power of 2. Up to 4,000 years such numbers are added without
+# rounding, so that a sum never goes back because it is added in another order.
+PER_SECOND, MOST_SECONDS = 1 << 16, 1e11
 
 # The path of the process that asks, among those of workers.
 OWN = ""
@@ -75,8 +81,8 @@ class History:
             parts = value["workers"].items()
             workers = {path: ("" + part["lineage"], _read(part["counted"])) for path, part in parts}
             self._state = _read(value["ended"]), workers
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"expected sums over workers, found {value!r:.80} ({error})") from None
+        except (AttributeError, LookupError, TypeError):
+            raise ValueError(f"expected counters by worker, found {shortened(value)}") from None
 
 
 def counted(snapshot: Snapshot) -> Values:
@@ -126,7 +132,8 @@ def note(found: Values, name: str, value: float, *labels: str) -> None:
 
 def _note_all(found: Values, name: str, distribution: Distribution, *labels: str) -> None:
     if distribution.counts:
-        _join(found.setdefault(name, {}), tuple(map(_text, labels)), (*distribution.counts, distribution.total))
+        total = int(min(distribution.total, MOST_SECONDS) * PER_SECOND) / PER_SECOND
+        _join(found.setdefault(name, {}), tuple(map(_text, labels)), (*distribution.counts, total))
 
 
 def _text(value: str) -> str:
@@ -213,11 +220,12 @@ def _plain(values: Values) -> dict[str, list[Any]]:
 
 
 def _read(value: Mapping[str, Iterable[Any]]) -> Values:
+    """As of `_plain`. What nobody goes on from may be below zero: see `_uncount_folded`."""
     found: Values = {}
     for name, series in value.items():
         found[name] = {}
-        for labels, each in series:
-            "".join(labels)  # raises TypeError if something else is among them, as the sum does
-            sum(each)
-            found[name][tuple(labels)] = tuple(each)
+        for labels, each in rows(series, list, list):
+            if not all(fits(label, str) for label in labels) or not all(fits(abs(number), float) for number in each):
+                raise ValueError(f"expected texts, and numbers, found {shortened([labels, each])}")
+            found[name][tuple(map(_text, labels))] = tuple(each)
     return found

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rspd.engine.loop import Loop, Task
 from rspd.engine.side import Handed
+from rspd.histogram import begins_anew
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener
 from rspd.observing.life import Life
@@ -16,8 +16,6 @@ from rspd.observing.samples import Everyone
 if TYPE_CHECKING:
     from rspd.admin.metrics import Exposition
     from rspd.observing.answers import Answers
-
-log = logging.getLogger(__name__)
 
 
 class Desk:
@@ -116,4 +114,5 @@ class Desk:
             if self._exposition and self._handed:
                 self._exposition.resume(self._handed)
         except ValueError as error:
-            log.warning("sums over workers begin anew: %s", error)
+            self._handed = {}
+            begins_anew("sums over workers", error)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Sequence
 from itertools import count
 
 from rspd.engine.loop import Loop
 from rspd.engine.side import Handed
-from rspd.histogram import Histogram
+from rspd.histogram import Counts, Histogram
 from rspd.serving.connection import Connection
 from rspd.snapshot import TURN_BOUNDS, Distribution, Process
 
@@ -25,7 +24,7 @@ class Life:
     """What is known of this process, and of those that it has taken over from.
 
     reloads, reloads_failed, handovers: how many so far. failure: why the file is not in force; empty if it is.
-    ending: whether it drains. turns: how long the loop's turns took, once they are measured.
+    ending: whether it drains.
     """
 
     def __init__(self, loop: Loop, version: str, worker: str) -> None:
@@ -38,9 +37,9 @@ class Life:
         self.reloads = self.reloads_failed = self.handovers = 0
         self.failure = ""
         self.ending = False
-        self.turns: Histogram | None = None
-        self._turns: list[float] = []  # those that have not been counted
-        self._turns_before: Sequence[object] | None = None  # what the process before has counted
+        self._turns = Histogram(TURN_BOUNDS)  # how long the loop's turns took, here and in the processes before
+        self._new_turns: list[float] = []  # those that have not been counted
+        self._measures_turns = False
 
     def id_of(self, connection: Connection) -> str:
         """The id of a connection, which no other has in any process. It gets one when somebody asks first."""
@@ -50,15 +49,13 @@ class Life:
 
     def measure_turns(self) -> None:
         """Measure how long each turn of the loop takes, from its next turn on."""
-        if not self.turns:
-            self.turns = Histogram(TURN_BOUNDS)
-            self.turns.resume(self._turns_before)
-            self._loop.measure_turns(self._turns, self._settle)
+        if not self._measures_turns:
+            self._measures_turns = True
+            self._loop.measure_turns(self._new_turns, self._settle)
 
     def _settle(self) -> None:
-        if self.turns:
-            self.turns.note_all(sorted(self._turns))
-            self._turns.clear()
+        self._turns.note_all(sorted(self._new_turns))
+        self._new_turns.clear()
 
     async def snapshot(self) -> Process:
         """What is."""
@@ -80,7 +77,7 @@ class Life:
             ending=self.ending,
             descriptors=await self._descriptors(),
             descriptors_max=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            turns=self.turns.snapshot() if self.turns else Distribution(),
+            turns=self._turns.snapshot() if self._measures_turns else Distribution(),
         )
 
     async def _descriptors(self) -> int:
@@ -107,16 +104,15 @@ class Life:
             "reloads": self.reloads,
             "reloads_failed": self.reloads_failed,
             "handovers": self.handovers + 1,
-            "turns": self.turns.hand_over() if self.turns else self._turns_before,
+            "turns": self._turns.hand_over(),
         }
 
     def resume(self, handed: Handed) -> None:
         """Go on with what has become of the process before. Turns may be measured by now, or later."""
-        self._lineage = handed.get("lineage", self._lineage)
-        self._service_began = handed.get("service_began", self._service_began)
-        self.reloads += handed.get("reloads", 0)
-        self.reloads_failed += handed.get("reloads_failed", 0)
-        self.handovers = handed.get("handovers", 1)
-        self._turns_before = handed.get("turns")
-        if self.turns:
-            self.turns.resume(self._turns_before)
+        counts = Counts(handed, "the process")
+        self._lineage = counts.one("lineage", str, self._lineage)
+        self._service_began = counts.one("service_began", float, self._service_began)
+        self.reloads += counts.one("reloads", int, 0)
+        self.reloads_failed += counts.one("reloads_failed", int, 0)
+        self.handovers = counts.one("handovers", int, 1)
+        counts.durations("turns", self._turns)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from rspd.engine.loop import Loop, Task, news
 from rspd.engine.side import Handed
+from rspd.histogram import begins_anew, rows
 from rspd.observing.pace import Pace
 from rspd.routing.pools import Pools
 from rspd.serving.connection import Connection
@@ -129,8 +130,13 @@ class Sampler:
 
     def resume(self, handed: Handed) -> None:
         """Go on with the samples of the process before."""
-        for name, samples in handed.get("samples", ()):
-            self._samples[name] = deque(((at, *counts) for at, *counts in samples), maxlen=KEPT)
+        try:
+            known = rows(handed.get("samples", ()), str, list)
+            samples = {name: [(*one,) for one in rows(own, float, int, int, int)] for name, own in known}
+        except ValueError as error:
+            begins_anew("samples", error)
+            return
+        self._samples.update((name, deque(own, maxlen=KEPT)) for name, own in samples.items() if own)
 
     def _add_sample(self, name: str) -> None:
         self._samples.setdefault(name, deque(maxlen=KEPT)).append(self._sample(name))

@@ -19,7 +19,7 @@ from rspd.observing.desk import Desk
 from rspd.running.document import DocumentError, read
 from rspd.running.proxies import Proxies
 from rspd.serving.proxy import Proxy
-from rspd.serving.resuming import describe
+from rspd.serving.resuming import describe, without_odd_counts
 from rspd.settings import Config
 
 # How many connections are taken over in a turn of the loop: about 5 ms of work.
@@ -73,14 +73,18 @@ class Legacy:
             if token:
                 descriptors = self._inheritance.receive(token)
             if self._document:
-                desk.resume(self._document)
+                self._resume(desk)
             connections = proxies.resume(self._document, self.config)
+            without_odd_counts(handed for _, handed in connections)
             ready = _ready(descriptors)
             lost = TOO_FEW if descriptors else TAKEN
             # Those who wait for a backend come last, in their order: the others take their places at the backends.
             connections.sort(key=lambda one: _turn(one[1], ready))
             for count, (proxy, handed) in enumerate(connections, 1):
-                taken += _take_over(proxy, handed, descriptors, lost)
+                try:
+                    taken += _take_over(proxy, handed, descriptors, lost)
+                except Exception:
+                    log.exception("unexpected error, a connection of the process before ends; please report it")
                 if not count % SLICE:
                     await loop.yield_turn()
             proxies.resumed()
@@ -90,6 +94,12 @@ class Legacy:
         self._inheritance.close()
         self._document = {}  # it may be large
         return taken
+
+    def _resume(self, desk: Desk) -> None:
+        try:
+            desk.resume(self._document)
+        except Exception:
+            log.exception("counts begin anew: those of the process before cannot be read; please report it")
 
 
 def _ready(descriptors: Mapping[int, int]) -> set[int]:

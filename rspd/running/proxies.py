@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from math import inf
@@ -11,6 +12,7 @@ from rspd.balancing.backend import Backend
 from rspd.engine.loop import Loop, Task, news
 from rspd.engine.pipes import Pipes
 from rspd.engine.side import Handed
+from rspd.histogram import Counts
 from rspd.log import quote
 from rspd.net.descriptors import Shortage
 from rspd.net.listener import Listener
@@ -120,24 +122,31 @@ class Proxies:
         Where that proxy is not configured any more, it is one that was taken out. Call `resumed` at the end.
         before: returns the configuration of the process before.
         """
-        self._served_before += handed.get("served_before", 0)
-        self.pools.resume(handed)
-        for name, known in handed.get("tallies", ()):
-            self.tallies.setdefault(name, Tally()).resume(known)
+        before_all = Counts(handed, "the process")
+        self._served_before += before_all.one("served_before", int, 0)
+        _try(self.pools.resume, handed)
+        for name, known in before_all.table("tallies", str, object):
+            self.tallies.setdefault(name, Tally()).resume(known, name)
         found = []
+        refused: Counter[str] = Counter()
         for known in handed.get("proxies", ()):
             name, connections = known.get("name", ""), known.get("connections", ())
+            counts = Counts(known, "a proxy")
+            known["accepted"], known["refused"] = (counts.one(key, int, 0) for key in ("accepted", "refused"))
+            refused[name] += known["refused"]
             if name in self.configured and not known.get("retired"):
                 proxy = self.configured[name]
             elif connections:
                 proxy = self._make(_taken_out(known, before, self.pools.by_name), ())
                 self._retired.append(proxy)
             else:
-                self._served_before += known.get("accepted", 0) - known.get("refused", 0)
-                self.tallies.setdefault(name, Tally()).accepted += known.get("accepted", 0)
+                self._served_before += known["accepted"] - known["refused"]
+                self.tallies.setdefault(name, Tally()).accepted += known["accepted"]
                 continue
-            proxy.resume(known)
+            _try(proxy.resume, known)
             found += [(proxy, connection) for connection in connections]
+        for name, number in refused.items():
+            self.tallies.setdefault(name, Tally()).refused_at_least(number)
         return found
 
     def resumed(self) -> None:
@@ -201,6 +210,14 @@ class Proxies:
 
 def _names(proxy: Proxy) -> list[str]:
     return [backend.name for backend in proxy.router.backends]
+
+
+def _try(resume: Callable[[Handed], object], handed: Handed) -> None:
+    """Go on with what does not decide whether a connection goes on."""
+    try:
+        resume(handed)
+    except Exception:
+        log.exception("what the process before knew cannot be read, its connections go on; please report it")
 
 
 def _taken_out(known: Handed, before: Callable[[], Config | None], pools: Container[str]) -> ProxyConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from rspd.engine.loop import Loop
 from rspd.engine.relay import resume as resume_relay
 from rspd.engine.side import Handed
 from rspd.engine.side import resume as resume_side
+from rspd.histogram import begins_anew, rows
 from rspd.log import quote
 from rspd.net.address import format_peer, host_of, peer, plain
 from rspd.net.networks import Networks
@@ -21,6 +23,9 @@ from rspd.serving.access import Access
 from rspd.serving.admission import hear_peer, routed, words
 from rspd.serving.connection import Connection, Terms
 from rspd.serving.first_bytes import resume as resume_header
+
+# What a document says of a connection that it can go on without, and of what kinds that is.
+COUNTED = {"id": (str,), "started": (float,), "began": (float,), "handovers": (int,), "counted": (int, int)}
 
 
 def hand_over(connection: Connection) -> Handed:
@@ -108,6 +113,20 @@ def resume(
     if handed.get("admitted", "relay" in handed):
         connection.counted = access, access.enter(host_of(connection.client_address))
     return connection
+
+
+def without_odd_counts(connections: Iterable[Any]) -> None:
+    """Leave out what has been counted of connections where it cannot be read. The log has one line about each key."""
+    told = set()
+    for handed in connections:
+        for key in COUNTED.keys() & handed.keys():
+            try:
+                rows([handed[key] if len(COUNTED[key]) > 1 else [handed[key]]], *COUNTED[key])
+            except ValueError as error:
+                del handed[key]
+                if key not in told:
+                    told.add(key)
+                    begins_anew(f"{key} of connections", error)
 
 
 def _know(connection: Connection, handed: Handed) -> None:

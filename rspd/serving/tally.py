@@ -9,7 +9,7 @@ from operator import itemgetter
 
 from rspd.engine.cause import Cause
 from rspd.engine.side import Handed
-from rspd.histogram import Histogram
+from rspd.histogram import Counts, Histogram
 from rspd.snapshot import CONNECTION_BOUNDS, OTHER, QUEUE_BOUNDS, TEN_MINUTES, Ends, Failure, Refusals, Volume
 
 # An end: the backend's name or `-`, the cause, seconds since the client was accepted, bytes from the client, and bytes
@@ -22,6 +22,9 @@ BATCH = 256
 # How many backends that are in no pool any more keep their own counts: those that were used last. And how many more
 # there may be before they are looked for.
 KEPT, MORE = 100, 20
+
+# The key of clients that were refused in a process that did not say by which one.
+UNKNOWN = "unknown"
 
 # Failures are kept by the minute, for so many minutes.
 MINUTES = int(TEN_MINUTES // 60)
@@ -133,6 +136,11 @@ class Tally:
         self._refused[key] += 1
         self.note_failure(f"refused: {key}", "-", reason, now)
 
+    def refused_at_least(self, number: int) -> None:
+        """So many clients were refused by the process before, whatever of that its own counts say."""
+        if (missing := number - self._refused.total()) > 0:
+            self._refused[UNKNOWN] += missing
+
     def _forget(self, now: float) -> None:
         oldest = int(now // 60) - MINUTES
         for minute in [minute for minute in self._failures if minute < oldest]:
@@ -192,16 +200,17 @@ class Tally:
             "failures": [(minute, *key, *known) for minute, key, known in self._each_failure()],
         }
 
-    def resume(self, handed: Handed) -> None:
-        """Go on with the counts of the process before."""
-        self.accepted += handed.get("accepted", 0)
-        for backend, cause, number in handed.get("ends", ()):
+    def resume(self, handed: Handed, name: str = "") -> None:
+        """Go on with the counts of the process before. name: of the proxy."""
+        counts = Counts(handed, f"proxy {name!r:.40}" if name else "the proxy")
+        self.accepted += counts.one("accepted", int, 0)
+        for backend, cause, number in counts.table("ends", str, str, int):
             self._ends[backend, cause] += number
-        for backend, sent, received in handed.get("volumes", ()):
+        for backend, sent, received in counts.table("volumes", str, int, int):
             self._add(backend, sent, received)
-        for key, number in handed.get("refused", ()):
+        for key, number in counts.table("refused", str, int):
             self._refused[key] += number
-        self._seconds.resume(handed.get("seconds"))
-        self.queue_seconds.resume(handed.get("queue_seconds"))
-        for minute, cause, backend, *known in handed.get("failures", ()):
+        counts.durations("seconds", self._seconds)
+        counts.durations("queue_seconds", self.queue_seconds)
+        for minute, cause, backend, *known in counts.table("failures", int, str, str, int, str, float):
             self._failures.setdefault(minute, {})[cause, backend] = (*known,)

@@ -154,7 +154,7 @@ def grown(snapshot: Snapshot, number: int) -> Snapshot:
     ends = proxy.ends[0]._replace(number=proxy.ends[0].number + number)
     volume = proxy.volumes[0]._replace(sent=proxy.volumes[0].sent + 100 * number)
     first, *others = proxy.seconds.counts
-    seconds = Distribution((first + number, *others), proxy.seconds.total + number / 1000)
+    seconds = Distribution((first + number, *others), proxy.seconds.total + number / 1024)
     later = proxy._replace(
         accepted=proxy.accepted + number,
         ends=(ends, *proxy.ends[1:]),

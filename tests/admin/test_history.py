@@ -41,7 +41,7 @@ def test_counters_and_buckets_of_workers_are_added_to_those_of_the_process_that_
     sums = history.sums()
     assert ended(sums) == 30 + 35
     assert sums["rspd_accepted_total"][("web",)] == (1000 + 60 + 65,)
-    assert sums["rspd_connection_seconds"][("web",)] == (2 + 5, 4, 6, 8, 10, 12, 14, 16, 22, 180_001.005)
+    assert sums["rspd_connection_seconds"][("web",)] == (2 + 5, 4, 6, 8, 10, 12, 14, 16, 22, 180_001 + 5 / 1024)
 
 
 def test_a_worker_that_does_not_answer_counts_as_it_was() -> None:
@@ -134,10 +134,10 @@ def test_a_backend_that_counts_from_0_again_is_added_to_what_it_had() -> None:
     history = History()
     history.take(SAMPLE, {"1": WORKER})
     backend = SAMPLE.backends[0]
-    anew = backend._replace(connect=Distribution((1, *backend.connect.counts[1:]), 0.1), checks=Checks(101, 0))
+    anew = backend._replace(connect=Distribution((1, *backend.connect.counts[1:]), 0.125), checks=Checks(101, 0))
     history.take(SAMPLE, {"1": WORKER._replace(backends=(anew,))})
     sums = history.sums()
-    assert sums["rspd_connect_seconds"][BACKEND] == (1, 90, 15, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 3.1)
+    assert sums["rspd_connect_seconds"][BACKEND] == (1, 90, 15, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 3.125)
     assert sums["rspd_backend_checks_total"][GOOD] == (201,)
     assert sums["rspd_backend_checks_total"][BAD] == (4,)
 

@@ -12,18 +12,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 from rspd.errors import StartError
 from rspd.host import upgrade
+from tests.daemon.control import connections, status
 from tests.daemon.test_detaching import end, host, journal, proc  # noqa: F401  # fixtures
 from tests.daemon.test_handover import fixed
 from tests.daemon.test_service import let_pass
-from tests.fleet import File, talks
+from tests.fleet import REPOSITORY, File, talks
 from tests.hosts import Host, Journal
 from tests.keeper import managed
-from tests.support import PATIENCE, Backend, Daemon, echo, eventually, is_reset, receive_all, rspd
+from tests.support import PATIENCE, Backend, Daemon, echo, eventually, free_port, is_reset, receive_all, rspd
 
 
 @pytest.fixture
@@ -82,6 +84,50 @@ def test_connections_and_clients_that_wait_go_on_in_the_program_as_it_is_execute
             assert talks(another)
         assert daemon.stop() == 0
         assert daemon.find("ended served=4")
+
+
+ODD = """
+from rspd.running import legacy
+read = legacy.read
+def change(content):
+    document = read(content)
+    document["life"]["turns"] = {"counts": 1}
+    for _, samples in document["samples"]:
+        samples[:] = [[*sample, 0] for sample in samples]
+    for _, tally in document["tallies"]:
+        tally["ends"] = {"client-closed": 5}
+    document["metrics"] = ["other"]
+    for one in document["proxies"][0]["connections"]:
+        one.update(id=5, counted={}, began="now")
+    return document
+legacy.read = change
+"""
+
+
+def test_counts_of_another_version_begin_anew_if_they_cannot_be_read_and_connections_go_on(
+    tmp_path: Path, file: File
+) -> None:
+    pytest.importorskip("prometheus_client")
+    program, port = tmp_path / "program", free_port()
+    text = f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\ndel sys.argv[1:4]\n{{}}"
+    text += "from rspd.__main__ import main\nraise SystemExit(main())\n"
+    program.write_text(text.format(""))
+    file.write(control=f"{tmp_path}/sock", metrics=f"127.0.0.1:{port}")
+    launcher = [sys.executable, str(program)]
+    with rspd("-c", str(file.path), listen=(), launcher=launcher) as daemon, ExitStack() as stack:
+        clients = [stack.enter_context(daemon.connect()) for _ in range(3)]
+        assert all(map(talks, clients))
+        assert len(connections(tmp_path / "sock")) == 3
+        program.write_text(text.format(ODD))
+        assert upgraded(daemon.process.pid) == (0, "")
+        daemon.wait_for("took over connections=3")
+        assert all(map(talks, clients))
+        assert status(tmp_path / "sock").process.handovers == 1
+        assert len({one.id for one in connections(tmp_path / "sock")}) == 3
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as response:
+            assert b'rspd_accepted_total{proxy=""} 3.0' in response.read()
+        for what in ("turns of", "samples", "ends of", "sums over workers", "id of", "counted of", "began of"):
+            assert len(daemon.find(f"counts begin anew: {what}")) == 1
 
 
 def test_nobody_who_comes_meanwhile_is_refused(file: File) -> None:

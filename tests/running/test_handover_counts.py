@@ -184,6 +184,30 @@ def test_connections_of_a_version_that_counted_nothing_are_counted_whole(monkeyp
     take_over_document(OLDEST.read_bytes(), lambda _: None, script)
 
 
+@pytest.mark.parametrize(
+    ("known", "refused"),
+    [(None, [("unknown", 5)]), ([["deny", 3]], [("deny", 3), ("unknown", 2)]), ([["deny", 9]], [("deny", 9)])],
+    ids=["none", "some", "of proxies that are gone too"],
+)
+@pytest.mark.large_pipes(2)
+def test_clients_whose_refusal_nobody_counted_by_key_are_refused_ones_all_the_same(
+    known: object, refused: list[tuple[str, int]]
+) -> None:
+    """A version did not count by key. Its line at the end says how many were served, and so does the status."""
+
+    def damage(document: dict[str, Any]) -> None:
+        document["proxies"][0].update(accepted=9, refused=5)
+        document["tallies"] = [["web", {"refused": known}]] if known else []
+
+    async def script(half: Half, remade: Remade, _: FakeClock) -> None:
+        assert [tuple(one) for one in half.proxies.tallies["web"].refused] == refused
+        assert half.proxies.accepted("web") == 9
+        assert half.proxies.configured["web"].served == 4
+        assert not half.proxies.tallies["db"].refused
+
+    take_over_document(NEWEST.read_bytes(), damage, script)
+
+
 # Handovers
 
 
