@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import time
+from contextlib import closing
 from math import inf
 from typing import Any, NoReturn
 
@@ -38,6 +39,10 @@ class AnswerError(Exception):
     def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
         self.status = status
+
+
+# What a `Question` raises that nobody answers, or not as rspd does.
+UNANSWERED = OSError, http.client.HTTPException, AnswerError, ValueError, RecursionError
 
 
 class _Socket(socket.socket):
@@ -86,6 +91,51 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("ll", *divmod(micros, 1_000_000))
 
 
+class Question:
+    """A question to the process at a control socket. There is something to read once an answer begins."""
+
+    def __init__(self, path: str, patience: float, until: float, ours: bool = False) -> None:
+        """Connect; see `ask`. until: when all of it takes too long, by time.monotonic. Raises OSError."""
+        self._sock = _connect(path, patience, until, ours)
+        self._connection = http.client.HTTPConnection("localhost")
+        self._connection.sock = self._sock
+
+    @property
+    def heard(self) -> bool:
+        """Whether an answer has begun."""
+        return self._sock.heard
+
+    def fileno(self) -> int:
+        """Its socket, before `answer`."""
+        return self._sock.fileno()
+
+    def put(self, target: str) -> None:
+        """Ask for this. Raises one of UNANSWERED."""
+        self._connection.request("GET", target)
+
+    def answer(self, patience: float) -> Any:
+        """The answer, as `ask` returns it. patience: seconds for each step. Raises one of UNANSWERED."""
+        self._sock.settimeout(patience)
+        with self._connection.getresponse() as answer:
+            content = bytearray()
+            while part := answer.read(PIECE):
+                content += part
+                if len(content) > MOST_BYTES:
+                    raise AnswerError(f"expected at most {MOST_BYTES:,} bytes, found more")
+            left = int(answer.getheader("Content-Length") or len(content)) - len(content)
+            if left > 0:
+                raise http.client.IncompleteRead(bytes(content), left)
+            if answer.status != 200:
+                text = content.decode(errors="replace").strip()[:500]
+                raise AnswerError(text or f"status {answer.status}", answer.status)
+        return json.loads(content, parse_constant=_no_number)
+
+    def close(self) -> None:
+        """Wait for no answer any more."""
+        self._connection.close()
+        self._sock.close()
+
+
 def ask(path: str, target: str, patience: float = PATIENCE, ours: bool = False) -> Any:
     """What the process at a control socket answers: JSON, as Python's values.
 
@@ -96,36 +146,17 @@ def ask(path: str, target: str, patience: float = PATIENCE, ours: bool = False) 
     until = time.monotonic() + WHOLE * patience
     try:
         for left in reversed(range(TRIES)):
-            with _connect(path, patience, until, ours) as sock:
+            with closing(Question(path, patience, until, ours)) as question:
                 try:
-                    return _answer(sock, target)
+                    question.put(target)
+                    return question.answer(patience)
                 except (BrokenPipeError, ConnectionResetError):
-                    if sock.heard or not left:
+                    if question.heard or not left:
                         raise
     except http.client.HTTPException as error:
         raise AnswerError(f"expected an answer in HTTP, found {str(error).strip() or type(error).__name__}") from None
     except (ValueError, RecursionError) as error:
         raise AnswerError(f"expected JSON, found {error}") from None
-
-
-def _answer(sock: _Socket, target: str) -> Any:
-    """Ask, and read the answer. Raises OSError, HTTPException, AnswerError, ValueError or RecursionError."""
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = sock
-    connection.request("GET", target)
-    with connection.getresponse() as answer:
-        content = bytearray()
-        while part := answer.read(PIECE):
-            content += part
-            if len(content) > MOST_BYTES:
-                raise AnswerError(f"expected at most {MOST_BYTES:,} bytes, found more")
-        left = int(answer.getheader("Content-Length") or len(content)) - len(content)
-        if left > 0:
-            raise http.client.IncompleteRead(bytes(content), left)
-        if answer.status != 200:
-            text = content.decode(errors="replace").strip()[:500]
-            raise AnswerError(text or f"status {answer.status}", answer.status)
-    return json.loads(content, parse_constant=_no_number)
 
 
 def _no_number(word: str) -> NoReturn:

@@ -3,14 +3,15 @@
 Only here is prometheus_client used. It is imported when an `Exposition` is made: not by who has no metrics.
 """
 
+import select
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rspd.admin.client import AnswerError, ask
+from rspd.admin.client import UNANSWERED, Question
 from rspd.admin.history import History, Values, note
 from rspd.admin.merging import merge
 from rspd.admin.request import STATUS
@@ -19,8 +20,11 @@ from rspd.snapshot import CONNECT_BOUNDS, CONNECTION_BOUNDS, QUEUE_BOUNDS, TURN_
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-# Seconds: for each step of asking a worker, and for all workers. Prometheus waits for 10 s if it is not told otherwise.
+# Seconds: for connecting to all workers, until their answers begin, and for each step of one; and for all of it.
+# Prometheus waits for 10 s if it is not told otherwise. It may wait for the text before its own, too.
 PATIENCE, PATIENCE_FOR_ALL = 1.0, 3.0
+
+OPENMETRICS = "application/openmetrics-text"
 
 # Seconds. A thread at work keeps the loop's thread waiting for so long; it would be 5 ms (sys.setswitchinterval).
 SWITCH_INTERVAL = 0.0001
@@ -118,23 +122,29 @@ class Exposition:
         self._core = prometheus_client.core
         self._choose_encoder = prometheus_client.exposition.choose_encoder
         self._workers = workers
-        self._silent_since: dict[str, float] = {}  # by the paths of those that did not answer when asked last
+        self._silent: set[str] = set()  # the paths of those that did not answer when asked last
         self._history = History()
-        self._turn = threading.Lock()
+
+    def texts(self, own: Snapshot, accepts: Iterable[str]) -> dict[str, tuple[str, bytes]]:
+        """For each header Accept, the type of the content and the content: OpenMetrics if it names that, else text.
+
+        own: what this process says. To be called in one thread at a time, beside that of the loop: asking the workers
+        takes up to PATIENCE_FOR_ALL seconds, and one step more.
+        """
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        try:
+            values = self._values(own)
+            # Not the header itself: what its parameters do differs between the versions of prometheus_client.
+            wanted = {accept: OPENMETRICS if OPENMETRICS in accept.lower() else "" for accept in accepts}
+            made = {kind: self._encode(values, kind) for kind in set(wanted.values())}
+            return {accept: made[kind] for accept, kind in wanted.items()}
+        finally:
+            sys.setswitchinterval(interval)
 
     def text(self, own: Snapshot, accept: str) -> tuple[str, bytes]:
-        """The type of the content and the content: OpenMetrics if the header Accept names it, else Prometheus' format.
-
-        own: what this process says. To be called in a thread beside that of the loop: asking the workers takes up to
-        PATIENCE_FOR_ALL seconds, and further steps of the last one asked: see `ask`.
-        """
-        with self._turn:
-            interval = sys.getswitchinterval()
-            sys.setswitchinterval(SWITCH_INTERVAL)
-            try:
-                return self._encode(self._values(own), accept)
-            finally:
-                sys.setswitchinterval(interval)
+        """`texts` for one."""
+        return self.texts(own, [accept])[accept]
 
     def hand_over(self) -> Any:
         """What `resume` takes in the next process, as a value for JSON; at any time, in any thread.
@@ -157,27 +167,36 @@ class Exposition:
     def _ask(self, paths: Sequence[str]) -> dict[str, Snapshot]:
         """What the workers say, by the paths of their sockets. They run as this user; nobody else is believed.
 
-        One after another, for threads would take the interpreter from the loop by turns. Those that did not answer come
-        last, so that they use up the time of nobody else; first of them those that were asked longest ago.
+        First all are asked, so that those that are frozen use up the same time. Then one answer is read after another,
+        as they come: threads would take the interpreter from the loop by turns. Where nobody accepts, connecting may
+        take a while; so those that did not answer last time are asked last.
         """
-        end = time.monotonic() + PATIENCE_FOR_ALL
-        answers = {}
-        self._silent_since = {path: since for path, since in self._silent_since.items() if path in paths}
-        for path in sorted(paths, key=lambda path: self._silent_since.get(path, 0.0)):
-            left = end - time.monotonic()
-            if left <= 0:
-                break
-            try:
-                answers[path] = read(Snapshot, ask(path, STATUS, min(PATIENCE, left), ours=True))
-                self._silent_since.pop(path, None)
-            except (OSError, AnswerError, ValueError, OverflowError):
-                self._silent_since[path] = time.monotonic()
-        return answers
+        began = time.monotonic()
+        end = began + PATIENCE_FOR_ALL
+        poll, asked, answers = select.poll(), dict[int, tuple[str, Question]](), dict[str, Snapshot]()
+        with ExitStack() as stack:
+            for path in sorted(paths, key=self._silent.__contains__):
+                left = max(began + PATIENCE - time.monotonic(), 0.001)
+                with suppress(*UNANSWERED):
+                    question = stack.enter_context(closing(Question(path, left, end, ours=True)))
+                    question.put(STATUS)
+                    asked[question.fileno()] = path, question
+                    poll.register(question, select.POLLIN)
+            begin_until = time.monotonic() + PATIENCE
+            while asked and (left := end - time.monotonic()) > 0:
+                ready = poll.poll(1000 * max(min(left, begin_until - time.monotonic()), 0))
+                if not ready:
+                    break
+                fd = ready[0][0]
+                poll.unregister(fd)
+                path, question = asked.pop(fd)
+                with suppress(*UNANSWERED):
+                    answers[path] = read(Snapshot, question.answer(PATIENCE))
+        self._silent = set(paths) - answers.keys()
+        return {path: answers[path] for path in paths if path in answers}
 
-    def _encode(self, values: Values, accept: str) -> tuple[str, bytes]:
-        # Not the header itself: what its parameters do differs between the versions of prometheus_client.
-        wanted = "application/openmetrics-text" if "application/openmetrics-text" in accept.lower() else ""
-        encoder, content_type = self._choose_encoder(wanted)
+    def _encode(self, values: Values, kind: str) -> tuple[str, bytes]:
+        encoder, content_type = self._choose_encoder(kind)
         registry = self._core.CollectorRegistry()
         registry.register(_Collector(self._family, values))
         return content_type, encoder(registry)

@@ -1,10 +1,8 @@
 """What is answered at the control socket, and at the metrics."""
 
-from __future__ import annotations
-
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rspd.admin.query import read_query
 from rspd.admin.request import CONNECTIONS, METRICS, STATUS, Answer, Request
@@ -30,6 +28,14 @@ T = TypeVar("T")
 JSON = "application/json"
 
 
+class Scrape(NamedTuple):
+    """Somebody who waits for the metrics. outcomes: the text, or why there is none, once it is made."""
+
+    request: Request
+    task: Task
+    outcomes: list[tuple[str, bytes] | Exception]
+
+
 class Answers:
     """Who answers: `control` and `metrics` are the servers.
 
@@ -37,7 +43,7 @@ class Answers:
     sampler: takes samples as long as somebody could look.
     """
 
-    exposition: Exposition
+    exposition: "Exposition"
 
     def __init__(self, loop: Loop, shortage: Shortage, proxies: Everyone, life: Life, watchers: set[Task]) -> None:
         """As for `Desk`."""
@@ -45,6 +51,8 @@ class Answers:
         self._proxies = proxies
         self._life = life
         self._pace = Pace(loop)
+        self._scrapes: list[Scrape] = []  # those that wait for the next text
+        self._making = False
         self.sampler = Sampler(loop, self._pace, proxies, watchers)
         self.control = Server(loop, shortage, self._answer_control)
         self.metrics = Server(loop, shortage, self._answer_metrics)
@@ -73,21 +81,55 @@ class Answers:
     async def _answer_metrics(self, request: Request) -> Answer:
         if request.path != METRICS:
             return Answer.error(404, f"expected {METRICS}, found {request.path:.80}")
-        exposition, own, accept = self.exposition, await self._snapshot(request), request.accept
-        task, outcomes = self._loop.current, list[tuple[str, bytes] | Exception]()
+        scrape = Scrape(request, self._loop.current, [])
+        self._scrapes.append(scrape)
+        if not self._making:
+            self._making = True
+            self._loop.spawn(self._make_texts(), self._all_made)
+        while not scrape.outcomes:
+            if request.gone():
+                raise ConnectionAbortedError
+            await news()
+        outcome = scrape.outcomes[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        kind, text = outcome
+        return Answer(200, kind, (text,))
 
-        def finish(outcome: tuple[str, bytes] | Exception) -> None:
+    async def _make_texts(self) -> None:
+        """One text after another as long as somebody waits. All who wait when one is begun share it.
+
+        Workers may be slow. If each request had a text of its own, and more came than are made, all would be too late.
+        """
+        while waiting := [scrape for scrape in self._scrapes if not scrape.request.gone()]:
+            self._scrapes.clear()
+            outcome = await self._texts({scrape.request.accept: scrape.request for scrape in waiting})
+            for scrape in waiting:
+                scrape.outcomes.append(outcome if isinstance(outcome, Exception) else outcome[scrape.request.accept])
+                scrape.task.wake()
+        self._scrapes.clear()
+
+    def _all_made(self, _: Task) -> None:
+        self._making = False
+
+    async def _texts(self, requests: Mapping[str, Request]) -> Mapping[str, tuple[str, bytes]] | Exception:
+        """The text for each header Accept, or why there is none."""
+        exposition, task = self.exposition, self._loop.current
+        outcomes = list[Mapping[str, tuple[str, bytes]] | Exception]()
+
+        def finish(outcome: Mapping[str, tuple[str, bytes]] | Exception) -> None:
             outcomes.append(outcome)
             task.wake()
 
-        # Text for many backends takes a while, and so do workers: this is not for the loop.
-        self._loop.wakeups.run_in_thread(lambda: exposition.text(own, accept), finish)
+        try:
+            own = await self._snapshot(next(iter(requests.values()))._replace(gone=lambda: False))
+            # Text for many backends takes a while, and so do workers: this is not for the loop.
+            self._loop.wakeups.run_in_thread(lambda: exposition.texts(own, requests), finish)
+        except Exception as error:
+            return error
         while not outcomes:
             await news()
-        if isinstance(outcomes[0], Exception):
-            raise outcomes[0]
-        kind, text = outcomes[0]
-        return Answer(200, kind, (text,))
+        return outcomes[0]
 
     # Snapshots
 

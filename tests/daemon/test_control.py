@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -26,7 +29,7 @@ from tests.daemon.test_handover_upgrade import upgraded
 from tests.daemon.test_upgrade import Files
 from tests.fleet import File
 from tests.manager import unix_listener
-from tests.support import OUR_USER, PATIENCE, Backend, Daemon, answer, eventually, free_port, receive_all, rspd
+from tests.support import OUR_USER, PATIENCE, Backend, Daemon, answer, eventually, free_port, receive_all, reset, rspd
 
 NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 
@@ -134,6 +137,36 @@ def test_metrics_count_a_worker_once_whose_socket_a_reload_moves(run: Path, tmp_
                 file.reload(one, control=f"{run}/two.sock")
             assert metric(port, "rspd_connections_total") == 5
             assert metric(port, "rspd_processes") == 2
+
+
+def test_scrapes_that_come_faster_than_silent_workers_are_given_up_share_a_text(run: Path, file: File) -> None:
+    pytest.importorskip("prometheus_client")
+    port = free_port()
+    file.write(metrics=f"127.0.0.1:{port}", control=f"{run}/control.sock")
+    with ExitStack() as stack:
+        for number in range(3):
+            stack.enter_context(unix_listener(f"{run}/worker-{number}.sock"))
+        daemon = stack.enter_context(file.rspd())
+
+        def scrape(accept: str) -> socket.socket:
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
+            client.settimeout(PATIENCE)
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: %s\r\n\r\n" % accept.encode())
+            return client
+
+        began = time.monotonic()
+        for _ in range(4):
+            reset(scrape("*/*"))
+        clients = [scrape(accept) for accept in ("*/*", "application/openmetrics-text") for _ in range(5)]
+        threads = 0
+        while not all(select.select([client], [], [], 0.01)[0] for client in clients):
+            threads = max(threads, len(os.listdir(f"/proc/{daemon.pid}/task")))
+            assert time.monotonic() - began < PATIENCE
+        assert threads == 2
+        texts = [receive_all(client).decode() for client in clients]
+        assert ["# EOF" in text for text in texts] == [False] * 5 + [True] * 5
+        assert all('rspd_processes{state="silent"} 3.0' in text for text in texts)
+        assert time.monotonic() - began < 10  # as long as Prometheus waits; it is 2
 
 
 def metric(port: int, name: str) -> float:
