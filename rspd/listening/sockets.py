@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -84,12 +84,12 @@ class Sockets:
         passed: Sequence[PassedSocket],
         kept: Sequence[socket.SocketType] = (),
         lost: Sequence[socket.SocketType] = (),
-        prepare: Callable[[Plan], object] = lambda plan: None,
+        prepare: Callable[[Plan], Awaitable[object]] | None = None,
     ) -> None:
         """kept: listening sockets of the process before. The first `open` takes or closes each.
 
         lost: others of that process, as of `Inheritance`.
-        prepare: called with each plan before anything is opened; may raise StartError.
+        prepare: awaited with each plan before anything is opened; may raise StartError.
         """
         self._prepare = prepare
         self._folder, self._worker = runtime_folder(), worker()
@@ -144,25 +144,27 @@ class Sockets:
             where = await self._look_up(address, inf if patient else LOOKUP, given_up)
             bindings[address] = Binding(where, CONTROL_BACKLOG, private=True)
         plan = Plan(parts, bindings, 0, control, metrics, config.control_mode, config.control_group)
-        return self._with_control(config, plan, by_default) if by_default else self._ready(config, plan)
+        return await (self._with_control(config, plan, by_default) if by_default else self._ready(config, plan))
 
-    def _with_control(self, config: Config, plan: Plan, control: Address) -> Plan:
+    async def _with_control(self, config: Config, plan: Plan, control: Address) -> Plan:
         """A plan with the control socket that rspd has by default, or without it if it is in the way of anything."""
         why = f"rspd listens on {control} for others; name another place as control"
         if control not in plan.bindings and control not in {one.address for one in self.adopted}:
             where = [SocketAddress(socket.AF_UNIX, control.path)]
             binding = Binding(where, CONTROL_BACKLOG, private=True, optional=True)
             try:
-                return self._ready(config, plan._replace(bindings={**plan.bindings, control: binding}, control=control))
+                found = plan._replace(bindings={**plan.bindings, control: binding}, control=control)
+                return await self._ready(config, found)
             except StartError as error:
                 why = f"{error}, or say control: off"
-        return self._ready(config, plan._replace(why_none=why))
+        return await self._ready(config, plan._replace(why_none=why))
 
-    def _ready(self, config: Config, plan: Plan) -> Plan:
+    async def _ready(self, config: Config, plan: Plan) -> Plan:
         """A plan once there are descriptors for it, and all else that it needs. Raises StartError."""
         listeners = len(self.adopted) + sum(len(binding.where) for binding in plan.bindings.values())
         pipes = make_room(config, listeners + (2 * MOST if plan.control or plan.metrics else 0))
-        self._prepare(plan)
+        if self._prepare:
+            await self._prepare(plan)
         return plan._replace(pipes=pipes)
 
     async def _look_up(self, address: Address, patience: float, given_up: GivenUp | None) -> Sequence[SocketAddress]:

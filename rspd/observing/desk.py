@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from rspd.engine.loop import Loop, Task
+from rspd.engine.loop import Loop, Task, news
 from rspd.engine.side import Handed
 from rspd.histogram import begins_anew
 from rspd.net.descriptors import Shortage
@@ -51,6 +52,23 @@ class Desk:
 
             self._exposition = self._answers.exposition = Exposition(workers)
             self._resume_metrics()
+
+    async def import_parts(self, metrics: bool) -> None:
+        """Import what `prepare` needs, while connections go on; there, they would wait for 50 ms.
+
+        If it fails, `prepare` says why.
+        """
+        if not self._answers or (metrics and not self._exposition):
+            loop, task, outcomes = self._parts[0], self._parts[0].current, list[object]()
+
+            def finish(outcome: object) -> None:
+                outcomes.append(outcome)
+                task.wake()
+
+            # An import in a thread keeps the interpreter for 5 ms at a time (sys.setswitchinterval).
+            loop.wakeups.run_in_thread(partial(Desk(*self._parts).prepare, metrics), finish)
+            while not outcomes:
+                await news()
 
     @property
     def listeners(self) -> list[Listener]:

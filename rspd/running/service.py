@@ -204,11 +204,14 @@ class Service:
             self._fault += "" if str(error) in self._fault else f"\n{error}"
             return await self._sockets.listen(self._config, patient, self._notifier.starting)
 
-    def _prepare(self, plan: Plan) -> None:
+    async def _prepare(self, plan: Plan) -> None:
         """Have what answers to those who look need, if a plan has a place for them. Raises StartError."""
+        metrics = plan.metrics is not None
         try:
-            if plan.control or plan.metrics:
-                self._desk.prepare(metrics=plan.metrics is not None)
+            if plan.control or metrics:
+                if self._proxies.configured:
+                    await self._desk.import_parts(metrics)
+                self._desk.prepare(metrics)
         except ModuleNotFoundError as error:
             what = f"metrics: expected the module prometheus_client, found {error}"
             advice = "install Debian's python3-prometheus-client, or leave the key out"

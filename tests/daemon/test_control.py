@@ -27,9 +27,21 @@ from rspd.net.descriptors import OWN
 from tests.daemon.control import connections, status, unix_listeners
 from tests.daemon.test_handover_upgrade import upgraded
 from tests.daemon.test_upgrade import Files
-from tests.fleet import File
+from tests.fleet import REPOSITORY, File, talks
 from tests.manager import unix_listener
-from tests.support import OUR_USER, PATIENCE, Backend, Daemon, answer, eventually, free_port, receive_all, reset, rspd
+from tests.support import (
+    OUR_USER,
+    PATIENCE,
+    Backend,
+    Daemon,
+    answer,
+    echo,
+    eventually,
+    free_port,
+    receive_all,
+    reset,
+    rspd,
+)
 
 NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 
@@ -313,6 +325,42 @@ def test_a_reload_moves_it_takes_it_away_and_brings_it_back(run: Path, file: Fil
         file.reload(daemon, control=None)
         last = status(run / "control.sock").process
         assert (last.reloads, last.origin, last.pid) == (3, first.origin, first.pid)
+
+
+# An import of prometheus_client waits until somebody writes into a pipe.
+SLOW = """
+import sys
+sys.path.insert(0, {repository!r})
+del sys.argv[1:4]
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "prometheus_client":
+            open({pipe!r}).read()
+sys.meta_path.insert(0, Slow())
+from rspd.__main__ import main
+raise SystemExit(main())
+"""
+
+
+def test_connections_go_on_while_a_reload_imports_what_metrics_need(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    pipe, program, port = tmp_path / "pipe", tmp_path / "program", free_port()
+    os.mkfifo(pipe)
+    program.write_text(SLOW.format(repository=str(REPOSITORY), pipe=str(pipe)))
+    with Backend(echo) as backend, ExitStack() as stack:
+        file = File(tmp_path, backend=backend.address)
+        daemon = stack.enter_context(file.rspd(launcher=[sys.executable, str(program)]))
+        client = stack.enter_context(daemon.connect())
+        assert talks(client)
+        file.write(metrics=f"127.0.0.1:{port}", control=f"{tmp_path}/sock")
+        daemon.signal(signal.SIGHUP)
+        with pipe.open("w"):  # it is open once the import waits
+            assert talks(client)
+            with daemon.connect() as another:
+                assert talks(another)
+            assert not daemon.find("reloaded")
+        daemon.wait_for("reloaded")
+        assert metric(port, "rspd_accepted_total") == 2
 
 
 def test_a_reload_that_changes_nothing_of_it_leaves_who_waits_and_its_file(run: Path, file: File) -> None:
