@@ -133,6 +133,7 @@ class Proxies:
             name, connections = known.get("name", ""), known.get("connections", ())
             counts = Counts(known, "a proxy")
             known["accepted"], known["refused"] = (counts.one(key, int, 0) for key in ("accepted", "refused"))
+            known["last_end"] = counts.one("last_end", float, self._loop.now)
             refused[name] += known["refused"]
             if name in self.configured and not known.get("retired"):
                 proxy = self.configured[name]

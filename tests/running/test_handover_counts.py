@@ -208,6 +208,19 @@ def test_clients_whose_refusal_nobody_counted_by_key_are_refused_ones_all_the_sa
     take_over_document(NEWEST.read_bytes(), damage, script)
 
 
+@pytest.mark.large_pipes(2)
+def test_a_time_of_the_last_end_that_cannot_be_read_begins_anew() -> None:
+    def damage(document: dict[str, Any]) -> None:
+        document["proxies"][1].update(connections=[], last_end="now")
+
+    async def script(half: Half, remade: Remade, clock: FakeClock) -> None:
+        clock.advance(2.0)
+        await half.loop.yield_turn()
+        assert half.proxies.configured["db"].idle == 2.0
+
+    take_over_document(NEWEST.read_bytes(), damage, script)
+
+
 # Handovers
 
 

@@ -117,16 +117,22 @@ class Looked:
                 with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
                     return *status, response.read().decode()
 
-            for _ in range(2):
+            async def look_from_outside() -> None:
                 loop.wakeups.run_in_thread(look, outcomes.append)
                 await until(loop, lambda: outcomes)
                 outcome = outcomes.pop()
                 if isinstance(outcome, Exception):
                     raise outcome
                 self.status, self.connections, self.metrics = outcome
+
+            for _ in range(2):
+                await look_from_outside()
                 clock.advance(5.0)  # the next sample is taken
+            assert self.connections["connections"]
             for name in WEB + DB:
                 await remade.goes_on(loop, clock, name)
+            await half.ended()
+            await look_from_outside()
         finally:
             await half.desk.finish()
             half.desk.close()
@@ -144,5 +150,5 @@ def test_any_value_in_place_of_any_count_costs_no_connection_and_no_answer(
 ) -> None:
     looked = Looked(damaged(key, value), tmp_path_factory.mktemp("x"))
     assert looked.taken == len(WEB + DB)
-    assert looked.connections["connections"]
+    assert looked.connections["connections"] == []
     assert "rspd_accepted_total{" in looked.metrics
