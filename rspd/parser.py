@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from rspd.errors import StartError
@@ -30,7 +31,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments. Raises StartError."""
         if sys.stderr:  # or argparse would take stdout
-            self.print_usage(sys.stderr)
+            with suppress(OSError):  # newer versions of argparse do so
+                self.print_usage(sys.stderr)
         raise StartError(f"{message}{' See' if message.endswith('?') else '; see'} {self.prog} --help", os.EX_USAGE)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from rspd.admin.client import ask
 from rspd.admin.query import Query
 from rspd.snapshot import Connection, Connections, Snapshot, read
-from tests.support import Daemon
+from tests.support import PATIENCE, Daemon
 
 
 def status(path: Path) -> Snapshot:
@@ -20,6 +22,13 @@ def status(path: Path) -> Snapshot:
 def connections(path: Path, **query: Any) -> tuple[Connection, ...]:
     """The open connections that are asked for."""
     return read(Connections, ask(str(path), f"/v1/connections?{Query(**query)}")).connections
+
+
+def metrics(port: int) -> str:
+    """What Prometheus would get. Not by urllib: where packages are built, it asks a proxy that is not there."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
 
 
 def unix_listeners(daemon: Daemon) -> list[str]:

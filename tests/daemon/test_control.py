@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
 
@@ -24,7 +23,7 @@ from rspd import __version__
 from rspd.admin.client import AnswerError, ask
 from rspd.admin.request import MOST
 from rspd.net.descriptors import OWN
-from tests.daemon.control import connections, status, unix_listeners
+from tests.daemon.control import connections, metrics, status, unix_listeners
 from tests.daemon.test_handover_upgrade import upgraded
 from tests.daemon.test_upgrade import Files
 from tests.fleet import REPOSITORY, File, talks
@@ -183,8 +182,7 @@ def test_scrapes_that_come_faster_than_silent_workers_are_given_up_share_a_text(
 
 def metric(port: int, name: str) -> float:
     """The sum of a metric over its labels."""
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as response:
-        return sum(float(value) for value in re.findall(rf"^{name}\S* (\S+)$", response.read().decode(), re.MULTILINE))
+    return sum(float(value) for value in re.findall(rf"^{name}\S* (\S+)$", metrics(port), re.MULTILINE))
 
 
 # Where somebody else listens

@@ -12,13 +12,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
 
 from rspd.errors import StartError
 from rspd.host import upgrade
-from tests.daemon.control import connections, status
+from tests.daemon.control import connections, metrics, status
 from tests.daemon.test_detaching import end, host, journal, proc  # noqa: F401  # fixtures
 from tests.daemon.test_handover import fixed
 from tests.daemon.test_service import let_pass
@@ -124,8 +123,7 @@ def test_counts_of_another_version_begin_anew_if_they_cannot_be_read_and_connect
         assert all(map(talks, clients))
         assert status(tmp_path / "sock").process.handovers == 1
         assert len({one.id for one in connections(tmp_path / "sock")}) == 3
-        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as response:
-            assert b'rspd_accepted_total{proxy=""} 3.0' in response.read()
+        assert 'rspd_accepted_total{proxy=""} 3.0' in metrics(port)
         for what in ("turns of", "samples", "ends of", "sums over workers", "id of", "counted of", "began of"):
             assert len(daemon.find(f"counts begin anew: {what}")) == 1
 

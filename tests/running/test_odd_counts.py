@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
 from hypothesis import example, given, settings
@@ -20,6 +19,7 @@ from rspd.net.address import resolve
 from rspd.net.listener import open_listeners
 from rspd.running.document import read
 from rspd.running.legacy import Legacy
+from tests.daemon.control import metrics
 from tests.dialled import until
 from tests.running.handing import DB, WEB, Half, Remade, parcel_of
 from tests.running.test_documents import BYTES, DOCUMENT, NEWEST, Key, config, framed
@@ -108,14 +108,13 @@ class Looked:
         try:
             self.taken = await legacy.take_over(loop, half.proxies, half.desk)
             port = free_port()
-            control, metrics = parse_address(f"{folder}/sock"), parse_address(f"127.0.0.1:{port}")
-            half.desk.apply(*(open_listeners(one, resolve(one), 8) for one in (control, metrics)))
+            places = parse_address(f"{folder}/sock"), parse_address(f"127.0.0.1:{port}")
+            half.desk.apply(*(open_listeners(one, resolve(one), 8) for one in places))
             outcomes: list[Any] = []
 
             def look() -> Any:
                 status = ask(f"{folder}/sock", "/v1/status"), ask(f"{folder}/sock", "/v1/connections")
-                with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-                    return *status, response.read().decode()
+                return *status, metrics(port)
 
             async def look_from_outside() -> None:
                 loop.wakeups.run_in_thread(look, outcomes.append)
