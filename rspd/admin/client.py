@@ -128,7 +128,12 @@ class Question:
             if answer.status != 200:
                 text = content.decode(errors="replace").strip()[:500]
                 raise AnswerError(text or f"status {answer.status}", answer.status)
-        return json.loads(content, parse_constant=_no_number)
+        try:
+            return json.loads(content, parse_constant=_no_number)
+        except json.JSONDecodeError:
+            if content[:1] == b"{" and content[-1:] != b"\n":  # rspd's JSON ends so
+                raise ConnectionResetError("the answer broke off") from None
+            raise
 
     def close(self) -> None:
         """Wait for no answer any more."""

@@ -169,30 +169,25 @@ class Exposition:
 
         First all are asked, so that those that are frozen use up the same time. Then one answer is read after another,
         as they come: threads would take the interpreter from the loop by turns. Where nobody accepts, connecting may
-        take a while; so those that did not answer last time are asked last.
+        take a while, and so may an answer that comes in drops. So those that did not answer last time come last.
         """
         began = time.monotonic()
         end = began + PATIENCE_FOR_ALL
-        poll, asked, answers = select.poll(), dict[int, tuple[str, Question]](), dict[str, Snapshot]()
+        asked, answers, unread = list[tuple[str, Question]](), dict[str, Snapshot](), set[str]()
         with ExitStack() as stack:
             for path in sorted(paths, key=self._silent.__contains__):
                 left = max(began + PATIENCE - time.monotonic(), 0.001)
                 with suppress(*UNANSWERED):
                     question = stack.enter_context(closing(Question(path, left, end, ours=True)))
                     question.put(STATUS)
-                    asked[question.fileno()] = path, question
-                    poll.register(question, select.POLLIN)
+                    asked.append((path, question))
             begin_until = time.monotonic() + PATIENCE
-            while asked and (left := end - time.monotonic()) > 0:
-                ready = poll.poll(1000 * max(min(left, begin_until - time.monotonic()), 0))
-                if not ready:
-                    break
-                fd = ready[0][0]
-                poll.unregister(fd)
-                path, question = asked.pop(fd)
-                with suppress(*UNANSWERED):
-                    answers[path] = read(Snapshot, question.answer(PATIENCE))
-        self._silent = set(paths) - answers.keys()
+            for silent in (False, True):
+                some = {
+                    question.fileno(): (path, question) for path, question in asked if (path in self._silent) is silent
+                }
+                unread |= _read_all(some, begin_until, end, answers)
+        self._silent = set(paths) - answers.keys() - unread
         return {path: answers[path] for path in paths if path in answers}
 
     def _encode(self, values: Values, kind: str) -> tuple[str, bytes]:
@@ -274,3 +269,22 @@ def _present(own: Snapshot, merged: Snapshot, silent: int) -> Values:
     note(found, "rspd_start_time_seconds", round(own.process.now - own.process.service_age))
     note(found, "rspd_build_info", 1, own.process.version)
     return found
+
+
+def _read_all(
+    asked: dict[int, tuple[str, Question]], begin_until: float, end: float, answers: dict[str, Snapshot]
+) -> set[str]:
+    """Read answers as they come, until so long for their beginnings, and for all. Returns who has begun too late."""
+    poll = select.poll()
+    for fd in asked:
+        poll.register(fd, select.POLLIN)
+    while asked and (left := end - time.monotonic()) > 0:
+        ready = poll.poll(1000 * max(min(left, begin_until - time.monotonic()), 0))
+        if not ready:
+            break
+        fd = ready[0][0]
+        poll.unregister(fd)
+        path, question = asked.pop(fd)
+        with suppress(*UNANSWERED):
+            answers[path] = read(Snapshot, question.answer(PATIENCE))
+    return {asked[fd][0] for fd, _ in poll.poll(0)}

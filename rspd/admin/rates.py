@@ -141,10 +141,11 @@ def _counts(snapshot: Snapshot) -> Mapping[Key, Counts]:
     for route in snapshot.routes:
         if route.pool_shared:
             users.setdefault(route.pool, set()).add(route.proxy)
-    found = {
-        key_of(proxy): Counts(proxy.accepted, *_sum(volumes[proxy.name, one.backend] for one in proxy.volumes), NONE)
-        for proxy in snapshot.proxies
-    }
+    found: dict[Key, Counts] = {}
+    for proxy in snapshot.proxies:
+        moved = _sum(volumes[proxy.name, one.backend] for one in proxy.volumes)
+        # The counts of a name are in its first entry. A second one is of connections of a proxy that was taken out.
+        found.setdefault(key_of(proxy), Counts(proxy.accepted, *moved, NONE))
     for backend in snapshot.backends:
         proxies = users.get(backend.pool, set()) if backend.shared else {backend.proxy}
         moved = _sum(volumes.get((proxy, backend.name), (0, 0)) for proxy in proxies)

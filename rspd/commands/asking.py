@@ -149,7 +149,9 @@ class Watch:
 
                 self._late[path] = now + AGAIN
                 Thread(target=self._try, args=(path,), daemon=True).start()
-        return merged(self.path, snapshots, unanswered), merge_connections(parts, query)
+        whole = merge_connections(parts, query)
+        process = _with_missing(whole.process, self.path, unanswered)
+        return merged(self.path, snapshots, unanswered), whole._replace(process=process)
 
     def _try(self, path: str) -> None:
         """Whether a process that was late answers now; or is gone."""

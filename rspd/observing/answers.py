@@ -12,7 +12,7 @@ from rspd.net.descriptors import Shortage
 from rspd.observing.connections import Look, from_end
 from rspd.observing.life import Life
 from rspd.observing.pace import Pace
-from rspd.observing.proxies import backend, layout, pools, proxies, routes
+from rspd.observing.proxies import Layout, backend, layout, pools, proxies, routes
 from rspd.observing.samples import Everyone, Sampler
 from rspd.snapshot import Snapshot, as_json
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # How many backends, or entries of an answer, are made in one turn of the loop: less than a millisecond of work. And how
 # many proxies: each may have counts of many backends.
 SLICE, LARGE = 20, 2
+
+# How often a snapshot is begun at most. It is begun again if a reload came meanwhile.
+TRIES = 3
 
 T = TypeVar("T")
 
@@ -147,7 +150,15 @@ class Answers:
     async def _snapshot(self, request: Request) -> Snapshot:
         await self._pace.slice(request.gone)
         await self.sampler.count_bytes()
-        seen = layout(self._proxies)
+        for _ in range(TRIES):
+            seen = layout(self._proxies)
+            found = await self._seen(seen)
+            if layout(self._proxies) == seen:
+                break
+        return found
+
+    async def _seen(self, seen: Layout) -> Snapshot:
+        """A snapshot over many turns. If a reload comes meanwhile, its parts are of before and after."""
         found = await self._made(pools(seen), SLICE)
         each = (backend(pool, one, self._loop.now) for pool, backends in found for one in backends)
         return Snapshot(

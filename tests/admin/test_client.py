@@ -60,7 +60,7 @@ def test_it_asks_the_server_and_reads_json(tmp_path: Path) -> None:
         (b"220 mail.example.org ESMTP\r\n", "expected an answer in HTTP, found 220 mail.example.org ESMTP"),
         (ok(b"{", b"Content-Length: 100"), "expected an answer in HTTP, found IncompleteRead"),
         (ok(b""), "expected JSON, found Expecting value"),
-        (ok(b'{"process":{"version"'), "expected JSON, found Expecting ':' delimiter"),
+        (ok(b'{"process":{"version"\n'), "expected JSON, found Expecting ':' delimiter"),
         (ok(b'{"x": -Infinity}'), "expected JSON, found -Infinity"),
         (ok(b"\xff"), "expected JSON, found 'utf-8' codec can't decode"),
         (ok(100_000 * b"["), "expected JSON, found maximum recursion depth exceeded"),

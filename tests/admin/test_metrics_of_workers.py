@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
+import socketserver
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,50 @@ def test_frozen_workers_keep_the_text_waiting_for_a_while_only_and_each_worker_g
         for each in workers[:2]:
             each.at_work.set()
         eventually(lambda: value(ask(exposition), "rspd_processes", state="silent") == 0, "all are asked")
+
+
+def test_a_worker_whose_answer_comes_in_drops_takes_no_time_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "PATIENCE", 1.0)
+    monkeypatch.setattr(metrics, "PATIENCE_FOR_ALL", 1.0)
+    with dripping(tmp_path / "worker-1.sock"), worker(tmp_path / "worker-2.sock", of_lineage(SAMPLE, "w2")) as well:
+        exposition = Exposition(lambda: [str(tmp_path / "worker-1.sock"), well.path])
+
+        ask(exposition)  # which may have read the drops only
+        assert [value(ask(exposition), "rspd_processes", state="silent") for _ in range(2)] == [1] * 2
+
+
+class Dripping(socketserver.ThreadingUnixStreamServer):
+    """A process that answers a byte at a time, for ever."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), _Drip)
+        self.over = threading.Event()
+
+
+class _Drip(socketserver.BaseRequestHandler):
+    server: Dripping
+
+    def handle(self) -> None:
+        with suppress(OSError):
+            self.request.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            while not self.server.over.wait(0.02):
+                self.request.sendall(b" ")
+
+
+@contextmanager
+def dripping(path: Path) -> Iterator[None]:
+    """Such a process, until the end."""
+    with Dripping(path) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield
+        finally:
+            server.over.set()
+            server.shutdown()
+            thread.join(PATIENCE)
 
 
 def test_workers_that_accept_nobody_use_up_the_same_time_and_take_none_from_the_others(

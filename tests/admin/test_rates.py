@@ -48,6 +48,13 @@ def test_a_rate_is_that_of_the_last_three_seconds() -> None:
     assert rates.of(moment(0).proxies[0]).rate() == Rate(6.0, 60.0, 600.0)
 
 
+def test_a_proxy_that_came_back_has_its_rate_while_connections_of_before_go_on() -> None:
+    before = Proxy(retired=True, open=1)
+    looks = [moment(6 * second) for second in range(6)]
+    rates = looked((100.0 + at, look._replace(proxies=(*look.proxies, before))) for at, look in enumerate(looks))
+    assert rates.of(moment(0).proxies[0]).rate() == Rate(6.0, 60.0, 600.0)
+
+
 def test_looks_that_are_far_apart_tell_the_rate_between_them() -> None:
     rates = looked([(100.0, moment(0)), (130.0, moment(60))])
     assert of_backend(rates).rate() == Rate(2.0, 20.0, 200.0)

@@ -196,6 +196,7 @@ def test_a_frozen_process_is_not_waited_for_at_each_look_and_is_there_again_when
                 assert watch.look(Query())[0] == snapshot
             assert time.monotonic() - begin < PATIENCE
         assert snapshot.process == Process(pid=1, unanswered=(worker,))
+        assert connections.process.unanswered == (worker,)
         assert [one.id for one in connections.connections] == ["a"]
         with answering(worker, Snapshot(Process(pid=2)), [Connection("b")]):
             eventually(lambda: watch.look(Query())[0].process == Process(pid=1, processes=2))
@@ -308,7 +309,7 @@ def test_a_process_that_is_stopped_is_not_waited_for(path: str) -> None:
         (b"HTTP/1.1 404 Not Found\r\n\r\n", "status 404"),
         (b"HTTP/1.1 200 OK\r\n\r\n\xff", "expected JSON"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + 100_000 * b"[", "expected JSON"),
-        (b"HTTP/1.1 200 OK\r\n\r\n{", "expected JSON"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[", "expected JSON"),
         (b"HTTP/1.1 200 OK\r\n\r\n[]", "expected an object for Snapshot, found []"),
         (b'HTTP/1.1 200 OK\r\n\r\n{"process": {"pid": "x"}}', "expected int, found 'x'"),
         (b'HTTP/1.1 200 OK\r\n\r\n{"process": {"age": 1%s}}' % (400 * b"0"), "expected a number below 9e+18, found 10"),
@@ -345,6 +346,13 @@ def test_a_bug_in_rspd_is_told_with_where_its_log_is(path: str) -> None:
     assert code == 76
     advice = "please report what the log says: journalctl -u rspd"
     assert said == f"{path}: a bug in rspd; its log says more\n{advice}"
+
+
+def test_json_that_breaks_off_may_be_asked_for_again(path: str) -> None:
+    begin = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"process":{"pid":'
+    with answering(path, instead=begin):
+        code, said = refused(path)
+    assert (code, "broke off" in said) == (75, True)
 
 
 def test_an_answer_that_breaks_off_may_be_asked_for_again(path: str) -> None:

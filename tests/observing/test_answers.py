@@ -6,9 +6,11 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from rspd.admin.client import ask
 from rspd.engine.loop import Loop
@@ -27,7 +29,7 @@ def status(
 ) -> tuple[Snapshot, list[float]]:
     """The status of a process that begins to answer, and the CPU time of each turn of its loop, of the longest last.
 
-    meanwhile: called in each fifth turn from then on until there is an answer.
+    meanwhile: called in each turn while the answer is made.
     """
     path, turns = f"{folder}/control.sock", list[float]()
 
@@ -45,7 +47,7 @@ def status(
         loop.wakeups.run_in_thread(lambda: ask(path, "/v1/status", PATIENCE), outcomes.append)
         while not outcomes:
             await loop.yield_turn()
-            if loop.turn % 5 == 0:
+            if desk._answers and desk._answers.control._answering:
                 meanwhile(scene)
         desk.close()
         desk.apply((), ())
@@ -88,7 +90,8 @@ def test_a_status_with_very_many_proxies_routes_and_pools_holds_nobody_up(
     assert turns[-1] < 0.2, turns[-9:]
 
 
-def test_a_status_that_reloads_come_across_is_one_of_before_or_after(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", range(1, 13))
+def test_a_status_that_reloads_come_across_is_one_of_before_or_after(tmp_path: Path, at: int) -> None:
     def text(*names: str) -> str:
         proxies = {}
         for number, name in enumerate(names, 1):
@@ -96,8 +99,22 @@ def test_a_status_that_reloads_come_across_is_one_of_before_or_after(tmp_path: P
             proxies[name] = {"listen": f"127.0.0.{number}:0", "routes": routes}
         return json.dumps({"proxies": proxies})
 
+    turn = count()
+
+    def reload_once(scene: Scene) -> None:
+        if next(turn) == at:
+            scene.reload(text("b", "c"))
+
+    found, _ = status(tmp_path, text("a", "b"), lambda _: None, reload_once)
+    assert {one.name for one in found.proxies if not one.retired} == {one.proxy for one in found.routes}
+
     texts = cycle([text("b", "c"), text("a", "b")])
-    found, _ = status(tmp_path, text("a", "b"), lambda _: None, lambda scene: scene.reload(next(texts)))
+
+    def reload_often(scene: Scene) -> None:
+        if next(turn) % 5 == 0:
+            scene.reload(next(texts))
+
+    found, _ = status(tmp_path, text("a", "b"), lambda _: None, reload_often)
     places = {(one.proxy, one.pool) for one in found.routes}
     assert places == {(one.proxy, one.name) for one in found.pools}
     assert {one.proxy for one in found.routes} in ({"a", "b"}, {"b", "c"})
