@@ -32,7 +32,7 @@ def replace_listeners(
 
     Where the file of a unix socket is lost, a new one is opened in its place. If that cannot be, the old one stays.
     Listeners from systemd always stay: rspd could not get a closed one back.
-    kept: sockets of the process before. Where they are wanted, they are taken; the others are closed.
+    kept: sockets of the process before. Where they are wanted, each is taken once; the others are closed.
     No old listener may be watched meanwhile. Raises ListenError; then old listeners and kept sockets are as they were.
     """
     kept = kept or {}
@@ -52,7 +52,8 @@ def replace_listeners(
         listener.close()
     for address, binding in coming.items():
         if address not in needed:
-            opened += _open_if_possible(address, binding, kept)
+            opened += _open_if_possible(address, binding, kept, opened)
+    _close_surplus(kept, opened)
     staying += _without_successor(lost, {listener.address for listener in (*staying, *opened)})
     _go_on(staying, wanted)
     return adopted + staying + opened
@@ -61,7 +62,17 @@ def replace_listeners(
 def _left_over(kept: Kept, coming: Mapping[Address, Binding]) -> list[Listener]:
     """Listeners on those kept sockets that nobody wants."""
     places = {(where.family, place_of(where.address)) for binding in coming.values() for where in binding.where}
-    return [kept_listener(sock) for place, sock in kept.items() if place not in places]
+    return [kept_listener(sock) for place, here in kept.items() if place not in places for sock in here]
+
+
+def _close_surplus(kept: Kept, opened: Sequence[Listener]) -> None:
+    """Close those kept sockets that are open still, and that nobody has taken.
+
+    The kernel would go on giving them a share of the clients of their port. Who waits there is reset.
+    """
+    known = {-1, *(listener.fd for listener in opened)}
+    for sock in (sock for here in kept.values() for sock in here if sock.fileno() not in known):
+        kept_listener(sock).close()
 
 
 def _without_successor(lost: Sequence[Listener], successors: Container[Address]) -> list[Listener]:
@@ -105,24 +116,27 @@ def _open_in_place_of(leaving: Sequence[Listener], coming: Mapping[Address, Bind
 
 def _open_all(bindings: Mapping[Address, Binding], kept: Kept) -> list[Listener]:
     opened: list[Listener] = []
+    taken: set[int] = set()
     try:
         for address, binding in bindings.items():
-            opened += _open(address, binding, kept)
+            listeners = _open(address, binding, kept, taken)
+            opened += listeners
+            taken.update(listener.fd for listener in listeners)
     except ListenError:
         close_all(opened, kept)
         raise
     return opened
 
 
-def _open_if_possible(address: Address, binding: Binding, kept: Kept) -> list[Listener]:
+def _open_if_possible(address: Address, binding: Binding, kept: Kept, others: Sequence[Listener]) -> list[Listener]:
     try:
-        return _open(address, binding, kept)
+        return _open(address, binding, kept, {listener.fd for listener in others})
     except ListenError as error:
         what = "nobody can look at this process" if binding.optional else "the file of a listening socket is gone"
         log.warning("%s, %s", what, error)
         return []
 
 
-def _open(address: Address, binding: Binding, kept: Kept) -> list[Listener]:
+def _open(address: Address, binding: Binding, kept: Kept, taken: Container[int]) -> list[Listener]:
     where, backlog, reuse_port, private, _ = binding
-    return open_listeners(address, where, backlog, reuse_port, kept, private)
+    return open_listeners(address, where, backlog, reuse_port, kept, private, taken)

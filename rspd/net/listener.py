@@ -9,7 +9,7 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from rspd.engine.loop import Watch
@@ -58,8 +58,8 @@ PATH_ADVICE = ADVICE | {
 }
 
 
-# Listening sockets of the process before, by family and place.
-Kept = Mapping[tuple[int, Place], socket.SocketType]
+# Listening sockets of the process before, by family and place. Several are at one place with `reuse_port`.
+Kept = Mapping[tuple[int, Place], Sequence[socket.SocketType]]
 
 
 class ListenError(Exception):
@@ -204,7 +204,10 @@ def kept_listener(sock: socket.SocketType, lost: bool = False) -> Listener:
 
 def by_place(kept: Iterable[socket.SocketType]) -> Kept:
     """These listening sockets, as `open_listeners` takes them."""
-    return {(sock.family, place_of(sock.getsockname())): sock for sock in kept}
+    found: dict[tuple[int, Place], list[socket.SocketType]] = {}
+    for sock in kept:
+        found.setdefault((sock.family, place_of(sock.getsockname())), []).append(sock)
+    return found
 
 
 def open_listeners(
@@ -214,6 +217,7 @@ def open_listeners(
     reuse_port: bool = False,
     kept: Kept | None = None,
     private: bool = False,
+    taken: Container[int] = (),
 ) -> list[Listener]:
     """Bind and listen on all socket addresses that a configured address stands for.
 
@@ -222,17 +226,19 @@ def open_listeners(
     reuse_port: share TCP ports with other processes, see `Listener.share_port`.
     kept: sockets to take in place of new ones, where the address is the same. They stay open after an error.
     private: whether only our own user may connect to a new unix socket, until `allow` says who may.
+    taken: descriptors of kept sockets that other addresses have by now. Two listeners on one socket cannot be watched.
     """
     kept = kept or {}
     listeners: list[Listener] = []
     missing: ListenError | None = None
     for socket_address in where:
         try:
-            sock = kept.get((socket_address.family, place_of(socket_address.address)))
-            if sock is None:
-                listeners.append(_open(address, socket_address, backlog, reuse_port, private))
+            here = kept.get((socket_address.family, place_of(socket_address.address)), ())
+            free = [sock for sock in here if sock.fileno() not in taken]
+            if free:
+                listeners.append(_reopen(address, free[0], backlog, reuse_port))
             else:
-                listeners.append(_reopen(address, sock, backlog, reuse_port))
+                listeners.append(_open(address, socket_address, backlog, reuse_port, private))
         except OSError as error:
             missing = ListenError(address, socket_address, error, reuse_port)
             if error.errno not in NO_SUCH_ADDRESS:
@@ -245,8 +251,9 @@ def open_listeners(
 
 def close_all(listeners: Iterable[Listener], kept: Kept) -> None:
     """Close listeners but for those on a socket that the process before has kept."""
+    stay = {sock.fileno() for here in kept.values() for sock in here}
     for listener in listeners:
-        if listener.fd not in {sock.fileno() for sock in kept.values()}:
+        if listener.fd not in stay:
             listener.close()
 
 

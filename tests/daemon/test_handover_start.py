@@ -358,6 +358,24 @@ def test_a_file_that_cannot_be_followed_at_a_restart_is_no_outage(file: File) ->
             assert talks(client)
 
 
+@pytest.mark.parametrize("key", ["listen", "metrics"])
+def test_a_place_that_has_two_names_in_the_file_at_a_restart_is_no_outage(file: File, key: str) -> None:
+    if key == "metrics":
+        pytest.importorskip("prometheus_client")
+    port = free_port()
+    right, other = f"127.0.0.1:{port}", f"localhost:{port}"
+    file.write(listen=right)
+    with managed("-c", str(file.path)) as service, connect(port) as client:
+        assert talks(client)
+        file.write(**({"metrics": other} if key == "metrics" else {"listen": [right, other]}))
+        service.restart()
+        what = rf"serving by the settings of the process before: cannot listen on {other} \({right}\): Address already"
+        service.daemon.wait_for(what)
+        assert talks(client)
+        with connect(port) as another:
+            assert talks(another)
+
+
 def test_too_few_descriptors_for_the_file_at_a_restart_is_no_outage(file: File) -> None:
     with managed("-c", str(file.path), limit=(4096, 4096)) as service, service.daemon.connect() as client:
         assert talks(client)

@@ -14,7 +14,7 @@ from rspd.listening.replacing import Binding, replace_listeners
 from rspd.net.address import Address, resolve
 from rspd.net.listener import Listener, ListenError, by_place, open_listeners
 from tests.net import test_listener
-from tests.net.test_listener import Open, accept, backlog_of, connect, keep, let_go, port_of, serves
+from tests.net.test_listener import Open, accept, backlog_of, connect, held, keep, let_go, port_of, serves
 from tests.support import PATIENCE, abstract_name, free_port, loopback, open_descriptors
 
 # A fixture.
@@ -191,8 +191,8 @@ def before(no_descriptor_is_left_open: None) -> Iterator[Kept]:
     """Listeners of the process before. At the end, its copies are closed."""
     opened: list[Listener] = []
 
-    def listen(*texts: str, backlog: int = 8) -> list[Listener]:
-        listeners = replace_listeners([], wanted(*texts, backlog=backlog))
+    def listen(*texts: str, backlog: int = 8, reuse_port: bool = False) -> list[Listener]:
+        listeners = replace_listeners([], wanted(*texts, backlog=backlog, reuse_port=reuse_port))
         opened.extend(listeners)
         return listeners
 
@@ -211,7 +211,7 @@ def start(no_descriptor_is_left_open: None) -> Iterator[Callable[..., list[Liste
         try:
             now[:] = replace_listeners([], wanted(*texts, backlog=backlog, reuse_port=reuse_port), kept)
         except ListenError:
-            for sock in kept.values():
+            for sock in held(kept):
                 sock.close()
             raise
         return list(now)
@@ -318,3 +318,38 @@ def test_port_0_is_another_port_each_time(before: Kept, start: Callable[..., lis
     assert not is_same(new, old)
     with pytest.raises(ConnectionRefusedError):
         connect(old)
+
+
+def test_a_kept_socket_is_taken_once_and_another_address_that_means_its_place_finds_it_taken(
+    before: Kept, start: Callable[..., list[Listener]]
+) -> None:
+    port = free_port()
+    old = before(f"127.0.0.1:{port}")
+    count = open_descriptors()
+    for texts in [(f"127.0.0.1:{port}", f"localhost:{port}"), (f"localhost:{port}", f"127.0.0.1:{port}")]:
+        with pytest.raises(ListenError, match=f"cannot listen on {texts[1]}.*: Address already in use"):
+            start(old, *texts)
+        assert serves(old[0])
+        assert open_descriptors() == count
+    [new] = start(old, str(old[0].address))
+    assert is_same(new, old[0])
+
+
+def test_two_addresses_that_share_a_place_take_a_kept_socket_each(
+    before: Kept, start: Callable[..., list[Listener]]
+) -> None:
+    texts = [f"localhost:{(port := free_port())}", f"127.0.0.1:{port}"]
+    old = before(*texts, reuse_port=True)
+    new = start(old, *texts, reuse_port=True)
+    assert {os.fstat(listener.fd).st_ino for listener in new} == {os.fstat(listener.fd).st_ino for listener in old}
+    assert len({listener.fd for listener in new}) == len(old)
+
+
+def test_of_kept_sockets_that_share_a_place_those_that_nobody_takes_get_no_client_any_more(
+    before: Kept, start: Callable[..., list[Listener]]
+) -> None:
+    texts = [f"localhost:{(port := free_port())}", f"127.0.0.1:{port}"]
+    old = before(*texts, reuse_port=True)
+    [new] = start(old, texts[1], reuse_port=True)
+    assert new.address == old[-1].address
+    assert all(serves(new) for _ in range(16))

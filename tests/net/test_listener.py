@@ -19,7 +19,7 @@ import pytest
 
 from rspd.config.addresses import parse_address
 from rspd.net.address import Address, SocketAddress, resolve
-from rspd.net.listener import Listener, ListenError, by_place, close_all, kept_listener, open_listeners
+from rspd.net.listener import Kept, Listener, ListenError, by_place, close_all, kept_listener, open_listeners
 from tests.engine.test_pipes import no_descriptors, unprivileged
 from tests.support import (
     PATIENCE,
@@ -476,6 +476,11 @@ def keep(listener: Listener) -> socket.SocketType:
     return socket.SocketType(fileno=os.dup(listener.fd))
 
 
+def held(kept: Kept) -> list[socket.SocketType]:
+    """All of them."""
+    return [sock for here in kept.values() for sock in here]
+
+
 def let_go(listener: Listener) -> None:
     """The process ends, and closes its own copy."""
     listener._sock.close()
@@ -493,7 +498,7 @@ def test_a_kept_socket_is_taken_where_the_address_is_the_same(text: str, open_al
         let_go(listener)
     after = open_listeners(address, resolve(address), 11, kept=kept)
     try:
-        assert [listener._sock for listener in after] == list(kept.values())
+        assert [listener._sock for listener in after] == held(kept)
         assert [listener.name for listener in after] == [listener.name for listener in before]
         # Who waited in the backlog is served, and so is who comes.
         sock, _ = accept(after[0])
@@ -518,9 +523,7 @@ def test_where_one_family_was_kept_the_other_one_is_opened(open_all: Open) -> No
     address = Address(port=port)
     after = open_listeners(address, resolve(address), 8, kept=kept)
     assert sorted(listener.name for listener in after) == [f"0.0.0.0:{port}", f"[::]:{port}"]
-    assert [listener._sock in kept.values() for listener in after] == [
-        listener.name.startswith("0") for listener in after
-    ]
+    assert [listener._sock in held(kept) for listener in after] == [listener.name.startswith("0") for listener in after]
     assert all(serves(listener) for listener in after)
     for listener in after:
         listener.close()
@@ -533,10 +536,10 @@ def test_a_socket_of_the_other_family_is_not_taken_for_the_same(open_all: Open) 
     kept = by_place([keep(v6)])
     address = parse_address(f"0.0.0.0:{port}")
     [v4] = open_listeners(address, resolve(address), 8, kept=kept)
-    assert v4._sock not in kept.values()
+    assert v4._sock not in held(kept)
     assert serves(v4)
     v4.close()
-    for sock in kept.values():
+    for sock in held(kept):
         sock.close()
 
 
@@ -564,7 +567,7 @@ def test_a_failure_leaves_kept_sockets_listening_and_closes_what_is_new(
         assert open_descriptors() == count
     assert serves(before)
     assert not before.address.path.startswith("/") or os.path.exists(before.address.path)
-    for sock in kept.values():
+    for sock in held(kept):
         sock.close()
 
 
