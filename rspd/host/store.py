@@ -190,12 +190,13 @@ class Parcel:
 class Inheritance:
     """What the process before has left in the store; of this process from now on.
 
-    listeners: the listening sockets. lost: those of them whose file is gone, or another one is in its place.
+    listeners: the listening sockets. lost: those whose file is gone, or another one is in its place; each with its own
+    file, as of `Listening`, or None if that is not known.
     """
 
     def __init__(self, found: Iterable[StoredDescriptor]) -> None:
         self.listeners: list[socket.SocketType] = []
-        self.lost: list[socket.SocketType] = []
+        self.lost: list[tuple[socket.SocketType, tuple[int, int] | None]] = []
         self._states: list[int] = []
         self._queues: list[socket.SocketType] = []
         for name, fd in found:
@@ -210,7 +211,11 @@ class Inheritance:
                 queue.setblocking(False)
                 self._queues.append(queue)
             elif stat.S_ISSOCK(mode) and (listener := _listener(fd)):
-                (self.listeners if name.split("-")[2:] == _file_of(fd) else self.lost).append(listener)
+                own = _file_named(name)
+                if own == _file_at(listener.getsockname()):
+                    self.listeners.append(listener)
+                else:
+                    self.lost.append((listener, own))
             else:
                 os.close(fd)
 
@@ -263,38 +268,36 @@ def abort(fds: Iterable[int]) -> None:
             os.close(fd)
 
 
-def _file_of(fd: int) -> list[str]:
-    """Which file is at a unix socket's path, by its device and inode; empty for none, and for TCP."""
-    sock = socket.SocketType(fileno=fd)
+def _file_named(name: str) -> tuple[int, int] | None:
+    """Which file is a unix socket's own, by the name that `Store` gave it; None if the name does not say it."""
+    _, *numbers = name.removeprefix(LISTENER).split("-")
+    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(map(str.isdecimal, numbers)) else None
+
+
+def _file_at(where: object) -> tuple[int, ...] | None:
+    """Which file is where a socket is bound: empty for none, None where a socket needs none."""
     try:
-        path = sock.getsockname() if sock.family == socket.AF_UNIX else ""
-        status = os.lstat(path)
-    except (OSError, ValueError):
-        return []
-    finally:
-        sock.detach()  # no descriptor may be free for a copy
-    return [str(status.st_dev), str(status.st_ino)]
+        status = os.lstat(where) if isinstance(where, str) and where.startswith("/") else None
+    except OSError:
+        return ()
+    return status and (status.st_dev, status.st_ino)
 
 
 def _listener(fd: int) -> socket.SocketType | None:
     """A listening socket; None if it listens no more."""
     sock = socket.SocketType(fileno=fd)
-    try:
+    with suppress(OSError):
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             sock.setblocking(False)
             return sock
-    except OSError:
-        pass
     sock.detach()
     return None
 
 
 def _content(fd: int) -> bytes:
-    parts = []
-    offset = 0
-    while part := os.pread(fd, 1 << 30, offset):
+    parts: list[bytes] = []
+    while part := os.pread(fd, 1 << 30, sum(map(len, parts))):
         parts.append(part)
-        offset += len(part)
     return b"".join(parts)
 
 

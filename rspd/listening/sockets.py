@@ -16,7 +16,7 @@ from rspd.listening.allowing import allow, allow_as_usual
 from rspd.listening.replacing import Binding, replace_listeners
 from rspd.net.address import Address, SocketAddress, literal, own_listeners
 from rspd.net.descriptors import TooFewError, reserve
-from rspd.net.listener import Listener, ListenError, adopt_listener, by_place, kept_listener
+from rspd.net.listener import NO_FILE, Listener, ListenError, adopt_listener, by_place, kept_listener
 from rspd.net.resolver import Resolver
 from rspd.net.waiting import GivenUp
 from rspd.settings import Config, ProxyConfig
@@ -83,7 +83,7 @@ class Sockets:
         resolver: Resolver,
         passed: Sequence[PassedSocket],
         kept: Sequence[socket.SocketType] = (),
-        lost: Sequence[socket.SocketType] = (),
+        lost: Sequence[tuple[socket.SocketType, tuple[int, int] | None]] = (),
         prepare: Callable[[Plan], Awaitable[object]] | None = None,
     ) -> None:
         """kept: listening sockets of the process before. The first `open` takes or closes each.
@@ -96,7 +96,7 @@ class Sockets:
         self._loop = loop
         self._resolver = resolver
         self._kept = by_place(kept)
-        self._lost = [kept_listener(sock, lost=True) for sock in lost]
+        self._lost = [kept_listener(sock, file or NO_FILE) for sock, file in lost]
         self.adopted = [adopt_listener(name, sock) for name, sock in passed]
 
     async def listen(self, config: Config, patient: bool, tell: Callable[[str], object]) -> tuple[Plan, Opened]:

@@ -191,13 +191,13 @@ def adopt_listener(name: str, sock: socket.SocketType) -> Listener:
     return Listener(bound_address(sock), sock, passed=name)
 
 
-def kept_listener(sock: socket.SocketType, lost: bool = False) -> Listener:
+def kept_listener(sock: socket.SocketType, file: tuple[int, int] | None = None) -> Listener:
     """A listener on a socket that the process before has kept. It owns our descriptor of the socket.
 
-    lost: whether the file at its path is not its own.
+    file: which file is its own; None for what is at its path, if it needs one.
     """
     address = bound_address(sock)
-    listener = Listener(address, sock, NO_FILE if lost else _file_of(address.path))
+    listener = Listener(address, sock, file or _file_of(address.path))
     listener.backlog = socket.SOMAXCONN  # not known
     return listener
 

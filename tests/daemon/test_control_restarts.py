@@ -184,3 +184,27 @@ def test_a_service_restarts_though_another_process_has_its_sockets_at_these_path
         with client_of(listen) as another:
             assert still_served(another)
         assert status(sockets[1]).process.pid == service.daemon.pid
+
+
+def test_sockets_whose_files_nobody_can_see_at_an_upgrade_are_reached_again_when_the_files_are_back(
+    file: File, sockets: list[Path]
+) -> None:
+    listen, control = sockets
+    with file.rspd() as daemon, client_of(listen) as client:
+        inodes = [path.lstat().st_ino for path in sockets]
+        for path in sockets:
+            path.rename(f"{path}.aside")
+            path.write_text("precious")
+        assert upgraded(daemon.process.pid) == (0, "")
+        daemon.wait_for("the file of a listening socket is gone", 2)
+        for path in sockets:
+            os.rename(f"{path}.aside", path)
+        file.reload(daemon, max_connections=7)
+        assert [path.lstat().st_ino for path in sockets] == inodes
+        assert status(control).process.pid == daemon.pid
+        with client_of(listen) as another:
+            assert still_served(another)
+        assert still_served(client)
+        client.close()
+        assert daemon.stop() == 0
+        assert [path.exists() for path in sockets] == [False, False]

@@ -510,13 +510,30 @@ def test_a_unix_socket_whose_file_is_gone_or_anothers_is_told_from_those_that_ar
         stack.enter_context(unix_listener(path))
     inheritance = Inheritance([StoredDescriptor(name, os.dup(local.fileno()))])
     assert inheritance.listeners == []
-    (lost,) = inheritance.lost
+    ((lost, file),) = inheritance.lost
     lost.close()
+    own = os.stat(f"{path}.old")
+    assert file == (own.st_dev, own.st_ino)
     if other:
         os.unlink(path)
     os.rename(f"{path}.old", path)
     (found,) = Inheritance([StoredDescriptor(name, os.dup(local.fileno()))]).listeners
     found.close()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("name", ["listener-1", "listener-1-", "listener-1-2-", "listener-1-0-0", "another-one-0x1-2"])
+def test_a_unix_socket_that_does_not_say_which_file_is_its_own_may_have_lost_it(
+    stack: ExitStack, tmp_path: Path, name: str, gone: bool
+) -> None:
+    local = stack.enter_context(unix_listener(f"{tmp_path}/s"))
+    if gone:
+        os.unlink(f"{tmp_path}/s")
+    inheritance = Inheritance([StoredDescriptor(name, os.dup(local.fileno()))])
+    assert inheritance.listeners == []
+    ((lost, file),) = inheritance.lost
+    lost.close()
+    assert file in (None, (0, 0))
 
 
 def test_a_listener_is_stored_also_where_no_descriptor_is_free(
