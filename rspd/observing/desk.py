@@ -66,7 +66,10 @@ class Desk:
                 task.wake()
 
             # An import in a thread keeps the interpreter for 5 ms at a time (sys.setswitchinterval).
-            loop.wakeups.run_in_thread(partial(Desk(*self._parts).prepare, metrics), finish)
+            try:
+                loop.wakeups.run_in_thread(partial(Desk(*self._parts).prepare, metrics), finish)
+            except RuntimeError:
+                return  # no thread can be started: `prepare` imports
             while not outcomes:
                 await news()
 

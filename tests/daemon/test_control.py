@@ -361,6 +361,18 @@ def test_connections_go_on_while_a_reload_imports_what_metrics_need(tmp_path: Pa
         assert metric(port, "rspd_accepted_total") == 2
 
 
+# A stack of the size of the address space: no thread finds room for its own. In kB.
+HUGE_STACK = 1 << 38
+
+
+def test_a_reload_that_adds_what_answers_need_succeeds_where_no_thread_can_be_started(tmp_path: Path) -> None:
+    with Backend(echo) as backend:
+        file = File(tmp_path, backend=backend.address)
+        with file.rspd(launcher=["sh", "-c", f'ulimit -s {HUGE_STACK} && exec "$@"', "sh"]) as daemon:
+            file.reload(daemon, control=f"{tmp_path}/sock")
+            assert status(tmp_path / "sock").process.pid == daemon.pid
+
+
 def test_a_reload_that_changes_nothing_of_it_leaves_who_waits_and_its_file(run: Path, file: File) -> None:
     path = run / "control.sock"
     with file.rspd(env=env(run)) as daemon:
