@@ -96,8 +96,9 @@ class Sockets:
         self._loop = loop
         self._resolver = resolver
         self._kept = by_place(kept)
-        self._lost = [kept_listener(sock, file or NO_FILE) for sock, file in lost]
         self.adopted = [adopt_listener(name, sock) for name, sock in passed]
+        # What is open already, without what is in `_kept`.
+        self._open = [*self.adopted, *(kept_listener(sock, file or NO_FILE) for sock, file in lost)]
 
     async def listen(self, config: Config, patient: bool, tell: Callable[[str], object]) -> tuple[Plan, Opened]:
         """Listen for the first time. Raises StartError.
@@ -109,7 +110,7 @@ class Sockets:
         while True:
             try:
                 plan = await self.plan(config, patient=True)
-                return plan, self.open(plan, [*self.adopted, *self._lost])
+                return plan, self.open(plan, self._open)
             except ConfigError as error:
                 raise StartError(str(error), os.EX_CONFIG) from None
             except ListenError as error:
@@ -161,7 +162,10 @@ class Sockets:
 
     async def _ready(self, config: Config, plan: Plan) -> Plan:
         """A plan once there are descriptors for it, and all else that it needs. Raises StartError."""
-        listeners = len(self.adopted) + sum(len(binding.where) for binding in plan.bindings.values())
+        wanted = sum(len(binding.where) for binding in plan.bindings.values())
+        # A lost one stays beside its successor while clients wait there.
+        lost = [one for one in self._open if one.lost and one.address in plan.bindings and one.waiting() != 0]
+        listeners = len(self.adopted) + len(lost) + wanted
         pipes = make_room(config, listeners + (2 * MOST if plan.control or plan.metrics else 0))
         if self._prepare:
             await self._prepare(plan)
@@ -179,7 +183,7 @@ class Sockets:
         old: those that are open. Those no longer wanted are closed. None may be watched meanwhile.
         Raises ListenError; then nothing has changed.
         """
-        everyone = replace_listeners(old, plan.bindings, self._kept)
+        everyone = self._open = replace_listeners(old, plan.bindings, self._kept)
         self._kept = {}
         if plan.why_none:
             log.warning("nobody can look at this process, %s", plan.why_none)

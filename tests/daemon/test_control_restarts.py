@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rspd.net.descriptors import OWN
 from tests.daemon.control import connections, status
 from tests.daemon.test_control_states import env, proxy
 from tests.daemon.test_handover_upgrade import upgraded
@@ -208,3 +209,25 @@ def test_sockets_whose_files_nobody_can_see_at_an_upgrade_are_reached_again_when
         client.close()
         assert daemon.stop() == 0
         assert [path.exists() for path in sockets] == [False, False]
+
+
+def test_a_socket_without_its_file_counts_for_the_descriptors_needed_while_clients_wait_there(
+    file: File, sockets: list[Path]
+) -> None:
+    path, limit = sockets[0], OWN + 2 + 2  # a connection, and two listeners
+    file.write(control="off", max_connections=1)
+    with file.rspd(limit=(limit, limit)) as daemon, client_of(path) as served, ExitStack() as stack:
+        waiting = []
+        for _ in range(2):
+            file.reload(daemon)
+            waiting.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+            waiting[-1].settimeout(PATIENCE)
+            waiting[-1].connect(str(path))
+            path.unlink()
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_for(f"reload failed, .*max_connections 1 needs {limit + 1} descriptors, and the limit is {limit}")
+        served.close()
+        assert waiting[0].recv(1) == b"!"
+        file.reload(daemon)
+        waiting[0].close()
+        assert waiting[1].recv(1) == b"!"
