@@ -37,6 +37,7 @@ from tests.support import (
     echo,
     eventually,
     free_port,
+    private_mounts,
     receive_all,
     reset,
     rspd,
@@ -359,6 +360,25 @@ def test_connections_go_on_while_a_reload_imports_what_metrics_need(tmp_path: Pa
             assert not daemon.find("reloaded")
         daemon.wait_for("reloaded")
         assert metric(port, "rspd_accepted_total") == 2
+
+
+@pytest.mark.parametrize(("folder", "mode"), [(0o755, 0o606), (0o1777, 0o600)])
+def test_without_proc_it_says_who_may_look_only_in_a_folder_where_nobody_else_may_write(
+    tmp_path: Path, folder: int, mode: int
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    place.chmod(folder)
+    launcher = [*private_mounts(), "sh", "-ec", 'mount -t tmpfs none /proc; exec "$@"', "sh"]
+    with Backend(echo) as backend:
+        file = File(tmp_path, backend=backend.address, control=f"{place}/sock", control_mode="0606")
+        with file.rspd(launcher=launcher) as daemon:
+            assert stat.S_IMODE((place / "sock").lstat().st_mode) == mode
+            warnings = daemon.find("WARNING")
+            if mode == 0o606:
+                assert not warnings
+            else:
+                assert "who may look is not as configured: expected /proc, or a folder" in warnings[0]
 
 
 # A stack of the size of the address space: no thread finds room for its own. In kB.
