@@ -23,6 +23,8 @@ class Wakeups:
 
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}  # the handlers before ours
+        self._actions: dict[int, Callable[[], object]] = {}  # by signal
+        self._arrived: dict[int, object] = {}  # signals whose actions are to be called; the values mean nothing
         self._calls: deque[Callable[[], object]] = deque()
         self._read, self._write = socket.socketpair(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self.fd = self._read.fileno()
@@ -37,13 +39,16 @@ class Wakeups:
         self._write.close()
 
     def on_signal(self, number: int, action: Callable[[], object]) -> None:
-        """Call `action` from the loop whenever the process gets the signal. Main thread only."""
+        """Call `action` from the loop when the process gets the signal, once a turn at most. Main thread only."""
         if not self._handlers:
             signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         # The interpreter also writes to the wake-up socket, which ends a wait in the kernel; the handler has run
         # by the time the wait returns.
-        previous = signal.signal(number, lambda *_: self._calls.append(action))
-        self._handlers.setdefault(number, previous)
+        #
+        # The handler is not written in Python. A function would be interrupted by the next signal, and so on: many
+        # signals at once would end in RecursionError.
+        self._actions[number] = action
+        self._handlers.setdefault(number, signal.signal(number, self._arrived.setdefault))
 
     def run_in_thread(self, function: Callable[[], T], then: Callable[[T | Exception], object]) -> None:
         """Run a function that blocks in a thread of its own, then call `then` from the loop with its outcome.
@@ -77,6 +82,9 @@ class Wakeups:
             self._read.recv(4096)
         except OSError:
             pass
+        for number in list(self._arrived):
+            del self._arrived[number]
+            self._calls.append(self._actions[number])
         while self._calls:
             try:
                 self._calls.popleft()()

@@ -174,7 +174,7 @@ def test_scrapes_that_come_faster_than_silent_workers_are_given_up_share_a_text(
         while not all(select.select([client], [], [], 0.01)[0] for client in clients):
             threads = max(threads, len(os.listdir(f"/proc/{daemon.pid}/task")))
             assert time.monotonic() - began < PATIENCE
-        assert threads == 2
+        assert threads <= 3  # the loop's, one that makes a text, and the one before, which may be about to end
         texts = [receive_all(client).decode() for client in clients]
         assert ["# EOF" in text for text in texts] == [False] * 5 + [True] * 5
         assert all('rspd_processes{state="silent"} 3.0' in text for text in texts)

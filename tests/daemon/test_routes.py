@@ -336,9 +336,11 @@ def test_the_log_has_the_route_the_name_and_the_protocol(tmp_path: Path, site: S
         lead(daemon, get("xn--bcher-kva.example", "/x"))
         lead(daemon, b"SSH-2.0-x\r\n")
         come(daemon).close()
-        for data in (hello("a_.org"), get("c.org"), b"\0"):
+        for number, data in enumerate((hello("a_.org"), get("c.org"), b"\0"), 4):
+            daemon.wait_for("connection closed", number)  # of two clients, either may end first
             with come(daemon, data) as refused:
                 assert site_refused(refused)
+        daemon.wait_for("connection closed", 7)
         with come(daemon) as silent:
             assert site_of(silent) == "rest"
         lines = daemon.wait_for("connection closed", 8)

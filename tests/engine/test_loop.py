@@ -933,6 +933,18 @@ def own_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def test_a_signal_during_the_handler_of_another_interrupts_no_python_code() -> None:
+    """Else a storm of signals ends in RecursionError."""
+
+    async def main(loop: Loop) -> None:
+        loop.wakeups.on_signal(signal.SIGUSR1, lambda: None)
+        handler = signal.getsignal(signal.SIGUSR1)
+        assert callable(handler)
+        assert not hasattr(handler, "__code__")
+
+    run(main)
+
+
 def kill_from_thread(loop: Loop, number: int) -> None:
     loop.wakeups.run_in_thread(lambda: os.kill(os.getpid(), number), lambda _: None)
 
