@@ -14,13 +14,22 @@ LOOKS = "status", "connections", "top"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run rspd with these arguments, by default the process's, and return its exit code (sysexits(3))."""
+    """Run rspd with these arguments, by default the process's, and return its exit code (sysexits(3)).
+
+    If a thread is left that waits for somebody, the process ends here with this exit code.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0] in LOOKS:
-        return _look(words[0], words[1:])
-    from rspd.cli import main as run
+        code = _look(words[0], words[1:])
+    else:
+        from rspd.cli import main as run
 
-    return run(words)
+        code = run(words)
+    threading = sys.modules.get("threading")
+    if threading and threading.active_count() > 1:
+        # If it wakes while Python takes itself apart, Python may crash (CPython's issue 87135). All output is flushed.
+        os._exit(code)
+    return code
 
 
 def _look(name: str, words: Sequence[str]) -> int:

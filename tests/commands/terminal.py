@@ -168,7 +168,7 @@ class Terminal:
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env={**os.environ, **env},
+            env={**os.environ, "PYTHONFAULTHANDLER": "1", **env},
         )
 
     def _set_size(self) -> None:
@@ -206,7 +206,9 @@ class Terminal:
             assert time.monotonic() < deadline, f"still running\n{self.screen.text}"
             select.select([self._ours], [], [], 0.01)
         self._read()
-        return self.process.returncode
+        code = self.process.returncode
+        assert code >= 0, f"killed by signal {-code}\n{self.written[-4000:]}"
+        return code
 
     def hang_up(self) -> None:
         """As if the connection to the terminal broke."""

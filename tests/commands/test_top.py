@@ -174,6 +174,17 @@ def test_the_terminal_is_restored_at_the_end(path: Path, how: str | signal.Signa
         assert "Traceback" not in there.written
 
 
+def test_python_does_not_take_itself_apart_while_a_look_waits(path: Path, tmp_path: Path) -> None:
+    # A thread that wakes meanwhile may crash it.
+    (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'taken apart')\n")
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))}
+    with shown(path, env=env) as (there, _):
+        there.wait_for("192.0.2.9:4002")
+        there.press("q")
+        assert there.end() == 0
+        assert "taken apart" not in there.written
+
+
 def test_it_ends_when_its_terminal_does(path: Path) -> None:
     with shown(path) as (there, _):
         there.wait_for("192.0.2.9:4002")
