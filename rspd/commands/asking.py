@@ -235,13 +235,15 @@ def _ask_at_once(
             outcome = bug
         done.put(((path, target), outcome))
 
-    begin = time.monotonic()
     for job in jobs:
         Thread(target=run, args=job, daemon=True).start()
     missing = {target for _, target, _ in jobs}
+    end: float | None = None
     while len(outcomes) < len(jobs):
+        if not missing and end is None:
+            end = time.monotonic() + grace
         try:
-            key, outcome = done.get(timeout=None if missing else max(0.0, begin + grace - time.monotonic()))
+            key, outcome = done.get(timeout=None if end is None else max(0.0, end - time.monotonic()))
         except Empty:
             return
         outcomes[key] = outcome
