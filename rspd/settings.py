@@ -199,7 +199,8 @@ class Config(NamedTuple):
 
     def pools_of(self, proxy: ProxyConfig) -> list[ProxyConfig]:
         """What each pool goes by from which a proxy's clients may get a backend."""
-        return proxy.own_pools + [pool.settings for pool in self.pools if pool.name in proxy.shared_pools]
+        shared = proxy.shared_pools
+        return proxy.own_pools + [pool.settings for pool in self.pools if pool.name in shared]
 
     @property
     def every_pool(self) -> list[ProxyConfig]:

@@ -137,8 +137,9 @@ def _check(
     """Report what cannot work. drafts: of the proxies. pools: the drafts of those of the whole file."""
     for draft, proxy in zip(drafts, config.proxies, strict=True):
         _check_proxy(draft, proxy, given, report)
+    shared = [(proxy, proxy.shared_pools) for proxy in config.proxies]
     for draft, pool in zip(pools, config.pools, strict=True):
-        users = [proxy for proxy in config.proxies if pool.name in proxy.shared_pools]
+        users = [proxy for proxy, names in shared if pool.name in names]
         _check_pool(draft, pool.settings, [address for proxy in users for address in proxy.listen], report)
     _check_together(drafts, config.proxies, report)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from socket import AF_INET6, inet_ntop, inet_pton
 from typing import Any
 
@@ -193,6 +194,7 @@ def make_routes(
 ) -> tuple[RouteConfig, ...]:
     """The routes of a proxy. base: what they go by if they do not say otherwise. pools: the names that there are."""
     made: list[RouteConfig] = []
+    taken: set[str] = set()
     for draft in drafts:
         said = dict(draft.settings.values)
         matches = {name: said.pop(name) for name in MATCH_KEYS if name in said}
@@ -201,13 +203,17 @@ def make_routes(
             meant = values.closest(pool, pools)
             advice = f"; did you mean {meant}?" if meant else f"; there are {', '.join(pools) or 'none'}"
             report.add(draft.line_of("pool"), f"{draft.prefix}pool", f"no such pool: {pool}{advice}")
-        name = _name(matches, [route.name for route in made])
+        name = _name(matches, taken)
+        taken.add(name)
         networks = matches.pop("from", ())
         settings = ProxyConfig(**{**base, **said})
         made.append(RouteConfig(name, settings, **matches, networks=networks, pool=pool))
-    for place, (draft, route) in enumerate(zip(drafts, made, strict=True)):
-        for what in _hidden(route, made[:place], [other.line for other in drafts[:place]]):
+    before: dict[tuple[str, str], list[tuple[RouteConfig, int | None]]] = {}
+    for draft, route in zip(drafts, made, strict=True):
+        for what in _hidden(route, before):
             report.add(draft.line, draft.key, what)
+        for place in _places(route):
+            before.setdefault(place, []).append((route, draft.line))
     return tuple(made)
 
 
@@ -221,16 +227,24 @@ def _name(matches: Mapping[str, Sequence[object]], taken: Collection[str]) -> st
     return name if name not in taken else next(other for other in numbers if other not in taken)
 
 
-def _hidden(route: RouteConfig, before: Sequence[RouteConfig], lines: Sequence[int | None]) -> Iterator[str]:
-    """What of a route can never match, since routes before it take all these clients."""
-    for name in route.server_name or route.host or ("",):
-        for path in route.path or ("",):
-            for other, line in zip(before, lines, strict=True):
-                same = name in (other.server_name or other.host or ("",)) and path in (other.path or ("",))
-                if same and _covers(other, route):
-                    verdict = "says the same as" if _covers(route, other) else "can never match, all is for"
-                    yield f"{name}{path} {verdict} the route in line {line}".lstrip()
-                    break
+def _places(route: RouteConfig) -> Iterable[tuple[str, str]]:
+    """Each name of a route, with each path; what it does not ask for is empty."""
+    return product(route.server_name or route.host or ("",), route.path or ("",))
+
+
+def _hidden(
+    route: RouteConfig, before: Mapping[tuple[str, str], Sequence[tuple[RouteConfig, int | None]]]
+) -> Iterator[str]:
+    """What of a route can never match, since routes before it take all these clients.
+
+    before: by name and path, these routes and their lines.
+    """
+    for name, path in _places(route):
+        for other, line in before.get((name, path), ()):
+            if _covers(other, route):
+                verdict = "says the same as" if _covers(route, other) else "can never match, all is for"
+                yield f"{name}{path} {verdict} the route in line {line}".lstrip()
+                break
 
 
 def _covers(other: RouteConfig, route: RouteConfig) -> bool:

@@ -231,6 +231,7 @@ def _taken_out(known: Handed, before: Callable[[], Config | None], pools: Contai
         # A client waits for one of its backends.
         for proxy in config.proxies if not known.get("retired") else ():
             if proxy.name == known.get("name", ""):
-                gone = [one for one in config.pools if one.name in proxy.shared_pools and one.name not in pools]
+                shared = proxy.shared_pools
+                gone = [one for one in config.pools if one.name in shared and one.name not in pools]
                 return proxy._replace(listen=(), drain_timeout=drain_timeout, pools=(*gone, *proxy.pools))
     return ProxyConfig((), (), known.get("name", ""), drain_timeout=drain_timeout)
