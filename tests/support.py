@@ -257,7 +257,11 @@ def tasks_of(loop: Loop) -> int:
     return len(loop._tasks)
 
 
-def run(main: Callable[[Loop], Coroutine[Any, Any, T]], clock: Callable[[], float] = time.monotonic) -> T:
+def run(
+    main: Callable[[Loop], Coroutine[Any, Any, T]],
+    clock: Callable[[], float] = time.monotonic,
+    patience: float = PATIENCE,
+) -> T:
     """Run a coroutine on a loop of its own. Fails if it takes too long, or leaves a task behind."""
 
     async def bounded(loop: Loop) -> T:
@@ -265,10 +269,10 @@ def run(main: Callable[[Loop], Coroutine[Any, Any, T]], clock: Callable[[], floa
 
     def too_late(*_: object) -> None:
         # No Exception: the loop would take it for a task's own.
-        pytest.fail(f"the loop still runs after {PATIENCE} s")
+        pytest.fail(f"the loop still runs after {patience} s")
 
     previous = signal.signal(signal.SIGALRM, too_late)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    signal.setitimer(signal.ITIMER_REAL, patience)
     try:
         with Loop(clock) as loop:
             before = tasks_of(loop)

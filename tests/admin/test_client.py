@@ -232,8 +232,8 @@ def test_an_answer_that_comes_too_slowly_is_given_up(path: str, begun: bytes) ->
     with talking(path, dribble):
         started = time.monotonic()
         with pytest.raises(TimeoutError):
-            ask(path, "/v1/status", 0.1)
-        assert 0.4 <= time.monotonic() - started < PATIENCE
+            ask(path, "/v1/status", 0.5)
+        assert 1.8 <= time.monotonic() - started < PATIENCE
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

@@ -57,7 +57,7 @@ def status(
 
     gc.disable()  # it has no bound in a process as large as that of the tests
     try:
-        return read(Snapshot, run(main, time.thread_time)), sorted(turns)
+        return read(Snapshot, run(main, time.thread_time, 3 * PATIENCE)), sorted(turns)
     finally:
         gc.enable()
 
@@ -86,7 +86,7 @@ def test_a_status_with_very_many_proxies_routes_and_pools_holds_nobody_up(
     for proxy in found.proxies[1:]:
         assert (proxy.ends, proxy.volumes) == (known[proxy.name].ends, known[proxy.name].volumes)
     # Each part takes less than a millisecond. The machine may be taken away in a turn or two, which counts as CPU time.
-    assert turns[-3] < 0.008, turns[-9:]
+    assert turns[-5] < 0.012, turns[-9:]
     assert turns[-1] < 0.2, turns[-9:]
 
 

@@ -32,7 +32,7 @@ from rspd.settings import BackendConfig, HealthConfig, ProxyConfig
 from tests.dialled import unix_listener
 from tests.engine.test_loop import advance, rounds
 from tests.engine.test_pipes import no_descriptors
-from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, reset, run, tasks_of
+from tests.support import PATIENCE, Backend, FakeClock, echo, eventually, free_port, reset, run, tasks_of
 
 
 def serve(loop: Loop, config: ProxyConfig, *listeners: Listener) -> Proxy:
@@ -146,11 +146,10 @@ def test_clients_accepted_while_a_name_is_looked_up_leave_a_descriptor_for_its_l
 def test_a_connection_leaves_nothing_to_the_garbage_collector(end: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as backend:
         listen = Address(*server.getsockname())
-        backends = (BackendConfig(Address(*backend.getsockname())),)
+        port = free_port() if end == "refused" else backend.getsockname()[1]
+        backends = (BackendConfig(Address("127.0.0.1", port)),)
         server.setblocking(False)
         backend.settimeout(PATIENCE)
-        if end == "refused":
-            backend.close()
 
         async def main(loop: Loop) -> list[object]:
             own = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, server.detach())
