@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rspd import __version__
 from rspd.config.addresses import parse_address, parse_backend, parse_pair
 from rspd.config.keys import GENERAL_KEYS, PROXY_KEYS, load_config
-from rspd.config.values import listed, matching
+from rspd.config.values import closest, listed, matching
 from rspd.errors import ConfigError, StartError
 from rspd.host.detach import Starter, detach, open_standard_descriptors, started_by_systemd
 from rspd.host.pidfile import PidFile, process_in
 from rspd.host.systemd import Notifier, take_descriptors
 from rspd.host.upgrade import CAN_TAKE_OVER, COMMAND, PID_FILE, Program, Successor, ask
 from rspd.log import complain, set_up
-from rspd.parser import COMMANDS, Parser, checked
+from rspd.parser import COMMANDS, Parser, checked, show
 from rspd.running.service import run
 from rspd.settings import DEFAULT_FILE, BackendConfig, Config
 
@@ -187,17 +187,11 @@ def _check(path: str | None, overrides: dict[str, Any], every_value: bool) -> No
     if every_value:
         from rspd.explaining.dump import dump
 
-        said = dump(config)
+        show(dump(config).removesuffix("\n"))
     else:
         from rspd.explaining.summary import describe
 
-        said = "\n".join([f"{source}: valid", *describe(config), ""])
-    try:
-        print(said, end="", flush=True)
-    except OSError as error:
-        sys.stdout = None  # or Python tries again at the end
-        if not isinstance(error, BrokenPipeError):  # then the reader has enough
-            raise StartError(f"cannot write to stdout: {error.strerror}", os.EX_CANTCREAT) from None
+        show("\n".join([f"{source}: valid", *describe(config)]))
 
 
 def _load_first(path: str | None, overrides: dict[str, Any], sockets: bool | None) -> Config:
@@ -275,4 +269,5 @@ def _advise(word: str) -> str:
         return f"; the service is for systemctl: systemctl {word} rspd"
     if word in COMMANDS:
         return f"; the command comes first: rspd {word}"
-    return ""
+    meant = closest(word, COMMANDS)
+    return f"; did you mean rspd {meant}?" if meant else ""

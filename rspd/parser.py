@@ -1,4 +1,4 @@
-"""The words of a command line: argparse, with the exit code of sysexits(3) and kind messages."""
+"""The words of a command line: argparse, with the exit code of sysexits(3) and kind messages; and what is answered."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ class Parser(argparse.ArgumentParser):
                 self.print_usage(sys.stderr)
         raise StartError(f"{message}{' See' if message.endswith('?') else '; see'} {self.prog} --help", os.EX_USAGE)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write the help or the version to stdout, or the usage to stderr. Raises StartError."""
+        if file is not None and file is sys.stdout:
+            show(message.removesuffix("\n"))
+        else:
+            super()._print_message(message, file)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Say of an unknown option which one was meant."""
         for word in sys.argv[1:] if args is None else args:
@@ -56,6 +63,20 @@ class Parser(argparse.ArgumentParser):
                 advice = f"; {key} is a key of the configuration file"
             self.error(f"unknown option {word!r}{advice}")
         return options, unknown
+
+
+def show(text: str) -> None:
+    """Write a text, or lines, to stdout. A reader that has read enough, as `head`, is no error. Raises StartError."""
+    if sys.stdout is None:
+        raise StartError("cannot write to stdout: it is closed", os.EX_CANTCREAT)
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # for an encoding that lacks what a name has
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = None  # or Python tries again at the end
+        if not isinstance(error, BrokenPipeError):
+            raise StartError(f"cannot write to stdout: {error.strerror}", os.EX_CANTCREAT) from None
 
 
 def checked(parse: Callable[[str], object]) -> Callable[[str], object]:

@@ -231,6 +231,21 @@ def test_a_check_whose_output_cannot_be_written_is_73(file: Path, more: list[str
     assert (done.returncode, done.stderr) == (73, "rspd: cannot write to stdout: No space left on device\n")
 
 
+@pytest.mark.parametrize("words", ["--help", "--version", "status --help", "upgrade --help"])
+def test_help_that_cannot_be_written_is_73(words: str) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "rspd", *words.split()]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, env=BUFFERED)
+    assert (done.returncode, done.stderr) == (73, "rspd: cannot write to stdout: No space left on device\n")
+
+
+@pytest.mark.parametrize(("said", "meant"), [("staus", "status"), ("conections", "connections"), ("stat", "status")])
+def test_a_word_that_is_nearly_a_command_is_answered_with_the_command(rspd: Run, said: str, meant: str) -> None:
+    code, out, err = rspd(said)
+    assert (code, out) == (64, "")
+    assert err.endswith(f"found {said!r}; did you mean rspd {meant}? See rspd --help\n")
+
+
 def test_all_goes_with_a_check_only(rspd: Run) -> None:
     assert rspd("--all") == (64, "", f"{USAGE}rspd: --all goes with --check; see rspd --help\n")
 

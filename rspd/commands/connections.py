@@ -10,7 +10,7 @@ from rspd.admin.query import SORTS, Query, is_at, network_of
 from rspd.commands import words as say
 from rspd.commands.asking import look, look_at_connections, parser_of, socket_of
 from rspd.errors import StartError
-from rspd.parser import checked
+from rspd.parser import checked, show
 from rspd.snapshot import Connection, Connections, Snapshot, as_json
 
 DESCRIPTION = "Shows the open connections of a running rspd, the oldest first."
@@ -64,9 +64,9 @@ def main(words: Sequence[str]) -> int:
 
         complain(f"warning: {left_out(found.process.strangers)}")
     if options.json:
-        say.show(as_json(found))
+        show(as_json(found))
     else:
-        say.show("\n".join([*_table(found.connections, columns, query.sort == "rate"), _summary(found)]))
+        show("\n".join([*_table(found.connections, columns, query.sort == "rate"), _summary(found)]))
     return 0
 
 

@@ -12,6 +12,7 @@ from rspd.commands import words as say
 from rspd.commands.asking import look_at_connections, look_at_each, merged, parser_of, socket_of, where
 from rspd.commands.troubles import by_pool, full, is_there, troubles, unserved
 from rspd.errors import StartError
+from rspd.parser import show
 from rspd.snapshot import (
     BACKEND_STATES,
     Backend,
@@ -57,12 +58,12 @@ def main(words: Sequence[str]) -> int:
     snapshot = merged(path, snapshots, unanswered)
     failed = unserved(snapshots, unanswered) if options.check else []
     if options.json:
-        say.show(as_json(snapshot))
+        show(as_json(snapshot))
     elif not options.check:
         wrong = troubles(snapshot, _idlest(path, snapshot), where(options))
-        say.show("\n".join(page(snapshot, wrong, say.terminal_columns(), options.all)))
+        show("\n".join(page(snapshot, wrong, say.terminal_columns(), options.all)))
     elif failed:
-        say.show("\n".join(failed))
+        show("\n".join(failed))
     return 1 if failed else 0
 
 

@@ -22,9 +22,8 @@ from rspd.commands.asking import GRACE_OF_LOOKS, Watch, parser_of, socket_of, wh
 from rspd.commands.screen import Seen, View, draw, press
 from rspd.commands.tables import ALARM, BAD, BAR, BOLD, FAINT, WARN
 from rspd.commands.troubles import troubles
-from rspd.commands.words import show
 from rspd.errors import StartError
-from rspd.parser import checked
+from rspd.parser import checked, show
 from rspd.snapshot import Connections, Snapshot, as_json
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Collection, Sequence
 from math import inf
 
-from rspd.errors import StartError
 from rspd.snapshot import CONNECT_BOUNDS, Distribution
 
 # Where something is not known, or there is none of it.
@@ -213,17 +212,3 @@ def terminal_columns() -> int | None:
         return os.get_terminal_size(sys.stdout.fileno()).columns or COLUMNS
     except OSError:
         return COLUMNS
-
-
-def show(text: str) -> None:
-    """Write a text, or lines, to stdout. A reader that has read enough, as `head`, is no error. Raises StartError."""
-    if sys.stdout is None:
-        raise StartError("cannot write to stdout: it is closed", os.EX_CANTCREAT)
-    try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # for an encoding that lacks what a name has
-        print(text, flush=True)
-    except OSError as error:
-        sys.stdout = None  # or Python tries again at the end
-        if not isinstance(error, BrokenPipeError):
-            raise StartError(f"cannot write to stdout: {error.strerror}", os.EX_CANTCREAT) from None

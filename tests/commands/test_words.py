@@ -154,7 +154,10 @@ def test_a_table_is_aligned_and_cuts_names_where_there_are_too_few_columns() -> 
     assert table([]) == []
 
 
-CODE = "from rspd.commands.words import show, terminal_columns; show(f'{terminal_columns()} \\u2026')"
+CODE = (
+    "from rspd.commands.words import terminal_columns; from rspd.parser import show; "
+    "show(f'{terminal_columns()} \\u2026')"
+)
 
 
 def test_a_terminal_says_how_wide_it_is() -> None:
