@@ -16,6 +16,10 @@ from typing import Any
 from tests.manager import NotifySocket, Service
 from tests.support import eventually
 
+# Seconds of a timeout that pass before a restart, and that a connection may end late: fewer, so that a timeout that
+# begins anew after the restart is found.
+BEFORE, LATE = 1.5, 1.3
+
 
 class Stored:
     """A descriptor in the store."""
@@ -117,6 +121,15 @@ class Manager:
     def names(self) -> list[str]:
         """Of all that is stored, each once, without the numbers of a listener."""
         return sorted({re.sub(r"-[\d-]+$", "-", name) for name, _ in self.store.kept})
+
+
+def in_time(end: Mapping[str, str], timeout: float, came: float, waits: float, back: float) -> bool:
+    """Whether a client was there for a timeout that went on over a restart: by rspd's clock, whenever the test looks.
+
+    end: its line. came, waits: when it had not come yet, and when its timeout had begun. back: when the next process
+    was there. If that is later than the timeout, the client ends then.
+    """
+    return timeout <= float(end["seconds"]) < max(waits + timeout, back) - came + LATE
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 from tests.daemon.test_handover import fixed
 from tests.daemon.test_service import let_pass
 from tests.fleet import File, talks
-from tests.keeper import Manager, managed
+from tests.keeper import BEFORE, Manager, in_time, managed
 from tests.manager import Service
 from tests.support import PATIENCE, Backend, echo, eventually, full_tcp, is_reset, receive_all, reset
 
@@ -80,14 +80,15 @@ def test_the_time_in_the_queue_before_the_restart_counts(tmp_path: Path, backend
     file = File(tmp_path, listen=fixed(), backends=[one], queue_timeout="5s")
     with managed("-c", str(file.path)) as service, service.daemon.connect() as client:
         assert talks(client)
-        began = time.monotonic()
+        came = time.monotonic()
         with service.daemon.connect() as queued:
             waits(service, 2)
-            let_pass(1.5)
-            stopped = time.monotonic()
+            waiting = time.monotonic()
+            let_pass(BEFORE)
             service.restart()
+            back = time.monotonic()
             (end,) = service.daemon.wait_for_ends(1)
-            assert began + 5 <= time.monotonic() < stopped + 5
+            assert in_time(end, 5, came, waiting, back), end
             assert (end["cause"], end["handovers"]) == ("queue-timeout", "1")
             assert receive_all(queued) == b""
         assert talks(client)
@@ -117,9 +118,10 @@ def test_an_attempt_begins_anew_at_a_backend_of_the_next_process(tmp_path: Path,
     with full_tcp() as full:
         file = File(tmp_path, listen=fixed(), backend=full, connect_timeout="5s")
         with managed("-c", str(file.path)) as service, ExitStack() as stack:
-            began = time.monotonic()
+            came = time.monotonic()
             client = come(stack, service.daemon, b"hello")
             waits(service, 1)
+            waiting = time.monotonic()
             if when == "another":
                 file.write(backend=backend.address)
                 service.restart()
@@ -127,11 +129,11 @@ def test_an_attempt_begins_anew_at_a_backend_of_the_next_process(tmp_path: Path,
                 client.close()
                 assert service.daemon.wait_for_ends(1)[0]["cause"] == "client-closed"
                 return
-            let_pass(1.5)
-            stopped = time.monotonic()
+            let_pass(BEFORE)
             service.restart()
+            back = time.monotonic()
             (end,) = service.daemon.wait_for_ends(1)
-            assert began + 5 <= time.monotonic() < stopped + 5, "its connect_timeout goes on"
+            assert in_time(end, 5, came, waiting, back), f"its connect_timeout goes on: {end}"
             assert (end["cause"], end["handovers"]) == ("connect-timeout", "1")
             assert is_reset(client)
 
@@ -247,13 +249,15 @@ def test_the_time_for_a_header_goes_on(tmp_path: Path, backend: Backend) -> None
         tmp_path, listen=fixed(), backend=backend.address, accept_proxy="127.0.0.0/8", accept_proxy_timeout="5s"
     )
     with managed("-c", str(file.path)) as service, ExitStack() as stack:
+        came = time.monotonic()
         client = come(stack, service.daemon, HEADER[:9])
         waits(service, 1)
-        let_pass(1.5)
-        stopped = time.monotonic()
+        waiting = time.monotonic()
+        let_pass(BEFORE)
         assert not service.restart().find("connection closed")
+        back = time.monotonic()
         (end,) = service.daemon.wait_for_ends(1)
-        assert time.monotonic() < stopped + 5
+        assert in_time(end, 5, came, waiting, back), end
         assert end["cause"] == "header-timeout"
         assert "found b'PROXY TCP'" in end["reason"]
         assert is_reset(client)
