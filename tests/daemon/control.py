@@ -16,12 +16,12 @@ from tests.support import PATIENCE, Daemon
 
 def status(path: Path) -> Snapshot:
     """What is, but for the connections."""
-    return read(Snapshot, ask(str(path), "/v1/status"))
+    return read(Snapshot, ask(str(path), "/v1/status", PATIENCE))
 
 
 def connections(path: Path, **query: Any) -> tuple[Connection, ...]:
     """The open connections that are asked for."""
-    return read(Connections, ask(str(path), f"/v1/connections?{Query(**query)}")).connections
+    return read(Connections, ask(str(path), f"/v1/connections?{Query(**query)}", PATIENCE)).connections
 
 
 def metrics(port: int) -> str:

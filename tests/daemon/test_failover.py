@@ -93,7 +93,7 @@ def test_clients_wait_while_all_backends_are_down_and_are_served_when_one_is_bac
             start = time.monotonic()
             with Backend(tells("B"), port=servers[1].port) as server:
                 assert {receive_all(client) for client in clients} == {b"B"}
-                assert time.monotonic() - start < 3  # the first tries again ten times a second
+                assert time.monotonic() - start < 5  # the first tries again ten times a second; fail_timeout is 10 s
                 assert server.accepted == 50
             assert [state for state, _ in changes(daemon)] == ["down", "down", "up"]
 
@@ -126,7 +126,7 @@ def test_clients_who_waited_for_queue_timeout_are_closed_and_the_log_says_why(tm
         ends = daemon.wait_for_ends(20)
         assert {end["cause"] for end in ends} == {"queue-timeout"}
         assert all("Connection refused" in end["reason"] for end in ends)
-        assert all(0.5 <= float(end["seconds"]) < 2.5 for end in ends)
+        assert all(0.5 <= float(end["seconds"]) < 4 for end in ends)  # connect_timeout is 5 s
         assert [state for state, _ in changes(daemon)] == ["down"]
 
 
@@ -139,7 +139,7 @@ def test_backends_that_do_not_answer_do_not_keep_clients_beyond_queue_timeout(tm
             ends = daemon.wait_for_ends(20)
             assert {end["cause"] for end in ends} == {"queue-timeout"}
             # From the first failed attempt on.
-            assert all(1 <= float(end["seconds"]) < 3 for end in ends), ends
+            assert all(1 <= float(end["seconds"]) < 5 for end in ends), ends
 
 
 def test_a_backend_that_hangs_does_not_hide_another_that_is_back(tmp_path: Path) -> None:

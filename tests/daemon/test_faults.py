@@ -63,7 +63,7 @@ def test_a_client_that_vanishes_in_the_middle_of_an_answer_frees_the_place_for_t
         started = time.monotonic()
         client.close()  # with bytes unread, so that the kernel sends RST
         assert served(daemon)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10  # half_close_timeout is 30 s
         first, second = daemon.wait_for_ends(2)
         assert first["cause"] == "client-aborted"
         assert 0 < int(first["received"]) < size
@@ -93,7 +93,7 @@ def test_a_backend_that_never_accepts_ends_in_the_connect_timeout_and_not_later(
             assert receive_all(client) == b""
         (end,) = daemon.wait_for_ends(1)
         assert end["cause"] == "connect-timeout"
-        assert 0.5 <= float(end["seconds"]) < 2
+        assert 0.5 <= float(end["seconds"]) < 4  # by default, 5 s
 
 
 def test_an_unknown_backend_name_is_a_warning_and_not_the_end() -> None:

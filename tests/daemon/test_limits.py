@@ -110,17 +110,18 @@ def test_with_64_descriptors_200_clients_are_all_served_in_the_end(host: str) ->
 
 
 def test_a_client_that_waits_for_descriptors_is_served_as_soon_as_another_has_ended() -> None:
-    with Backend(answer) as backend, rspd("-b", backend.address, "--max-connections", "50") as daemon:
+    count = 100
+    with Backend(answer) as backend, rspd("-b", backend.address, "--max-connections", f"{count}") as daemon:
         # Room for one connection: each of the others finds none, and hears of its end rather than of a timer.
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (len(daemon.descriptors()) + 2,) * 2)
         started = time.monotonic()
-        clients = [threading.Thread(target=exchange, args=(daemon, 1)) for _ in range(50)]
+        clients = [threading.Thread(target=exchange, args=(daemon, 1)) for _ in range(count)]
         for client in clients:
             client.start()
         for client in clients:
             client.join(PATIENCE)
-        assert time.monotonic() - started < 50 * 0.1 / 2
-        assert {end["cause"] for end in daemon.wait_for_ends(50)} <= {"backend-closed", "client-closed"}
+        assert time.monotonic() - started < count * 0.1 / 2
+        assert {end["cause"] for end in daemon.wait_for_ends(count)} <= {"backend-closed", "client-closed"}
 
 
 @pytest.mark.large_pipes(2)
