@@ -267,12 +267,15 @@ def test_prometheus_knows_what_rspd_has_said(prometheus: Prometheus, target: Tar
     }
     wanted = {expression: [value] for expression, value in expected.items()}
 
-    def found() -> dict[str, list[float]]:
-        return {expression: [float(one["value"][1]) for one in prometheus.query(expression)] for expression in expected}
+    found: dict[str, list[float]] = {}
+
+    def as_wanted() -> bool:
+        found.update({name: [float(one["value"][1]) for one in prometheus.query(name)] for name in expected})
+        return found == wanted
 
     with suppress(AssertionError):  # what was said is gone for a while if one answer is too late
-        eventually(lambda: found() == wanted)
-    assert found() == wanted
+        eventually(as_wanted)
+    assert found == wanted
 
 
 def test_a_counter_that_goes_up_has_a_rate(prometheus: Prometheus, target: Target) -> None:
