@@ -17,7 +17,7 @@ from collections import Counter
 LINGER_0 = struct.pack("ii", 1, 0)
 
 # Seconds until the process ends whatever happens.
-LONGEST = 180
+LONGEST = 600
 
 # Clients that are there at once: each step is made by all of them.
 BATCH = 24

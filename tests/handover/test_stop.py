@@ -145,8 +145,8 @@ def test_a_client_that_aborts_after_a_handover_has_its_backend_aborted_at_once(s
         assert client.recv(1) == b"!"
         started.systemctl("restart", "rspd")
         reset(client)
-        eventually(lambda: ends == [True], "the backend has RST", patience=2)
-        eventually(lambda: left_open(started) == [], "nobody keeps a copy", patience=2)
+        eventually(lambda: ends == [True], "the backend has RST")
+        eventually(lambda: left_open(started) == [], "nobody keeps a copy")
 
 
 @pytest.mark.parametrize("abort", [False, True])
@@ -162,14 +162,13 @@ def test_a_backend_that_ends_or_aborts_after_a_handover_has_its_client_closed_at
     with Backend(keep, port=8000), connect() as client:
         assert client.recv(1) == b"!"
         started.systemctl("restart", "rspd")
-        client.settimeout(2)
         if abort:
             reset(accepted[0])
         else:
             accepted[0].close()
         assert is_reset(client) is abort
         client.close()
-        eventually(lambda: left_open(started) == [], "nobody keeps a copy", patience=2)
+        eventually(lambda: left_open(started) == [], "nobody keeps a copy")
 
 
 def test_a_download_goes_on_where_it_was(started: Machine) -> None:
@@ -207,7 +206,6 @@ def test_a_version_that_does_not_start_at_all_is_given_up_and_all_is_closed(star
         assert int(started.show("NRestarts")) >= 1, "it was tried again"
         assert stored(started) == 0
         for client in talks.clients:
-            client.settimeout(2)
             assert is_reset(client), "what is cut short must not look complete"
         with pytest.raises(ConnectionRefusedError):
             connect()

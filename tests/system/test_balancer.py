@@ -131,10 +131,10 @@ def test_the_first_client_of_one_starts_both_and_each_has_its_share(
     with connect(MAIL, "127.0.0.7") as client:
         assert say(client, b"hello\n") == b"hello\n"
         assert mailbox.told == [Header(client.getsockname(), ("127.0.0.1", MAIL))]
-        eventually(lambda: "mail serving 1 of 100" in status(machine))
         up = "3 of 3 backends up"
         mail = f"mail serving 1 of 100, backend 127.0.0.1:{MAILBOX}"
-        assert f'Status: "32 served; web serving 0 of 100, {up}; {mail}"' in status(machine)
+        told = f'Status: "32 served; web serving 0 of 100, {up}; {mail}"'
+        eventually(lambda: told in status(machine), told)
     with pytest.raises(ConnectionResetError), connect(WEB, "127.0.0.9") as client:
         client.recv(1)
     assert machine.log('^client refused client=127.0.0.9:.* proxy=web reason="in deny 127.0.0.9"$')

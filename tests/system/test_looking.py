@@ -47,14 +47,24 @@ def reload(machine: Machine, configuration: str) -> None:
     eventually(lambda: machine.log("^reload"), "it has reloaded")
 
 
+def answered(machine: Machine, *words: str) -> Any:
+    """What a command of rspd says with --json, once no process answers too late for it (GRACE in asking.py)."""
+
+    def all_say() -> Any:
+        found = json.loads(machine.run("rspd", *words, "--json").stdout)
+        return None if found["process"]["unanswered"] else found
+
+    return eventually(all_say, "each process answers")
+
+
 def status(machine: Machine, *words: str) -> Any:
     """What `rspd status --json` says."""
-    return json.loads(machine.run("rspd", "status", "--json", *words).stdout)
+    return answered(machine, "status", *words)
 
 
 def connections(machine: Machine) -> dict[str, Any]:
     """The open connections, by their ids."""
-    them = json.loads(machine.run("rspd", "connections", "--json").stdout)["connections"]
+    them = answered(machine, "connections")["connections"]
     found = {one["id"]: one for one in them}
     assert len(found) == len(them), "each has an id of its own"
     return found
@@ -280,9 +290,9 @@ def test_three_processes_on_one_socket_are_shown_as_one_and_their_metrics_summed
     assert pids & set(map(int, re.findall(r"pid=(\d+)", listening))) == {workers.pid()}
     with Talks(20) as talks:
         seen = status(workers)
-        assert (seen["process"]["processes"], seen["process"]["unanswered"]) == (3, [])
+        assert seen["process"]["processes"] == 3
         assert (seen["proxies"][0]["open"], seen["proxies"][0]["most"]) == (20, 24)
-        assert "3 processes" in workers.run("rspd", "status").stdout
+        eventually(lambda: "3 processes" in workers.run("rspd", "status").stdout)
         assert len(connections(workers)) == 20
         assert {one["sent"] for one in connections(workers).values()} == {3000}
         found = eventually(lambda: found if (found := metrics())['rspd_processes{state="answering"}'] == 3 else {})
@@ -295,9 +305,8 @@ def test_three_processes_on_one_socket_are_shown_as_one_and_their_metrics_summed
         eventually(lambda: (found := metrics())['rspd_accepted_total{proxy=""}'] == 20 and found[SENT] == 20 * 6000)
         talks.end()
         workers.systemctl("stop", "rspd")
-        seen = status(workers)["process"]
-        assert (seen["processes"], seen["unanswered"]) == (2, [])
-        workers.run("rspd", "status", "--check")
+        assert status(workers)["process"]["processes"] == 2
+        eventually(lambda: workers.run("rspd", "status", "--check", check=False).returncode == 0)
     workers.systemctl("stop", "rspd.socket")
     eventually(lambda: sockets(workers) == [])
     assert complaints(workers) == []
