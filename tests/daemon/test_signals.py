@@ -321,7 +321,7 @@ def test_a_signal_to_end_is_heard_after_however_many_others(tmp_path: Path) -> N
         os.write(writer, text.encode())
         os.close(writer)
         try:
-            daemon.process.wait(3)
+            daemon.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             pytest.fail(f"SIGTERM was not heard:\n{daemon.log}")
         assert daemon.wait() == 0
@@ -368,16 +368,14 @@ def test_a_connection_that_is_being_dialled_is_drained_too() -> None:
 
 @pytest.mark.parametrize(
     ("timeouts", "cause"),
-    [("connect_timeout: 300ms", "connect-timeout"), ("drain_timeout: 300ms", "drain-timeout")],
+    [("connect_timeout: 2s", "connect-timeout"), ("drain_timeout: 300ms", "drain-timeout")],
 )
 def test_dialling_ends_at_its_timeout_or_at_that_of_draining(tmp_path: Path, timeouts: str, cause: str) -> None:
     with full_tcp() as address, rspd("-b", address, *config(tmp_path, timeouts)) as daemon, daemon.connect() as client:
         eventually(lambda: dialling(daemon))
-        start = time.monotonic()
         daemon.signal(signal.SIGTERM)
         assert receive_all(client) == b""
         assert daemon.wait() == 0
-        assert time.monotonic() - start < 3
         assert [end["cause"] for end in daemon.wait_for_ends(1)] == [cause]
 
 
@@ -386,11 +384,10 @@ def test_the_second_signal_ends_dialling_at_once() -> None:
         eventually(lambda: dialling(daemon))
         daemon.signal(signal.SIGTERM)
         daemon.wait_for("ending connections=1")
-        start = time.monotonic()
         daemon.signal(signal.SIGTERM)
+        # By itself, dialling would end for another cause, and draining later than anybody waits here.
         assert receive_all(client) == b""
         assert daemon.wait() == 0
-        assert time.monotonic() - start < 3
         assert [end["cause"] for end in daemon.wait_for_ends(1)] == ["drain-timeout"]
 
 
