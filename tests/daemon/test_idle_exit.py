@@ -58,10 +58,10 @@ def test_each_connection_begins_the_time_anew(web: socket.socket) -> None:
     with Backend(answer) as backend:
         with service("-b", backend.address, "--exit-idle-time", "2s", sockets={"web": web}) as daemon:
             for _ in range(3):
-                ask(web)
                 last = time.monotonic()
+                ask(web)
                 with pytest.raises(subprocess.TimeoutExpired):
-                    daemon.process.wait(0.8)
+                    daemon.process.wait(0.4)
             assert daemon.wait() == 0
             assert time.monotonic() - last >= 2
             assert daemon.find("ended served=3$")
@@ -177,9 +177,13 @@ def test_nobody_who_comes_when_it_ends_idle_is_lost(web: socket.socket) -> None:
             comes = ended + idle + (number % 16 - 5) / 1000
             while time.monotonic() < comes:
                 time.sleep(0.0005)
-        eventually(lambda: sum("ended served=" in line for line in activator.log) == len(activator.codes) > 0)
+
+        def all_is_told() -> bool:
+            log = "".join(activator.log)
+            return log.count("connection closed") == clients and log.count("ended served=") == len(activator.codes)
+
+        eventually(all_is_told, "all connections in the log, and the code of each process that has ended")
     log = "".join(activator.log)
-    assert log.count("connection closed") == clients
     assert log.count("cause=backend-closed") == clients
     assert "Traceback" not in log
     assert set(activator.codes) == {"0\n"}
@@ -189,13 +193,13 @@ def test_nobody_who_comes_when_it_ends_idle_is_lost(web: socket.socket) -> None:
 
 def test_whoever_comes_at_the_very_moment_it_decides_to_end_is_served_by_it_or_the_next(web: socket.socket) -> None:
     with Backend(answer) as backend:
-        with service("-b", backend.address, "--exit-idle-time", "1s", sockets={"web": web}) as first:
+        with service("-b", backend.address, "--exit-idle-time", "2s", sockets={"web": web}) as first:
             first.signal(signal.SIGSTOP)
             client = client_of(web)
             client.sendall(b"?")
             client.shutdown(socket.SHUT_WR)
             assert select.select([web], [], [], PATIENCE)[0] == [web]
-            time.sleep(1.1)  # it is to wake up with its time over and a client waiting
+            time.sleep(2.1)  # it is to wake up with its time over and a client waiting
             first.signal(signal.SIGCONT)
             assert first.wait() == 0
         with client, service("-b", backend.address, sockets={"web": web}):

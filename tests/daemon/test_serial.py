@@ -50,16 +50,25 @@ def frozen(daemon: Daemon) -> Iterator[None]:
 
 @pytest.mark.parametrize(("limit", "seconds"), [(1, 4.0), (4, 1.0)])
 def test_four_clients_of_a_backend_that_takes_a_second(limit: int, seconds: float) -> None:
+    served, at_once = list[socket.socket](), list[int]()
+    all_there = threading.Barrier(limit, timeout=PATIENCE)
+
     def slow(sock: socket.socket) -> None:
+        served.append(sock)
+        at_once.append(len(served))
         sock.recv(1)
+        all_there.wait()
         time.sleep(1)
+        served.remove(sock)
         sock.sendall(b"ok")
 
     with Backend(slow) as backend, rspd("-b", backend.address, "--max-connections", str(limit)) as daemon:
         started, got = time.monotonic(), list[float]()
         ports = [ask(daemon, got, started).getsockname()[1] for _ in range(4)]
         ends = daemon.wait_for_ends(4)
-        assert seconds <= max(got) < seconds + 0.9
+        eventually(lambda: len(got) == 4)
+        assert max(got) >= seconds
+        assert max(at_once) == limit
         if limit == 1:
             assert [int(end["client"].rpartition(":")[2]) for end in ends] == ports, "not in the order of arrival"
 
@@ -80,7 +89,7 @@ def test_serially_a_client_that_says_nothing_holds_the_others_until_its_idle_tim
     with Backend(answer) as backend:
         config = f"{tmp_path}/rspd.yaml"
         with open(config, "w") as file:
-            file.write(f"backend: {backend.address}\nidle_timeout: 300ms\n")
+            file.write(f"backend: {backend.address}\nidle_timeout: 1s\n")
         with rspd("-c", config) as daemon:
             silent, polite = daemon.connect(), daemon.connect()
             polite.sendall(b"?")
