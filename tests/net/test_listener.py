@@ -213,13 +213,15 @@ def test_each_kind_of_address_is_listened_on_and_named(text: str, open_all: Open
 
 
 def test_a_bare_port_is_listened_on_in_both_families_each_by_a_socket_of_its_own(open_all: Open) -> None:
-    listeners = open_all("0")
-    assert {listener.name.rpartition(":")[0] for listener in listeners} == {"0.0.0.0", "[::]"}
-    [v6] = [listener for listener in listeners if listener.name.startswith("[")]
+    port = free_port()
+    listeners = {listener.name: listener for listener in open_all(str(port))}
+    assert listeners.keys() == {f"0.0.0.0:{port}", f"[::]:{port}"}
+    assert all(serves(listener) for listener in listeners.values())
+    listeners[f"0.0.0.0:{port}"].close()
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port_of(v6)), timeout=PATIENCE)
-    again = SocketAddress(socket.AF_INET, ("0.0.0.0", port_of(v6)))
-    assert serves(open_all(str(port_of(v6)), again)[0])
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+    again = SocketAddress(socket.AF_INET, ("0.0.0.0", port))
+    assert serves(open_all(str(port), again)[0])
 
 
 def test_the_backlog_is_the_one_asked_for_and_can_be_changed(open_all: Open) -> None:
