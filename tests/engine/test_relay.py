@@ -376,17 +376,23 @@ def test_a_reset_after_a_half_close_still_arrives() -> None:
     assert converse(script)[0] == "client-aborted"
 
 
+def reset_once_delivered(sock: socket.socket) -> None:
+    """Reset when the peer's kernel has all: what it has not is lost."""
+    eventually(lambda: not unacknowledged(sock))
+    reset(sock)
+
+
 def test_a_slow_reader_gets_all_that_was_sent_before_a_reset() -> None:
     size = 2_000_000
 
     def script(client: socket.socket, backend: socket.socket) -> None:
-        # The kernel has nearly all of it when the reset comes, and the client takes longer than any timeout.
+        # The relay's kernel has nearly all of it when the reset comes, and the client takes longer than any timeout.
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 50_000)
         backend.sendall(b"x" * size)
-        threading.Timer(0.3, reset, (backend,)).start()
+        threading.Thread(target=reset_once_delivered, args=(backend,)).start()
         got = 0
-        for _ in range(30):
-            time.sleep(0.04)
+        for _ in range(25):
+            time.sleep(0.1)
             got += len(client.recv(30_000))
         try:
             while data := client.recv(1 << 20):
@@ -395,7 +401,7 @@ def test_a_slow_reader_gets_all_that_was_sent_before_a_reset() -> None:
             pass
         assert got == size
 
-    assert converse(script, half_close=0.5)[0] == "backend-aborted"
+    assert converse(script, half_close=1.8)[0] == "backend-aborted"
 
 
 def test_a_unix_backend_that_has_not_read_yet_does_not_hold_up_the_end_of_an_aborted_client() -> None:
@@ -429,7 +435,7 @@ def test_without_a_half_close_timeout_the_idle_timeout_holds_on() -> None:
         assert backend.recv(1) == b""
         assert is_reset(client)
 
-    assert converse(script, idle=0.2, half_close=inf)[0] == "idle-timeout"
+    assert converse(script, idle=0.6, half_close=inf)[0] == "idle-timeout"
 
 
 def test_an_abort_does_not_wait_for_ever_for_a_reader_that_has_stopped() -> None:
@@ -461,18 +467,7 @@ def test_silence_for_the_idle_timeout_aborts_both_sides() -> None:
         assert is_reset(client)
         assert is_reset(backend)
 
-    assert converse(script, idle=0.1)[0] == "idle-timeout"
-
-
-def test_bytes_in_one_direction_keep_a_connection_from_being_idle() -> None:
-    def script(client: socket.socket, backend: socket.socket) -> None:
-        for _ in range(8):
-            backend.sendall(b"tick")
-            time.sleep(0.1)
-        backend.close()
-        assert receive_all(client) == b"tick" * 8
-
-    assert converse(script, idle=0.4) == ("backend-closed", 0, 32)
+    assert converse(script, idle=0.5)[0] == "idle-timeout"
 
 
 def test_after_a_half_close_silence_of_the_other_flow_ends_the_connection() -> None:
@@ -482,7 +477,7 @@ def test_after_a_half_close_silence_of_the_other_flow_ends_the_connection() -> N
         assert receive_all(backend) == b"x"
         assert is_reset(client), "an answer that never came must not look complete"
 
-    assert converse(script, half_close=0.1)[0] == "half-close-timeout"
+    assert converse(script, half_close=0.5)[0] == "half-close-timeout"
 
 
 def test_a_client_that_has_its_whole_answer_sees_no_reset_at_the_half_close_timeout() -> None:
@@ -517,43 +512,6 @@ def test_silence_after_a_prompt_answer_lasts_no_longer_than_the_timeout(half_clo
         converse(script, idle=PATIENCE if half_close else timeout, half_close=timeout)
     # The median: a busy machine may be late.
     assert timeout * 0.95 < sorted(lasted)[2] < timeout * 1.5
-
-
-def test_a_byte_that_comes_together_with_the_deadline_counts() -> None:
-    async def main(loop: Loop) -> float:
-        client, near = tcp_pair()
-        backend, far = tcp_pair()
-        sides = side_of(loop, near), side_of(loop, far)
-
-        async def relay() -> float:
-            for side in sides:
-                side.watch()
-            relay = Relay(loop, *sides, Pipes(1), 0.4, PATIENCE)
-            assert await relay.run() == "idle-timeout"
-            relay.close()
-            return loop.now
-
-        ended: list[float] = []
-
-        async def keep_end() -> None:
-            ended.append(await relay())
-            task.wake()
-
-        task = loop.current
-        with client, backend:
-            loop.spawn(keep_end())
-            await loop.sleep(0.2)
-            client.sendall(b"1")
-            await loop.sleep(0.1)
-            # The loop stands still until after the deadline.
-            time.sleep(0.2)
-            client.sendall(b"2")
-            sent = time.monotonic()
-            while not ended:
-                await news()
-        return ended[0] - sent
-
-    assert run(main) > 0.35
 
 
 def end_of(
@@ -623,6 +581,7 @@ def test_a_relay_without_a_byte_ends_after_the_idle_timeout() -> None:
     assert end_of({}) == ("idle-timeout", 10)
 
 
+# At 10, a byte comes together with the deadline: it counts.
 @pytest.mark.parametrize("second", [3, 9, 10])
 @pytest.mark.parametrize("who", ["the client", "the backend"])
 def test_silence_counts_from_the_last_byte_in_either_direction(who: str, second: int) -> None:
@@ -630,6 +589,13 @@ def test_silence_counts_from_the_last_byte_in_either_direction(who: str, second:
     read = {second + 0.5: "the client reads"} if who == "the backend" else {}
     seconds = [half / 2 for half in range(2, 200)]
     assert end_of({second: f"{who} sends", **read}, seconds) == ("idle-timeout", second + 10)
+
+
+def test_bytes_in_one_direction_keep_a_connection_from_being_idle() -> None:
+    story: dict[float, str] = {}
+    for second in range(4, 50, 8):
+        story |= {second: "the backend sends", second + 4: "the client reads"}
+    assert end_of(story) == ("idle-timeout", 44 + 10)
 
 
 @pytest.mark.parametrize("story", [{}, {3: "the client sends"}, {3: "the backend sends much"}])
@@ -796,7 +762,7 @@ def test_a_reader_that_was_reset_when_it_had_everything_has_lost_nothing(pair: P
         assert client.recv(100) == b"whole"
         assert left_to_read(client) == 0
 
-    assert outcome_of(script, idle=0.2, pair=pair) == ("idle-timeout", 0, 5, 0)
+    assert outcome_of(script, idle=0.6, pair=pair) == ("idle-timeout", 0, 5, 0)
 
 
 @pipes_or_none
