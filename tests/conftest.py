@@ -64,6 +64,14 @@ def as_many_large_pipes_as_needed(request: pytest.FixtureRequest) -> Iterator[No
         yield
 
 
+@pytest.fixture
+def alone_in_flight() -> Iterator[None]:
+    """The tests run one after the other that fill what a user may have in flight, in all his processes (unix(7))."""
+    with socket.socket(socket.AF_UNIX) as turn:
+        eventually(lambda: bound(turn, f"\0rspd-test-in-flight-{os.geteuid()}"), patience=60)
+        yield
+
+
 def bound(sock: socket.socket, name: str) -> bool:
     """Whether a socket has got a name; not if another has it."""
     try:

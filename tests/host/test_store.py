@@ -419,6 +419,7 @@ def test_sending_stops_at_the_first_message_that_does_not_fit_and_says_how_many_
     assert count == before + 1
 
 
+@pytest.mark.usefixtures("alone_in_flight")
 def test_a_user_may_have_only_so_many_in_flight_as_descriptors(parcel: Parcel, stack: ExitStack) -> None:
     """Really provoked: ETOOMANYREFS."""
     sock = stack.enter_context(socket.socket())

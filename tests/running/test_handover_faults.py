@@ -299,6 +299,7 @@ def test_what_finds_no_room_in_flight_for_a_moment_is_tried_again_with_one_warni
     take_over(found, config, pairs.go_on)
 
 
+@pytest.mark.usefixtures("alone_in_flight")
 def test_what_finds_no_room_in_flight_at_all_drains_and_the_rest_goes_on(
     store: keeper.Store, pairs: Pairs, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
