@@ -155,10 +155,13 @@ def send_and_close(sock: socket.socket, data: bytes) -> None:
         sock.sendall(data)
 
 
-def fill(sock: socket.socket) -> int:
-    """Send until nobody has taken anything for a while; how many bytes went, no more than FILL_MAX."""
+def fill(sock: socket.socket, pause: float = 0.3) -> int:
+    """Send until nobody has taken anything for so many seconds; how many bytes went, no more than FILL_MAX.
+
+    Whoever relays may only be late, on a busy machine: a test that needs the stream to be full takes a longer pause.
+    """
     timeout = sock.gettimeout()
-    sock.settimeout(0.3)
+    sock.settimeout(pause)
     sent = 0
     try:
         while sent < FILL_MAX:

@@ -378,7 +378,7 @@ def test_an_abort_that_was_read_before_is_an_abort_once_the_slow_other_side_has_
             resets.append((got, True))
 
     def send_and_abort(sock: socket.socket) -> None:
-        sent.append(fill(sock))
+        sent.append(fill(sock, 1.2))
         reset(sock)
 
     def handle(sock: socket.socket) -> None:
