@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rspd.config.addresses import parse_address, parse_backend, parse_target
@@ -195,6 +195,7 @@ PROXIES = st.builds(
 )
 
 
+@settings(max_examples=40)
 @given(
     st.lists(PROXIES, min_size=1, max_size=3),
     st.lists(st.sampled_from(LISTENERS), max_size=4, unique=True),

@@ -160,7 +160,7 @@ def of_pools(config: Config) -> Config:
     return config._replace(proxies=tuple(made), pools=reduced(config.pools))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.lists(proxies(), min_size=1, max_size=2),
     SHARED,
