@@ -16,7 +16,7 @@ LOOKS = "status", "connections", "top"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run rspd with these arguments, by default the process's, and return its exit code (sysexits(3)).
 
-    If a thread is left that waits for somebody, the process ends here with this exit code.
+    If another thread is left, the process ends here with this exit code.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0] in LOOKS:

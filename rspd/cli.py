@@ -265,9 +265,10 @@ def _advise(word: str) -> str:
     """What was probably meant by arguments that begin with a word that is no port; empty where that is not known."""
     if os.path.isfile(word):
         return f"; a configuration file needs -c: rspd -c {word}"
-    if word in ("start", "stop", "restart", "reload"):
-        return f"; the service is for systemctl: systemctl {word} rspd"
     if word in COMMANDS:
         return f"; the command comes first: rspd {word}"
-    meant = closest(word, COMMANDS)
-    return f"; did you mean rspd {meant}?" if meant else ""
+    actions = ("start", "stop", "restart", "reload")
+    meant = closest(word, (*COMMANDS, *actions))
+    if meant in actions:
+        return f"; the service is for systemctl: systemctl {meant} rspd"
+    return f"; did you mean rspd {meant}?" if meant in COMMANDS else ""

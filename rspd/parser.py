@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Write the help or the version to stdout, or the usage to stderr. Raises StartError."""
-        if file is not None and file is sys.stdout:
+        if file is sys.stdout:  # None if it is closed
             show(message.removesuffix("\n"))
         else:
             super()._print_message(message, file)

@@ -246,6 +246,13 @@ def test_a_word_that_is_nearly_a_command_is_answered_with_the_command(rspd: Run,
     assert err.endswith(f"found {said!r}; did you mean rspd {meant}? See rspd --help\n")
 
 
+@pytest.mark.parametrize(("said", "meant"), [("stopp", "stop"), ("restarts", "restart")])
+def test_a_word_that_is_nearly_an_action_of_systemctl_is_answered_with_it(rspd: Run, said: str, meant: str) -> None:
+    code, out, err = rspd(said)
+    assert (code, out) == (64, "")
+    assert f"found {said!r}; the service is for systemctl: systemctl {meant} rspd" in err
+
+
 def test_all_goes_with_a_check_only(rspd: Run) -> None:
     assert rspd("--all") == (64, "", f"{USAGE}rspd: --all goes with --check; see rspd --help\n")
 

@@ -193,7 +193,7 @@ def _ask_all(
 ) -> list[tuple[list[Any], list[str]]]:
     """Ask all processes of a service for all targets, each with the kind of its answer, at the same moment.
 
-    grace: so long the others are waited for if one process has answered. late: sockets that are not asked.
+    grace: so long the others are waited for once each target has an answer. late: sockets that are not asked.
     Of each target: the answers, and the sockets of the processes without one. A socket at which nobody listens has been
     left by a process that is gone. Raises StartError if no process answers.
     """

@@ -404,8 +404,9 @@ def test_a_connection_that_cannot_be_asked_for_is_left_out(path: str, capsys: py
     assert out.startswith("all places taken: serving 1 of 1, 3 clients wait; raise max_connections")
 
 
-def test_a_closed_output_is_73(path: str, served: Answering) -> None:
-    command = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, path]
+@pytest.mark.parametrize("more", [[], ["--help"]])
+def test_a_closed_output_is_73(path: str, served: Answering, more: list[str]) -> None:
+    command = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, path, *more]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (73, "rspd: cannot write to stdout: it is closed\n")
 
