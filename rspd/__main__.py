@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = run(words)
     threading = sys.modules.get("threading")
     if threading and threading.active_count() > 1:
-        # If it wakes while Python takes itself apart, Python may crash (CPython's issue 87135). All output is flushed.
+        # If one wakes while Python takes itself apart, Python may crash (CPython's issue 87135). All output is flushed.
         os._exit(code)
     return code
 

@@ -88,7 +88,7 @@ def read_query(text: str) -> Query:
         network_of(str(values.get("client", "")))
     except ValueError as error:
         raise ValueError(f"client: {error}") from None
-    return Query(**values)  # type: ignore[arg-type]
+    return Query(**values)  # type: ignore[arg-type]  # each has the type of its field, see above
 
 
 def _number(name: str, text: str) -> float:
